@@ -1,0 +1,228 @@
+"""Every tensor of a checkpoint gets exactly one role: writer, reader or head.  What has none is an error.
+
+This is where a silent skip would begin, so nothing here guesses: the names decide, the shapes are a guard, and every
+block must hold every writer that is not optional.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from abliterate.arch.registry import family_of
+from abliterate.arch.spec import RESIDUAL_AXIS, Family, WriterSpec
+from abliterate.checkpoint.header import TensorInfo
+from abliterate.checkpoint.source import Checkpoint
+from abliterate.errors import UnknownTensorError, UnsupportedFormatError
+
+EDITABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """One tensor that writes to the residual stream.
+
+    ``axis`` is its residual axis on disk.  ``norm`` is the norm weight between it and the stream, if any.
+    """
+
+    tensor: TensorInfo
+    axis: int
+    role: str
+    layer: int | None
+    norm: TensorInfo | None
+    gain: Literal["w", "1+w"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMap:
+    """What the registry makes of a checkpoint.
+
+    ``head`` is the stored unembedding, None when only the embedding is stored.  ``tied`` says whether the model loads
+    the embedding as its head.  ``expected`` counts the writers the family and configuration call for, ``unknown`` and
+    ``missing`` name what keeps coverage from being complete.
+    """
+
+    family: Family
+    model_type: str
+    d_model: int
+    n_layers: int
+    writers: tuple[Writer, ...]
+    head: TensorInfo | None
+    head_name: str
+    tied: bool
+    expected: int
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Every tensor known and every writer found."""
+        return not self.unknown and not self.missing
+
+    @property
+    def embedding(self) -> Writer:
+        """The token embedding."""
+        return next(writer for writer in self.writers if writer.role == "embedding")
+
+
+def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMap:
+    """Give every tensor of ``checkpoint`` its role.
+
+    Raises:
+        UnknownArchitectureError: the model type is not in the registry.
+        UnknownTensorError: coverage is not complete, unless ``allow_partial``.
+        UnsupportedFormatError: a writer is stored in a format that cannot be edited.
+    """
+    family = family_of(checkpoint.config, where=checkpoint.name)
+    text = text_config(checkpoint.config)
+    if checkpoint.config.get("quantization_config") or text.get("quantization_config"):
+        raise UnsupportedFormatError(
+            f"{checkpoint.name}: the weights are quantised",
+            "edit the original bf16 or fp16 checkpoint and quantise the result",
+        )
+    sizes = {axis: config_size(text, key, checkpoint.name) for axis, key in family.sizes.items()}
+    writers, unknown, prefix, head = _sort_tensors(checkpoint, family, sizes)
+    missing = _missing(family, writers, sizes["n_layers"], prefix)
+    model_map = ModelMap(
+        family=family,
+        model_type=checkpoint.model_type,
+        d_model=sizes[RESIDUAL_AXIS],
+        n_layers=sizes["n_layers"],
+        writers=tuple(writers),
+        head=head,
+        head_name=head.name if head else _head_name(family, prefix),
+        tied=is_tied(checkpoint.config, family),
+        expected=len(writers) + len(missing),
+        unknown=tuple(unknown),
+        missing=tuple(missing),
+    )
+    if not model_map.complete and not allow_partial:
+        raise UnknownTensorError(_incomplete(checkpoint, model_map), _INCOMPLETE_HINT)
+    if not any(writer.role == "embedding" for writer in writers):
+        raise UnknownTensorError(f"{checkpoint.name}: has no token embedding", "give a complete checkpoint")
+    if head is None and not model_map.tied:
+        raise UnknownTensorError(
+            f"{checkpoint.name}: the head is not tied, but '{model_map.head_name}' is missing",
+            "give a complete checkpoint, or set tie_word_embeddings in its config.json",
+        )
+    return model_map
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the text model."""
+    return config.get("text_config") or config
+
+
+def config_size(config: Mapping[str, Any], key: str, where: str) -> int:
+    """A positive integer of a configuration.
+
+    Raises:
+        UnknownTensorError: absent or not a positive integer.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise UnknownTensorError(f"{where}/config.json: {key} is {value!r}", "the configuration must give this size")
+    return value
+
+
+def is_tied(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether transformers ties the head: the top level decides, then ``text_config``, then the family's default."""
+    for part in (config, text_config(config)):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return config.get("model_type") in family.tied_by_default
+
+
+def _sort_tensors(
+    checkpoint: Checkpoint, family: Family, sizes: Mapping[str, int]
+) -> tuple[list[Writer], list[str], str, TensorInfo | None]:
+    writers, unknown = [], []
+    prefix, head = family.prefixes[0], None
+    for tensor in checkpoint.tensors.values():
+        if tensor.name == family.head or tensor.name.endswith("." + family.head):
+            head = tensor
+            continue
+        match, spec, known = _role(family, tensor.name)
+        layer = int(match["layer"]) if match and "layer" in match.groupdict() and match["layer"] else None
+        if not known or match is None or (layer is not None and layer >= sizes["n_layers"]):
+            unknown.append(tensor.name)
+        elif spec is not None:
+            _check(tensor, spec, sizes)
+            writers.append(_writer(checkpoint, tensor, spec, layer, match["prefix"]))
+            if spec.role == "embedding":
+                prefix = match["prefix"]
+    return writers, unknown, prefix, head
+
+
+def _role(family: Family, name: str) -> tuple[Any, WriterSpec | None, bool]:
+    for matcher in family.matchers:
+        match = matcher.regex.fullmatch(name)
+        if match:
+            return match, matcher.writer, True
+    return None, None, False
+
+
+def _check(tensor: TensorInfo, spec: WriterSpec, sizes: Mapping[str, int]) -> None:
+    if tensor.dtype not in EDITABLE_DTYPES:
+        raise UnsupportedFormatError(
+            f"{tensor.shard}: '{tensor.name}' is stored as {tensor.dtype}, which cannot be edited",
+            f"use a checkpoint stored as one of {', '.join(EDITABLE_DTYPES)}",
+        )
+    axes = spec.axes.split()
+    if len(tensor.shape) != len(axes):
+        raise UnknownTensorError(
+            f"{tensor.shard}: '{tensor.name}' has shape {list(tensor.shape)}, expected axes ({spec.axes})",
+            "the registry entry does not fit this checkpoint; nothing was changed",
+        )
+    for axis, extent in zip(axes, tensor.shape, strict=True):
+        if axis in sizes and sizes[axis] != extent:
+            raise UnknownTensorError(
+                f"{tensor.shard}: '{tensor.name}' has shape {list(tensor.shape)}: "
+                f"axis {axis} is {extent} there and {sizes[axis]} in config.json",
+                "the registry entry or the configuration does not fit this checkpoint; nothing was changed",
+            )
+
+
+def _writer(checkpoint: Checkpoint, tensor: TensorInfo, spec: WriterSpec, layer: int | None, prefix: str) -> Writer:
+    norm = None
+    if spec.norm is not None:
+        norm_name = prefix + spec.norm.replace("{layer}", str(layer))
+        norm = checkpoint.tensors.get(norm_name)
+        if norm is None:
+            raise UnknownTensorError(
+                f"{checkpoint.name}: '{norm_name}', the norm behind '{tensor.name}', is missing",
+                "give a complete checkpoint; nothing was changed",
+            )
+    return Writer(tensor=tensor, axis=spec.axis, role=spec.role, layer=layer, norm=norm, gain=spec.gain)
+
+
+def _missing(family: Family, writers: list[Writer], n_layers: int, prefix: str) -> list[str]:
+    present = {writer.tensor.name for writer in writers}
+    wanted = []
+    for spec in family.writer:
+        if spec.optional:
+            continue
+        start = "" if spec.absolute else prefix
+        layers = range(n_layers) if spec.per_layer else (None,)
+        wanted += [start + spec.name.replace("{layer}", str(layer)) for layer in layers]
+    return [name for name in wanted if name not in present]
+
+
+def _head_name(family: Family, prefix: str) -> str:
+    return prefix.removesuffix("model.") + family.head if prefix.startswith("language_model.") else family.head
+
+
+def _incomplete(checkpoint: Checkpoint, model_map: ModelMap) -> str:
+    parts = []
+    if model_map.missing:
+        parts.append(f"writer '{model_map.missing[0]}' is missing{_more(model_map.missing)}")
+    if model_map.unknown:
+        parts.append(f"tensor '{model_map.unknown[0]}' has no known role{_more(model_map.unknown)}")
+    found = len(model_map.writers)
+    return f"{checkpoint.name}: writers {found} of {model_map.expected}: {'; '.join(parts)}"
+
+
+def _more(names: tuple[str, ...]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+_INCOMPLETE_HINT = "nothing was changed; --allow-partial edits what is known and brands the result as partial"

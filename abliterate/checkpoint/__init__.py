@@ -1,0 +1,1 @@
+"""Checkpoints as bytes: headers, shards, folders.  Nothing here knows what a tensor means."""

@@ -1,0 +1,138 @@
+"""The Hub, through ``huggingface_hub``: headers by range requests, snapshots on demand, errors in plain words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from abliterate.checkpoint.header import Shard, TensorInfo
+from abliterate.checkpoint.source import (
+    INDEX_NAME,
+    OTHER_WEIGHTS,
+    Checkpoint,
+    check_index,
+    open_folder,
+    read_json,
+    safe_shard_names,
+)
+from abliterate.errors import CheckpointError, HubError, UnsupportedFormatError
+
+
+@contextmanager
+def plain_errors(name: str) -> Iterator[None]:
+    """Turn what ``huggingface_hub`` raises into one line and a next step.  Tokens are never part of either."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{name}: access is gated", f"accept its terms at https://huggingface.co/{name}, then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{name}: no such repository, or it is private",
+            "check the spelling; for a private one, log in with `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{name}: no such revision", "check --revision") from error
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        raise UnsupportedFormatError(
+            f"{name}: has no readable safetensors weights", "choose a repository with safetensors weights"
+        ) from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{name}: neither a folder nor a valid Hub name", "names look like owner/model") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise HubError(
+            f"{name}: not in the local cache, and the Hub cannot be reached",
+            "connect to the network (and unset HF_HUB_OFFLINE), or give the path of a local folder",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", "an error")
+        raise HubError(f"{name}: the Hub answered {status}", "try again later, or check your access rights") from error
+    except OSError as error:
+        raise HubError(f"{name}: the Hub cannot be reached ({type(error).__name__})", _NO_NETWORK) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "httpx2", "httpcore2"):
+            raise
+        raise HubError(f"{name}: the Hub cannot be reached ({type(error).__name__})", _NO_NETWORK) from error
+
+
+_NO_NETWORK = "check the network and HF_ENDPOINT, or give the path of a local folder"
+
+
+def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:
+    """Headers and configuration of a Hub repository, by range requests; no tensor is downloaded.
+
+    Raises:
+        HubError, CheckpointError, UnsupportedFormatError: as ``open_checkpoint``.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with plain_errors(name):
+        api = HfApi()
+        info = api.model_info(name, revision=revision)
+        commit = info.sha
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        config = read_json(Path(hf_hub_download(name, "config.json", revision=commit)))
+        metadata = api.get_safetensors_metadata(name, revision=commit)
+        index = None
+        if metadata.sharded:
+            index_path = Path(hf_hub_download(name, INDEX_NAME, revision=commit))
+            index = read_json(index_path)
+            safe_shard_names(index, index_path)
+    shards = []
+    for file_name, file in metadata.files_metadata.items():
+        tensors = sorted(
+            (
+                TensorInfo(
+                    name=tensor_name,
+                    shard=file_name,
+                    dtype=tensor.dtype,
+                    shape=tuple(tensor.shape),
+                    start=tensor.data_offsets[0],
+                    end=tensor.data_offsets[1],
+                )
+                for tensor_name, tensor in file.tensors.items()
+            ),
+            key=lambda tensor: tensor.start,
+        )
+        size = max((tensor.end for tensor in tensors), default=0)
+        shards.append(
+            Shard(name=file_name, data_start=0, size_bytes=size, tensors=tuple(tensors), metadata=dict(file.metadata))
+        )
+    check_index(index, tuple(shards), where=Path(name) / INDEX_NAME)
+    named = {shard.name for shard in shards} | {INDEX_NAME}
+    return Checkpoint(
+        name=name,
+        root=None,
+        revision=commit,
+        config=config,
+        shards=tuple(shards),
+        index=index,
+        other_files=tuple(f for f in files if f not in named and not f.endswith(OTHER_WEIGHTS)),
+        left_out=tuple(f for f in files if f not in named and f.endswith(OTHER_WEIGHTS)),
+    )
+
+
+def fetch(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with its files on this disk: itself when local, else a snapshot in the Hub cache.
+
+    Only the shards that the index names and the small files are downloaded.
+
+    Raises:
+        HubError: the download failed.
+        CheckpointError: what arrived is not a complete checkpoint.
+    """
+    if checkpoint.root is not None:
+        return checkpoint
+    from huggingface_hub import snapshot_download
+
+    wanted = [shard.name for shard in checkpoint.shards] + list(checkpoint.other_files)
+    if checkpoint.index is not None:
+        wanted.append(INDEX_NAME)
+    with plain_errors(checkpoint.name):
+        folder = Path(snapshot_download(checkpoint.name, revision=checkpoint.revision, allow_patterns=wanted))
+    local = open_folder(folder, name=checkpoint.name, revision=checkpoint.revision)
+    if local.tensors.keys() != checkpoint.tensors.keys():
+        raise CheckpointError(f"{checkpoint.name}: the download differs from the plan", "run the same command again")
+    return local

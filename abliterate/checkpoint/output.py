@@ -1,0 +1,166 @@
+"""The output folder: it exists under its final name only when it is complete.
+
+While work goes on it is called ``NAME.partial`` and holds a journal: the fingerprint of the plan, and the files that
+are complete and on disk (fsync) already.  The same command continues from there; another plan refuses to.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import NotEnoughDiskError, OutputError
+
+JOURNAL = ".abliterate-journal.json"
+PRIVATE_FOLDER = "abliterate"
+"""Subfolder of the output for what is ours: the direction, the report, the base's own README."""
+
+DISK_RESERVE_BYTES = 64 * 2**20
+
+
+@dataclass(slots=True, kw_only=True)
+class OutputFolder:
+    """A folder under construction.  ``path`` is where the files go until ``finish`` renames it to ``final``."""
+
+    final: Path
+    path: Path
+    fingerprint: str
+    done: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def private(self) -> Path:
+        """The subfolder for our own artefacts."""
+        return self.path / PRIVATE_FOLDER
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier run completed this file, and it still has its size."""
+        path = self.path / name
+        return name in self.done and path.is_file() and path.stat().st_size == self.done[name]
+
+    def mark_done(self, name: str) -> None:
+        """Record that a file is complete and on disk."""
+        self.done[name] = (self.path / name).stat().st_size
+        write_atomically(
+            self.path / JOURNAL, json.dumps({"fingerprint": self.fingerprint, "done": self.done}).encode()
+        )
+
+    def finish(self) -> Path:
+        """Drop the journal, flush the folder and give it its final name.
+
+        Raises:
+            OutputError: something appeared under the final name meanwhile.
+        """
+        if self.final.exists():
+            raise OutputError(f"{self.final}: appeared while the run was going on", "move it away and run again")
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file():
+                flush(path)
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        self.path.rename(self.final)
+        flush(self.final.parent)
+        return self.final
+
+
+def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -> OutputFolder:
+    """Create ``final.partial``, or continue one that belongs to the same plan.
+
+    Raises:
+        OutputError: ``final`` exists, lies inside the source or the Hub cache (or the other way round), or a partial
+            folder of another plan is in the way.
+        NotEnoughDiskError: ``needed_bytes`` do not fit on the disk.
+    """
+    final = Path(os.path.abspath(final.expanduser()))  # noqa: PTH100 - symlinks stay as the user typed them
+    _check_place(final, source)
+    partial = final.with_name(final.name + ".partial")
+    folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint)
+    if partial.exists():
+        folder.done = _journal(partial, fingerprint)
+    done = sum((partial / name).stat().st_size for name in folder.done if folder.is_done(name))
+    check_space(final, needed_bytes - done)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_atomically(partial / JOURNAL, json.dumps({"fingerprint": fingerprint, "done": folder.done}).encode())
+    return folder
+
+
+def check_space(final: Path, needed_bytes: int) -> None:
+    """Check that ``needed_bytes`` and a small reserve fit on the disk that will hold ``final``.
+
+    Raises:
+        NotEnoughDiskError: they do not.
+    """
+    parent = final.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes + DISK_RESERVE_BYTES:
+        raise NotEnoughDiskError(
+            f"{final}: needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free",
+            "free some space or choose an output folder on another disk",
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document atomically, indented and with a final newline."""
+    write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of ``source`` (through symlinks) to ``target`` and flush them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    flush(target)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or, where the platform can, a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_place(final: Path, source: Path) -> None:
+    if final.exists():
+        raise OutputError(f"{final}: exists already", "choose another --out, or move it away")
+    real, real_source = final.resolve(), source.resolve()
+    if real_source in (real, *real.parents) or real in real_source.parents:
+        raise OutputError(
+            f"{final}: lies inside the source {source}, or around it", "choose an --out outside the source folder"
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if Path(HF_HUB_CACHE).resolve() in real.parents:
+        raise OutputError(f"{final}: lies inside the Hub cache", "choose an --out outside the cache")
+
+
+def _journal(partial: Path, fingerprint: str) -> dict[str, int]:
+    try:
+        document = json.loads((partial / JOURNAL).read_bytes())
+        known, done = document["fingerprint"], dict(document["done"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{partial}: is in the way and has no readable journal", "move it away or delete it"
+        ) from error
+    if known != fingerprint:
+        raise OutputError(
+            f"{partial}: is the unfinished output of another run (model, direction or options differ)",
+            "finish it with the command that began it, delete it, or choose another --out",
+        )
+    return done

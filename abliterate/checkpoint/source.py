@@ -1,0 +1,223 @@
+"""Where a checkpoint comes from: a local folder, or a repository on the Hub.
+
+``open_checkpoint`` reads headers and ``config.json`` only.  For a Hub repository these come by range requests, so a
+plan of a 140 GB model fetches a few megabytes; ``fetch`` then downloads what the other stages need.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from abliterate.checkpoint.header import Shard, TensorInfo, read_shard
+from abliterate.errors import CheckpointError, UnsupportedFormatError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+"""Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
+
+IGNORED_PARTS = (".git", ".cache", "__pycache__")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint seen from outside: headers, configuration and file names, no tensor bytes.
+
+    ``root`` is the folder the files lie in, or None while only the headers of a Hub repository are here.
+    ``name`` is what the user typed.  ``index`` is the parsed index file, or None for a single-file checkpoint.
+    """
+
+    name: str
+    root: Path | None
+    revision: str | None
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    index: Mapping[str, Any] | None
+    other_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the configuration."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def folder(self) -> Path:
+        """``root``, for stages that need the bytes.
+
+        Raises:
+            CheckpointError: only headers were fetched.
+        """
+        if self.root is None:
+            raise CheckpointError(f"{self.name}: only its headers are here", "fetch it with `abliterate.fetch` first")
+        return self.root
+
+
+def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a local folder or, when no such folder exists, a Hub repository (headers only).
+
+    Raises:
+        CheckpointError: unreadable, inconsistent or hostile files.
+        UnsupportedFormatError: the weights are not stored as safetensors.
+        HubError: the repository cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return open_folder(folder, name=str(name), revision=revision)
+    if looks_like_path(str(name)):
+        raise CheckpointError(f"{name}: no such folder", "give a checkpoint folder, or a Hub name such as owner/model")
+    from abliterate.checkpoint.hub import open_remote
+
+    return open_remote(str(name), revision=revision)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` can only be meant as a local path (a Hub name is ``model`` or ``owner/model``)."""
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name or (name[1:2] == ":")
+
+
+def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint folder: its configuration, its index and the header of every shard.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or names something outside the folder.
+        UnsupportedFormatError: there are weights, but not as safetensors.
+    """
+    config = read_json(folder / "config.json")
+    index, shard_names = _shard_names(folder)
+    shards = tuple(read_shard(folder, shard) for shard in shard_names)
+    check_index(index, shards, where=folder / INDEX_NAME)
+    others, left_out = _other_files(folder, set(shard_names))
+    return Checkpoint(
+        name=name,
+        root=folder,
+        revision=revision or revision_of_cache(folder),
+        config=config,
+        shards=shards,
+        index=index,
+        other_files=others,
+        left_out=left_out,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not an object.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror})", "the folder must hold a complete checkpoint"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})", "fetch this file again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object", "fetch this file again")
+    return document
+
+
+def safe_shard_names(index: Mapping[str, Any], where: Path) -> list[str]:
+    """The shard file names of an index, in order of first use.
+
+    Raises:
+        CheckpointError: no weight map, or a name that would leave the folder.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: has no weight_map", "fetch this file again")
+    names = list(dict.fromkeys(weight_map.values()))
+    for shard in names:
+        path = PurePosixPath(str(shard))
+        if not isinstance(shard, str) or len(path.parts) != 1 or shard in (".", "..") or "\\" in shard or ":" in shard:
+            raise CheckpointError(
+                f"{where}: shard name {shard!r} is not a plain file name",
+                "do not use this checkpoint: its index points outside its own folder",
+            )
+    return names
+
+
+def check_index(index: Mapping[str, Any] | None, shards: tuple[Shard, ...], *, where: Path) -> None:
+    """Check that the index and the headers agree on where every tensor lies.
+
+    Raises:
+        CheckpointError: a tensor is missing, misplaced, or stored twice.
+    """
+    placed: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in placed:
+                raise CheckpointError(
+                    f"{where}: tensor '{tensor.name}' is stored in {placed[tensor.name]} and in {shard.name}",
+                    "fetch the checkpoint again",
+                )
+            placed[tensor.name] = shard.name
+    if index is None:
+        return
+    for name, shard in index["weight_map"].items():
+        if placed.get(name) != shard:
+            raise CheckpointError(
+                f"{where}: says tensor '{name}' is in {shard}, but it is {_where(placed.get(name))}",
+                "the index and the shards do not belong together: fetch the checkpoint again",
+            )
+    for name, shard in placed.items():
+        if name not in index["weight_map"]:
+            raise CheckpointError(
+                f"{where}: does not name tensor '{name}' of {shard}",
+                "the index and the shards do not belong together: fetch the checkpoint again",
+            )
+
+
+def revision_of_cache(folder: Path) -> str | None:
+    """The commit of a Hub-cache snapshot folder (``.../snapshots/<commit>``), else None."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _where(shard: str | None) -> str:
+    return "in no shard" if shard is None else f"in {shard}"
+
+
+def _shard_names(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    if (folder / INDEX_NAME).exists():
+        index = read_json(folder / INDEX_NAME)
+        return index, safe_shard_names(index, folder / INDEX_NAME)
+    if (folder / SINGLE_NAME).exists():
+        return None, [SINGLE_NAME]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise UnsupportedFormatError(
+            f"{folder}: the weights are pickled ({pickles[0]}), which can run code when opened",
+            "convert them first: https://huggingface.co/spaces/safetensors/convert, or save_pretrained of transformers",
+        )
+    raise CheckpointError(
+        f"{folder}: holds neither {SINGLE_NAME} nor {INDEX_NAME}", "give the folder of a safetensors checkpoint"
+    )
+
+
+def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    keep, left_out = [], []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part in IGNORED_PARTS for part in relative.parts):
+            continue
+        name = relative.as_posix()
+        if name in shards or name == INDEX_NAME:
+            continue
+        (left_out if name.endswith(OTHER_WEIGHTS) else keep).append(name)
+    return tuple(keep), tuple(left_out)

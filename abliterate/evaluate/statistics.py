@@ -1,0 +1,53 @@
+"""Rates with intervals, and distances between distributions."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Z95 = 1.959963984540054
+SMOOTHING = 1e-6
+"""Added inside the logarithms of the KL, as in the paper's code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """``hits`` of ``count``, with its 95 % Wilson interval."""
+
+    hits: int
+    count: int
+
+    @property
+    def value(self) -> float:
+        """The rate; NaN of nothing."""
+        return self.hits / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson score interval (Wilson 1927): within [0, 1], sensible at 0 and 1 and for small counts."""
+        if not self.count:
+            return (math.nan, math.nan)
+        n, p, z = self.count, self.value, Z95
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
+    """KL(base || other) in nats from log-probabilities, smoothed by ``SMOOTHING`` as in the paper's code."""
+    p, q = base.exp(), other.exp()
+    return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)
+
+
+def exact_kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
+    """KL(base || other) in nats from log-probabilities, unsmoothed."""
+    return torch.nn.functional.kl_div(other, base, reduction="none", log_target=True).sum(-1)
+
+
+def refusal_metric(log_probs: Float[Tensor, "*n vocab"], refusal_tokens: list[int]) -> Float[Tensor, "*n"]:
+    """Log-odds of refusing at the first token: ``log(p + 1e-8) - log(1 - p + 1e-8)`` with ``p`` the summed probability
+    of the refusal tokens (Arditi et al. 2024, appendix B; clipped to about +-18.4 by the smoothing)."""
+    p = log_probs[..., refusal_tokens].to(torch.float64).exp().sum(-1)
+    return (p + 1e-8).log() - (1 - p + 1e-8).clamp_min(1e-8).log()

@@ -1,0 +1,1 @@
+"""Running a model: the only package that imports transformers and accelerate."""

@@ -1,0 +1,149 @@
+"""From prompts to token ids: through the tokenizer's own chat template, padded on the left, with one BOS.
+
+Three traps are closed here by assertion, not by hope: right padding (``logits[:, -1]`` would read padding), a second
+BOS (template and tokenizer each add one), and positions taken from a per-family table (they are derived from the
+template: the tokens that every prompt ends with).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from abliterate.errors import PromptError
+
+PROBES = ("What is a lake?", "Count to 7", "tell me about Zürich!", "a b c 9", "(why)")
+"""User texts that end in different characters; what their renderings share at the end is the template's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Left-padded token ids and their mask, with the place of each row in the original list."""
+
+    rows: tuple[int, ...]
+    input_ids: Int[Tensor, "batch tokens"]
+    attention_mask: Int[Tensor, "batch tokens"]
+
+    @property
+    def position_ids(self) -> Int[Tensor, "batch tokens"]:
+        """Positions counted from the first real token of each row."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+class ChatFormat:
+    """A tokenizer's chat template, checked once.
+
+    Raises:
+        PromptError: the tokenizer has no chat template, or rendering it fails.
+    """
+
+    def __init__(self, tokenizer: Any, *, system: str | None = None, name: str = "the model") -> None:  # noqa: ANN401
+        if not getattr(tokenizer, "chat_template", None):
+            raise PromptError(
+                f"{name}: its tokenizer has no chat template",
+                "use the chat (instruct) version of this model, or put a chat_template.jinja into its folder",
+            )
+        self.tokenizer = tokenizer
+        self.system = system
+        self.name = name
+        self.suffix = self._common_suffix()
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The post-instruction positions, as negative offsets: every template token after the user's text."""
+        return tuple(range(-len(self.suffix), 0))
+
+    @property
+    def position_tokens(self) -> tuple[str, ...]:
+        """The token at each position, readable."""
+        return tuple(self.tokenizer.convert_ids_to_tokens(list(self.suffix)))
+
+    @property
+    def template_sha256(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, or the end-of-text token where there is none."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one user turn, up to where the assistant begins.
+
+        Raises:
+            PromptError: the template fails, the BOS is not single, or the template's ending is not where it must be.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return self.encode_messages(messages)
+
+    def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
+            )
+        except (TemplateError, ValueError, KeyError, TypeError) as error:
+            raise PromptError(
+                f"{self.name}: its chat template fails ({error})", "some templates refuse a system prompt: drop --system"
+            ) from error
+        ids = [int(token) for token in rendered["input_ids"]]
+        self._check_bos(ids)
+        return ids
+
+    def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[Batch]:
+        """Encode ``prompts`` and pad them on the left, in batches of similar length."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        yield from left_padded(encoded, batch_size, self.pad_id)
+
+    def _check_bos(self, ids: list[int]) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return
+        leading = 0
+        while leading < len(ids) and ids[leading] == bos:
+            leading += 1
+        if leading > 1:
+            raise PromptError(
+                f"{self.name}: its chat template gives {leading} BOS tokens",
+                "a model must see exactly one: mend the template in tokenizer_config.json",
+            )
+
+    def _common_suffix(self) -> tuple[int, ...]:
+        encoded = [self.encode(probe) for probe in PROBES]
+        shared = 0
+        while all(len(ids) > shared for ids in encoded) and len({ids[-1 - shared] for ids in encoded}) == 1:
+            shared += 1
+        if shared == 0:
+            raise PromptError(
+                f"{self.name}: its chat template adds nothing after the user's text",
+                "such a template has no post-instruction position: use the chat version of this model",
+            )
+        return tuple(encoded[0][-shared:])
+
+
+def left_padded(encoded: Sequence[list[int]], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Batches of token ids, sorted by length so that little is padding, padded on the left."""
+    order = sorted(range(len(encoded)), key=lambda row: (len(encoded[row]), row))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        width = max(len(encoded[row]) for row in rows)
+        ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids[place, width - len(encoded[row]) :] = torch.tensor(encoded[row])
+            mask[place, width - len(encoded[row]) :] = 1
+        if not bool(mask[:, -1].all()):
+            raise AssertionError("a row ends in padding: positions counted from the end would be wrong")
+        yield Batch(rows=tuple(rows), input_ids=ids, attention_mask=mask)

@@ -1,0 +1,132 @@
+"""Forward passes over lists of prompts: last-position log-probabilities, activations, replies."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from abliterate.errors import NonFiniteError
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.model.chat import Batch, ChatFormat
+from abliterate.model.interventions import observed
+from abliterate.model.load import LoadedModel
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def run_batch(loaded: LoadedModel, batch: Batch, *, last_only: bool = True) -> Float[Tensor, "batch tokens vocab"]:
+    """Logits of a batch, of the last position only where the model can be asked for that."""
+    accepted = inspect.signature(loaded.model.forward).parameters
+    options = {}
+    if "position_ids" in accepted:
+        options["position_ids"] = batch.position_ids.to(loaded.device)
+    if last_only and "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+    with torch.inference_mode():
+        return loaded.model(
+            input_ids=batch.input_ids.to(loaded.device),
+            attention_mask=batch.attention_mask.to(loaded.device),
+            use_cache=False,
+            **options,
+        ).logits
+
+
+def last_log_probs(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Float[Tensor, "prompts vocab"]:
+    """Log-probabilities of the next token after each prompt, in float64, in the order of ``prompts``.
+
+    Raises:
+        NonFiniteError: a prompt's logits are NaN or infinite.
+    """
+    rows: list[Tensor | None] = [None] * len(prompts)
+    for batch in chat.batches(prompts, batch_size):
+        logits = run_batch(loaded, batch)[:, -1].to(device="cpu", dtype=torch.float64)
+        for row, values in zip(batch.rows, logits.log_softmax(-1), strict=True):
+            rows[row] = values
+        advance(len(batch.rows))
+    return torch.stack([row for row in rows if row is not None])
+
+
+def check_finite(values: Float[Tensor, "prompts *rest"], prompts: Sequence[str], what: str) -> None:
+    """Check that no prompt gave NaN or infinity.
+
+    Raises:
+        NonFiniteError: names the first prompt that did.
+    """
+    bad = (~torch.isfinite(values)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"{what} are NaN or infinite for prompt {bad[0]} ({prompts[bad[0]][:40]!r}) and {len(bad) - 1} more",
+            "try --dtype float32 (float16 overflows on some models), or check the weights",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residuals:
+    """The residual entering every block at the last ``n`` positions, for the prompts of one batch."""
+
+    rows: tuple[int, ...]
+    values: Float[Tensor, "batch positions layers d"]
+
+
+def residuals(
+    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], n_positions: int, *, batch_size: int
+) -> Iterator[Residuals]:
+    """Activations at the last ``n_positions`` tokens of each prompt, batch by batch."""
+    for batch in chat.batches(prompts, batch_size):
+        seen: list[Tensor] = [torch.empty(0)] * loaded.n_layers
+
+        def see(layer: int, x: Tensor, seen: list[Tensor] = seen) -> None:
+            seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32)
+
+        with observed(loaded, see):
+            run_batch(loaded, batch)
+        yield Residuals(rows=batch.rows, values=torch.stack(seen, dim=2))
+
+
+def generate(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    task: str = "generate",
+    on_event: OnEvent = ignore,
+) -> list[str]:
+    """Greedy replies, special tokens removed, in the order of ``prompts``."""
+    on_event(Started(task=task, total=len(prompts), unit="prompts"))
+    replies: list[str] = [""] * len(prompts)
+    for batch in chat.batches(prompts, batch_size):
+        for row, tokens in zip(batch.rows, generate_ids(loaded, chat, batch, max_new_tokens), strict=True):
+            replies[row] = str(chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        on_event(Advanced(task=task, amount=len(batch.rows)))
+    on_event(Finished(task=task))
+    return replies
+
+
+def generate_ids(
+    loaded: LoadedModel, chat: ChatFormat, batch: Batch, max_new_tokens: int
+) -> Int[Tensor, "batch new_tokens"]:
+    """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended."""
+    with torch.inference_mode():
+        out = loaded.model.generate(
+            input_ids=batch.input_ids.to(loaded.device),
+            attention_mask=batch.attention_mask.to(loaded.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=chat.pad_id,
+        )
+    return out[:, batch.input_ids.shape[1] :].cpu()

@@ -1,0 +1,105 @@
+"""Inference-time interventions by forward hooks: directional ablation and activation addition.
+
+Ablation (Arditi et al. 2024, eq. 4) removes the directions wherever something enters the residual stream: at the
+embedding's output, at the input of every block, and at every site where an attention or MLP output is added (behind
+its norm, where there is one).  Addition (eq. 3) adds one vector to the input of one block, at all positions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from abliterate.linalg import orthonormal_basis
+from abliterate.model.load import LoadedModel
+
+Change = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def ablated(loaded: LoadedModel, directions: Float[Tensor, "d k"]) -> Iterator[None]:
+    """Run with ``directions`` (any lengths, any angles) projected out of the residual stream everywhere."""
+    basis = orthonormal_basis(directions)
+    prepared: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def change(x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.device, dtype)
+        if key not in prepared:
+            prepared[key] = basis.to(device=x.device, dtype=dtype)
+        q = prepared[key]
+        wide = x.to(dtype)
+        return (wide - (wide @ q) @ q.T).to(x.dtype)
+
+    handles = [_on_output(loaded.embedding, change)]
+    handles += [_on_input(block, change) for block in loaded.blocks]
+    handles += [_on_output(site, change) for sites in loaded.sites for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def added(loaded: LoadedModel, vector: Float[Tensor, " d"], layer: int, *, scale: float = 1.0) -> Iterator[None]:
+    """Run with ``scale * vector`` added to the residual entering block ``layer``, at every position."""
+
+    def change(x: Tensor) -> Tensor:
+        return x + (scale * vector).to(device=x.device, dtype=x.dtype)
+
+    handle = _on_input(loaded.blocks[layer], change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def observed(
+    loaded: LoadedModel, see: Callable[[int, Tensor], None], *, leaving_last: bool = False
+) -> Iterator[None]:
+    """Run while ``see(l, x)`` is shown the residual entering each block ``l``.
+
+    With ``leaving_last``, ``see(n_layers, x)`` is shown the residual leaving the last block as well.
+    """
+
+    def watcher(layer: int) -> Change:
+        def change(x: Tensor) -> Tensor:
+            see(layer, x)
+            return x
+
+        return change
+
+    handles = [_on_input(block, watcher(layer)) for layer, block in enumerate(loaded.blocks)]
+    if leaving_last:
+        handles.append(_on_output(loaded.blocks[-1], watcher(loaded.n_layers)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_output(module: nn.Module, change: Change) -> RemovableHandle:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:  # noqa: ANN401 - whatever the module returns
+        if isinstance(output, Tensor):
+            return change(output)
+        return (change(output[0]), *output[1:])
+
+    return module.register_forward_hook(hook)
+
+
+def _on_input(module: nn.Module, change: Change) -> RemovableHandle:
+    """The residual is the first positional argument, or the keyword ``hidden_states``."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)

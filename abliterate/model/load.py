@@ -1,0 +1,183 @@
+"""Loading a checkpoint to run it, and finding the places where writers meet the residual stream."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from abliterate.arch.registry import family_of
+from abliterate.arch.spec import Family, WriterSpec
+from abliterate.checkpoint.source import Checkpoint
+from abliterate.errors import CheckpointError, UsageError
+
+Device = Literal["auto", "cpu", "cuda", "mps"] | str
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A model ready to run.
+
+    ``blocks`` are the decoder layers in order.  ``embedding`` and ``sites[l]`` are the modules whose outputs are added
+    to the residual stream, before and in block ``l``: the writers, or the norms behind them.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    blocks: tuple[nn.Module, ...]
+    embedding: nn.Module
+    sites: tuple[tuple[nn.Module, ...], ...]
+    d_model: int
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        return self.embedding.weight.device  # type: ignore[return-value]
+
+
+def load_model(
+    checkpoint: Checkpoint, *, device: Device = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load ``checkpoint`` (whose files must be local) with its tokenizer.
+
+    ``device`` "auto" takes CUDA, then MPS, then the CPU; on several GPUs, or when the model exceeds one, accelerate
+    spreads it.  ``dtype`` "auto" is the stored dtype on an accelerator and float32 on the CPU, where it is both
+    faster and closer to the maths.
+
+    Raises:
+        CheckpointError: transformers cannot load the checkpoint.
+        UsageError: the device does not exist, or the model needs remote code and that is not allowed.
+    """
+    from transformers import AutoTokenizer
+
+    folder = checkpoint.folder
+    family = family_of(checkpoint.config, where=checkpoint.name)
+    place = resolve_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = _auto_class(checkpoint).from_pretrained(
+            folder,
+            dtype=_dtype(dtype, place),
+            device_map=_device_map(device, place),
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{checkpoint.name}: needs code from its own repository",
+                "read that code, then allow it with --trust-remote-code",
+            ) from error
+        raise CheckpointError(
+            f"{checkpoint.name}: transformers cannot load it ({first_line(error)})",
+            "check the folder, and that the installed transformers knows this model",
+        ) from error
+    model.eval()
+    return attach(model, tokenizer, family, name=checkpoint.name)
+
+
+def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedModel:  # noqa: ANN401 - transformers types
+    """Find the blocks and the sites of ``model`` by the names of its registry entry.
+
+    Raises:
+        CheckpointError: the modules do not have the names of the registry entry.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    per_layer = [spec for spec in family.writer if spec.per_layer and spec.name.endswith(".weight")]
+    stem = per_layer[0].name.split(".{layer}.")[0]
+    embedding_spec = next(spec for spec in family.writer if spec.role == "embedding")
+    try:
+        blocks = tuple(decoder.get_submodule(stem))
+        sites = tuple(
+            tuple(decoder.get_submodule(site_name(spec).replace("{layer}", str(layer))) for spec in per_layer)
+            for layer in range(len(blocks))
+        )
+        embedding = decoder.get_submodule(embedding_spec.name.removesuffix(".weight"))
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{name}: {error}", "the installed transformers names this model's modules differently"
+        ) from error
+    d_model = int(embedding.weight.shape[1])  # type: ignore[union-attr]
+    return LoadedModel(
+        name=name, model=model, tokenizer=tokenizer, blocks=blocks, embedding=embedding, sites=sites, d_model=d_model
+    )
+
+
+def site_name(spec: WriterSpec) -> str:
+    """The module whose output is added to the stream: the norm behind the writer, or the writer itself."""
+    return (spec.norm or spec.name).removesuffix(".weight")
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device meant by ``device``.
+
+    Raises:
+        UsageError: unknown or not available here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is unknown", "use auto, cpu, cuda, cuda:N or mps") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(place.type, False):
+        raise UsageError(f"device {device!r} is not available on this machine", "use --device auto or cpu")
+    return place
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type when it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _dtype(dtype: str, place: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if place.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown", f"use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _device_map(device: Device, place: torch.device) -> str | dict[str, Any] | None:
+    if place.type == "cpu":
+        return None
+    return "auto" if device == "auto" and place.type == "cuda" else {"": place}
+
+
+def _auto_class(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 - an auto class of transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = "vision_config" in checkpoint.config
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
+
+
+def quiet_transformers() -> Callable[[], None]:
+    """Silence the bars and advice of transformers, whose places our own progress takes; returns the undo."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def undo() -> None:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+    return undo
+
+

@@ -1,0 +1,91 @@
+"""Recipes: every option of ``run`` in a TOML file.  Flags of the command line win over it."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from abliterate.errors import RecipeError
+
+
+class Recipe(BaseModel):
+    """One reproducible run.  ``recipes/arditi-2024.toml`` says why each default is what it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = ""
+    # prompts
+    harmful: str = ""
+    harmless: str = ""
+    n_train: int = Field(default=128, ge=1)
+    n_val: int = Field(default=32, ge=1)
+    n_test: int = Field(default=100, ge=1)
+    seed: int = 42
+    system: str | None = None
+    filter_prompts: bool = True
+    refusal_tokens: tuple[str, ...] = ()
+    # selection
+    max_kl_nats: float = Field(default=0.1, gt=0)
+    min_induce: float = 0.0
+    prune_layers: float = Field(default=0.2, ge=0, lt=1)
+    # edit
+    tied: Literal["untie", "shared", "keep"] = "untie"
+    allow_partial: bool = False
+    memory_bytes: int = Field(default=512 * 2**20, ge=2**20)
+    # running the model
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    batch_size: int = Field(default=32, ge=1)
+    trust_remote_code: bool = False
+    # evaluation
+    max_new_tokens: int = Field(default=128, ge=1)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
+        """A copy with the values of ``changes`` that are not None.
+
+        Raises:
+            RecipeError: a value is not allowed.
+        """
+        given = {key: value for key, value in changes.items() if value is not None}
+        return _validate({**self.model_dump(), **given}, "command line")
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of a bundled name (``arditi-2024``) or a TOML file.
+
+    Raises:
+        RecipeError: missing, malformed, or a value is not allowed; names file, key and what is allowed.
+    """
+    path = Path(name)
+    if not name.endswith(".toml"):
+        path = bundled_recipes().get(name, path)
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{name}: no such recipe", f"give a .toml file, or one of: {', '.join(sorted(bundled_recipes()))}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML ({error})", "mend that line") from error
+    return _validate(document, str(path))
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {}
+
+
+def _validate(document: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        allowed = f"options are: {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise RecipeError(f"{where}: {key}: {first['msg']}", allowed or f"change {key}") from error
