@@ -1,3 +1,75 @@
-"""Remove, add or measure a linear direction in an open-weight model, and prove what was written."""
+"""Remove, add or measure a linear direction in an open-weight model, and prove what was written.
+
+Every command of the ``abliterate`` command line is a function of the same name here: ``abliterate.plan(...)``,
+``abliterate.run(...)`` and so on, returning values and printing nothing.  They are loaded when first used, so that
+importing the package costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abliterate.api import (
+        Recipe as Recipe,
+    )
+    from abliterate.api import (
+        chat as chat,
+    )
+    from abliterate.api import (
+        diff as diff,
+    )
+    from abliterate.api import (
+        edit as edit,
+    )
+    from abliterate.api import (
+        eval as eval,
+    )
+    from abliterate.api import (
+        load_recipe as load_recipe,
+    )
+    from abliterate.api import (
+        measure as measure,
+    )
+    from abliterate.api import (
+        open_session as open_session,
+    )
+    from abliterate.api import (
+        plan as plan,
+    )
+    from abliterate.api import (
+        reply as reply,
+    )
+    from abliterate.api import (
+        run as run,
+    )
+    from abliterate.api import (
+        select as select,
+    )
+    from abliterate.api import (
+        verify as verify,
+    )
 
 __version__ = "0.1.0"
+
+_API = (
+    "Recipe",
+    "chat",
+    "diff",
+    "edit",
+    "eval",
+    "load_recipe",
+    "measure",
+    "open_session",
+    "plan",
+    "reply",
+    "run",
+    "select",
+    "verify",
+)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the interface offers
+    if name not in _API:
+        raise AttributeError(f"module 'abliterate' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("abliterate.api"), name)

@@ -47,9 +47,9 @@ def orthogonal(basis: Float[Tensor, "d k"]) -> Projector:
 def oblique(basis: Float[Tensor, "d k"], gain: Float[Tensor, " d"]) -> Projector:
     """Projector for a writer followed by a norm with per-channel ``gain``.
 
-    ``read = D Q`` with ``D = diag(gain)``; ``write = (D^2 + t m)^-1 D Q`` scaled to ``read^T write = I``, with ``m`` the
-    median squared gain.  ``t = 0`` is ``D^-1 P D``, which keeps the written direction exactly but blows up where a gain
-    is near zero; the ``t`` of ``RIDGE_GRID`` with the least predicted error is taken:
+    ``read = D Q`` with ``D = diag(gain)``; ``write = (D^2 + t m)^-1 D Q`` scaled to ``read^T write = I``, with ``m``
+    the median squared gain.  ``t = 0`` is ``D^-1 P D``, which keeps the written direction exactly but blows up where a
+    gain is near zero; the ``t`` of ``RIDGE_GRID`` with the least predicted error is taken:
 
         J^2 = |D (a_t - a_0)|^2 / |g|^2 + ((A - 2) / 2d)^2 + 2 (A / 2d)^2,      A = |a_t|^2 |read|^2
 
@@ -121,9 +121,7 @@ def feedback_rows(read: Float[Tensor, "d k"]) -> list[int]:
     return [int(order[position]) for position in picked]
 
 
-def round_keeping_zero(
-    w: Float[Tensor, "d n"], dtype: torch.dtype, projector: Projector
-) -> Float[Tensor, "d n"]:
+def round_keeping_zero(w: Float[Tensor, "d n"], dtype: torch.dtype, projector: Projector) -> Float[Tensor, "d n"]:
     """Round ``w`` to ``dtype`` so that the rounded columns, too, hold nothing along ``read``.
 
     Rounding each element to nearest leaves about 1.7e-3 (bfloat16) of what the edit removed.  Here all rows but

@@ -3,6 +3,8 @@
 Shapes: ``d`` width of the residual stream, ``k`` number of directions, ``n`` vectors.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +20,9 @@ def unit(v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         ValueError: ``v`` is zero or not finite, so it has no direction.
     """
     v = v.to(torch.float64)
-    length = torch.linalg.vector_norm(v)
-    if not torch.isfinite(length) or length == 0:
-        raise ValueError(f"a vector of length {length.item()} has no direction")
+    length = float(torch.linalg.vector_norm(v))
+    if not math.isfinite(length) or length == 0:
+        raise ValueError(f"a vector of length {length} has no direction")
     return v / length
 
 

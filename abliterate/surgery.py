@@ -10,7 +10,7 @@ rows gathers ``c = read^T W`` and a second one writes ``W - write c``; the few r
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +28,7 @@ from abliterate.edits import Projector
 from abliterate.errors import CheckpointError, NonFiniteError, NotEnoughDiskError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.linalg import orthonormal_basis
-from abliterate.plan import EditPlan
+from abliterate.planning import EditPlan
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 TASK = "edit"
@@ -167,19 +167,19 @@ class ShardJob:
         writers = {writer.tensor.name: writer for writer in self.plan.writers}
         edited = []
         added = self._added_head()
-        with (self.plan.checkpoint.folder / self.shard.name).open("rb", buffering=0) as source:
-            with target.open("wb", buffering=0) as out:
-                position = self._write_header(source, out, added)
-                for tensor in self.shard.tensors:
-                    if tensor.name not in writers:
-                        continue
-                    self._copy(source, out, position, tensor.start)
-                    edited.append(self._edit(source, out, tensor, writers[tensor.name]))
-                    position = tensor.end
-                self._copy(source, out, position, self.shard.size_bytes)
-                if added is not None:
-                    self._copy(source, out, added.start, added.end)
-                os.fsync(out.fileno())
+        path = self.plan.checkpoint.folder / self.shard.name
+        with path.open("rb", buffering=0) as source, target.open("wb", buffering=0) as out:
+            position = self._write_header(source, out, added)
+            for tensor in self.shard.tensors:
+                if tensor.name not in writers:
+                    continue
+                self._copy(source, out, position, tensor.start)
+                edited.append(self._edit(source, out, tensor, writers[tensor.name]))
+                position = tensor.end
+            self._copy(source, out, position, self.shard.size_bytes)
+            if added is not None:
+                self._copy(source, out, added.start, added.end)
+            os.fsync(out.fileno())
         return edited
 
     def _added_head(self) -> TensorInfo | None:
@@ -190,7 +190,7 @@ class ShardJob:
         """Write the header, with the added head as its last entry, and return where the data starts in the source."""
         raw = torch.empty(self.shard.data_start, dtype=torch.uint8)
         read_exactly(source, 0, raw, where=self.shard.name)
-        header = bytes(raw.numpy())
+        header = bytes(view_of(raw))
         if added is not None:
             data_bytes = self.shard.size_bytes - self.shard.data_start
             header = header_with(header, self.plan.added_head or "", added, data_bytes)
@@ -201,7 +201,7 @@ class ShardJob:
         while start < end:
             chunk = self.buffers.raw(min(end - start, self.buffers.block_bytes))
             read_exactly(source, start, chunk, where=self.shard.name)
-            write_all(out, chunk.numpy())
+            write_all(out, view_of(chunk))
             start += chunk.numel()
             self.on_event(Advanced(task=TASK, amount=chunk.numel()))
 
@@ -238,14 +238,16 @@ class _TensorIO:
         """Rows ``first`` to ``first + count`` (all axes but the last flattened), in the dtype of the arithmetic."""
         raw = self.buffers.raw(count * self.row_bytes)
         read_exactly(
-            self.source, self.tensor.start + first * self.row_bytes, raw, where=f"{self.tensor.shard}: "
-            f"'{self.tensor.name}'",
+            self.source,
+            self.tensor.start + first * self.row_bytes,
+            raw,
+            where=f"{self.tensor.shard}: '{self.tensor.name}'",
         )
         return raw.view(self.dtype).reshape(count, self.tensor.shape[-1]).to(compute_dtype(self.dtype))
 
     def write(self, rows: Tensor) -> None:
         """Append rows, already rounded to the stored dtype."""
-        write_all(self.out, rows.contiguous().view(torch.uint8).reshape(-1).numpy())
+        write_all(self.out, view_of(rows.contiguous()))
 
     def check(self, coefficients: Tensor, what: str) -> None:
         """``c = read^T W`` is finite exactly when every element of ``W`` is, so this checks the whole block."""
@@ -263,7 +265,7 @@ def _edit_rows(io: _TensorIO, projector: Projector) -> tuple[float, float]:
         coefficients = block @ projector.read.to(block.dtype)
         io.check(coefficients, "holds NaN or infinity")
         removed += float(coefficients.double().square().sum())
-        total += float(block.double().square().sum()) if block.numel() < 2**16 else _square_sum(block)
+        total += _square_sum(block)
         edited = edits.apply(block.T, projector)
         rounded = edits.round_keeping_zero(edited, io.dtype, projector).T
         io.check(rounded @ projector.read.to(rounded.dtype), "overflows its dtype when edited")
@@ -357,13 +359,18 @@ _NAN_HINT = "the checkpoint is damaged: fetch it again, or repair that tensor be
 # --- bytes --------------------------------------------------------------------------------------------------------
 
 
+def view_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type] - arrays are buffers
+
+
 def read_exactly(file: BinaryIO, start: int, target: Tensor, *, where: str) -> None:
     """Fill ``target`` (uint8) with the bytes of ``file`` from ``start`` on.
 
     Raises:
         CheckpointError: the file ends before that.
     """
-    view = memoryview(target.numpy())
+    view = view_of(target)
     file.seek(start)
     while len(view):
         count = file.readinto(view)  # type: ignore[attr-defined] - unbuffered files have it
@@ -372,9 +379,9 @@ def read_exactly(file: BinaryIO, start: int, target: Tensor, *, where: str) -> N
         view = view[count:]
 
 
-def write_all(file: BinaryIO, data: Callable | bytes | memoryview | object) -> None:
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write all of ``data``, however many calls it takes."""
-    view = memoryview(data).cast("B")  # type: ignore[arg-type]
+    view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]
 
@@ -385,7 +392,13 @@ def header_with(header: bytes, name: str, like: TensorInfo, data_bytes: int) -> 
     The text of all other entries stays as it is; the padding follows the format (8 bytes).
     """
     entry = json.dumps(
-        {name: {"dtype": like.dtype, "shape": list(like.shape), "data_offsets": [data_bytes, data_bytes + like.size_bytes]}},
+        {
+            name: {
+                "dtype": like.dtype,
+                "shape": list(like.shape),
+                "data_offsets": [data_bytes, data_bytes + like.size_bytes],
+            }
+        },
         separators=(",", ":"),
     )
     text = header[8:].decode("utf-8").rstrip()

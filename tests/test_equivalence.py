@@ -11,7 +11,7 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.linalg import orthonormal_basis
 from abliterate.model.interventions import ablated, observed
 from abliterate.model.load import attach
-from abliterate.plan import EditPlan, plan
+from abliterate.planning import EditPlan, plan
 from abliterate.surgery import edit_checkpoint
 from tests import factories
 
@@ -40,12 +40,11 @@ def logits_and_share(folder, model, directions, *, hooks):
     def see(_, x):
         shares.append(float(((x @ basis).norm(dim=-1) / x.norm(dim=-1)).max()))
 
-    with factories.really_float64(), torch.no_grad():
-        with observed(loaded, see, leaving_last=True):
-            if hooks:
-                with ablated(loaded, directions):
-                    return model(factories.token_ids()).logits, max(shares)
-            return model(factories.token_ids()).logits, max(shares)
+    with factories.really_float64(), torch.no_grad(), observed(loaded, see, leaving_last=True):
+        if hooks:
+            with ablated(loaded, directions):
+                return model(factories.token_ids()).logits, max(shares)
+        return model(factories.token_ids()).logits, max(shares)
 
 
 def run_case(name, tmp_path, directions, *, change_plan=lambda p: p, tied="untie"):
@@ -117,9 +116,7 @@ def test_a_dropped_writer_is_seen(name, role, tmp_path):
 
 @pytest.mark.parametrize("role", ["attention out bias", "MLP out bias"])
 def test_a_dropped_bias_is_seen(role, tmp_path):
-    ours, hooked, share = run_case(
-        "llama-biases", tmp_path, factories.random_directions(48), change_plan=drop(role)
-    )
+    ours, hooked, share = run_case("llama-biases", tmp_path, factories.random_directions(48), change_plan=drop(role))
     assert share > 1e-3
     assert (ours - hooked).abs().max() > 1e-6
 
@@ -134,9 +131,7 @@ def wrong_axis(edit_plan: EditPlan) -> EditPlan:
 
 def test_a_wrong_axis_is_seen(tmp_path):
     """Square matrices pass every shape check, so only the behaviour shows it."""
-    ours, hooked, share = run_case(
-        "llama-square", tmp_path, factories.random_directions(48), change_plan=wrong_axis
-    )
+    ours, hooked, share = run_case("llama-square", tmp_path, factories.random_directions(48), change_plan=wrong_axis)
     assert share > 1e-3
     assert (ours - hooked).abs().max() > 1e-6
 

@@ -63,7 +63,7 @@ class Family(BaseModel):
 
     ``exactness`` is "A" (the edited checkpoint equals inference-time ablation) or "B" (the stream holds no r, but a
     norm behind the writers keeps the logits from being equal).  ``tied_by_default`` lists the model types whose head is
-    tied when ``tie_word_embeddings`` is absent from the configuration.  ``sizes`` maps axis names to configuration keys.
+    tied when ``tie_word_embeddings`` is absent from the configuration.  ``sizes`` maps axis names to its keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

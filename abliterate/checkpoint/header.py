@@ -104,9 +104,7 @@ def parse_header(raw: bytes, *, shard: str, file_size: int, where: str) -> Shard
         raise CheckpointError(
             f"{where}: truncated: the header describes {end:,} bytes, the file has {file_size:,}", _FETCH_AGAIN
         )
-    return Shard(
-        name=shard, data_start=8 + len(raw), size_bytes=file_size, tensors=tuple(entries), metadata=metadata
-    )
+    return Shard(name=shard, data_start=8 + len(raw), size_bytes=file_size, tensors=tuple(entries), metadata=metadata)
 
 
 _FETCH_AGAIN = "fetch this file again; the download was probably cut short"

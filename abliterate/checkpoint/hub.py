@@ -14,7 +14,32 @@ from abliterate.checkpoint.source import (
     read_json,
     safe_shard_names,
 )
-from abliterate.errors import CheckpointError, HubError, UnsupportedFormatError
+from abliterate.errors import AbliterateError, CheckpointError, HubError, UnsupportedFormatError
+
+NO_NETWORK = "check the network and HF_ENDPOINT, or give the path of a local folder"
+
+FAILURES: tuple[tuple[str, type[AbliterateError], str, str], ...] = (
+    ("GatedRepoError", HubError, "access is gated", "accept its terms on its page, then `hf auth login`"),
+    (
+        "RepositoryNotFoundError",
+        HubError,
+        "no such repository, or it is private",
+        "check the spelling; for a private one, log in with `hf auth login`",
+    ),
+    ("RevisionNotFoundError", HubError, "no such revision", "check --revision"),
+    ("NotASafetensorsRepoError", UnsupportedFormatError, "has no safetensors weights", "choose one that has"),
+    ("SafetensorsParsingError", CheckpointError, "a safetensors header is malformed", "choose another repository"),
+    ("HFValidationError", HubError, "neither a folder nor a valid Hub name", "names look like owner/model"),
+    (
+        "OfflineModeIsEnabled",
+        HubError,
+        "not in the local cache, and offline mode is on",
+        "unset HF_HUB_OFFLINE, or give the path of a local folder",
+    ),
+    ("LocalEntryNotFoundError", HubError, "not in the local cache, and the Hub cannot be reached", NO_NETWORK),
+    ("EntryNotFoundError", CheckpointError, "a file of the checkpoint is missing", "choose another repository"),
+)
+"""What ``huggingface_hub`` raises (names of ``huggingface_hub.errors``, most special first), and what to say of it."""
 
 
 @contextmanager
@@ -24,40 +49,18 @@ def plain_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{name}: access is gated", f"accept its terms at https://huggingface.co/{name}, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{name}: no such repository, or it is private",
-            "check the spelling; for a private one, log in with `hf auth login`",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{name}: no such revision", "check --revision") from error
-    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
-        raise UnsupportedFormatError(
-            f"{name}: has no readable safetensors weights", "choose a repository with safetensors weights"
-        ) from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{name}: neither a folder nor a valid Hub name", "names look like owner/model") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise HubError(
-            f"{name}: not in the local cache, and the Hub cannot be reached",
-            "connect to the network (and unset HF_HUB_OFFLINE), or give the path of a local folder",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "an error")
-        raise HubError(f"{name}: the Hub answered {status}", "try again later, or check your access rights") from error
-    except OSError as error:
-        raise HubError(f"{name}: the Hub cannot be reached ({type(error).__name__})", _NO_NETWORK) from error
+    except AbliterateError:
+        raise
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "httpx2", "httpcore2"):
-            raise
-        raise HubError(f"{name}: the Hub cannot be reached ({type(error).__name__})", _NO_NETWORK) from error
-
-
-_NO_NETWORK = "check the network and HF_ENDPOINT, or give the path of a local folder"
+        for kind, ours, what, hint in FAILURES:
+            if isinstance(error, getattr(errors, kind)):
+                raise ours(f"{name}: {what}", hint) from error
+        if isinstance(error, errors.HfHubHTTPError):
+            status = getattr(getattr(error, "response", None), "status_code", "an error")
+            raise HubError(f"{name}: the Hub answered {status}", "try again later, or check your rights") from error
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith(("httpx", "httpcore")):
+            raise HubError(f"{name}: the Hub cannot be reached ({type(error).__name__})", NO_NETWORK) from error
+        raise
 
 
 def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:

@@ -43,9 +43,7 @@ class OutputFolder:
     def mark_done(self, name: str) -> None:
         """Record that a file is complete and on disk."""
         self.done[name] = (self.path / name).stat().st_size
-        write_atomically(
-            self.path / JOURNAL, json.dumps({"fingerprint": self.fingerprint, "done": self.done}).encode()
-        )
+        write_atomically(self.path / JOURNAL, json.dumps({"fingerprint": self.fingerprint, "done": self.done}).encode())
 
     def finish(self) -> Path:
         """Drop the journal, flush the folder and give it its final name.
@@ -73,7 +71,7 @@ def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -
         NotEnoughDiskError: ``needed_bytes`` do not fit on the disk.
     """
     final = Path(os.path.abspath(final.expanduser()))  # noqa: PTH100 - symlinks stay as the user typed them
-    _check_place(final, source)
+    check_place(final, source)
     partial = final.with_name(final.name + ".partial")
     folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint)
     if partial.exists():
@@ -136,7 +134,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_place(final: Path, source: Path) -> None:
+def check_place(final: Path, source: Path) -> None:
+    """Check that ``final`` is free, and apart from the source and the Hub cache.
+
+    Raises:
+        OutputError: it is not.
+    """
     if final.exists():
         raise OutputError(f"{final}: exists already", "choose another --out, or move it away")
     real, real_source = final.resolve(), source.resolve()

@@ -27,7 +27,7 @@ def is_refusal(reply: str) -> bool:
 
 
 def is_degenerate(reply: str) -> bool:
-    """Whether ``reply`` is empty, or one to four words four times in a row, or many words of which few are different."""
+    """Whether ``reply`` is empty, says one to four words four times in a row, or has many words but few different."""
     words = re.findall(r"\w+", reply.lower())
     if not words:
         return True

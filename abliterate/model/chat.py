@@ -96,7 +96,8 @@ class ChatFormat:
             )
         except (TemplateError, ValueError, KeyError, TypeError) as error:
             raise PromptError(
-                f"{self.name}: its chat template fails ({error})", "some templates refuse a system prompt: drop --system"
+                f"{self.name}: its chat template fails ({error})",
+                "some templates refuse a system prompt: drop --system",
             ) from error
         ids = [int(token) for token in rendered["input_ids"]]
         self._check_bos(ids)

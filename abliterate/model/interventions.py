@@ -60,9 +60,7 @@ def added(loaded: LoadedModel, vector: Float[Tensor, " d"], layer: int, *, scale
 
 
 @contextmanager
-def observed(
-    loaded: LoadedModel, see: Callable[[int, Tensor], None], *, leaving_last: bool = False
-) -> Iterator[None]:
+def observed(loaded: LoadedModel, see: Callable[[int, Tensor], None], *, leaving_last: bool = False) -> Iterator[None]:
     """Run while ``see(l, x)`` is shown the residual entering each block ``l``.
 
     With ``leaving_last``, ``see(n_layers, x)`` is shown the residual leaving the last block as well.

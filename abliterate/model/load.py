@@ -179,5 +179,3 @@ def quiet_transformers() -> Callable[[], None]:
         logging.enable_progress_bar()
 
     return undo
-
-

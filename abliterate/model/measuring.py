@@ -65,9 +65,7 @@ def keep_typical(
             f"{loaded.name} refuses all of the {len(harmless)} harmless prompts",
             "use prompts that this model answers, or check --refusal-token",
         )
-    return Filtered(
-        harmful=refused, harmless=answered, harmful_before=len(harmful), harmless_before=len(harmless)
-    )
+    return Filtered(harmful=refused, harmless=answered, harmful_before=len(harmful), harmless_before=len(harmless))
 
 
 def mean_residual(
@@ -139,7 +137,7 @@ def score_candidates(
     return scores
 
 
-def _score(  # noqa: PLR0913 - everything a score depends on
+def _score(
     loaded: LoadedModel,
     chat: ChatFormat,
     r: Float[Tensor, " d"],

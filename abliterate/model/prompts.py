@@ -114,10 +114,7 @@ def load_prompts(source: str) -> PromptSet:
     Raises:
         PromptError: the source cannot be read, or holds no prompt.
     """
-    if source.startswith("hf:"):
-        prompts = _from_hub(source)
-    else:
-        prompts = _from_file(Path(source).expanduser())
+    prompts = _from_hub(source) if source.startswith("hf:") else _from_file(Path(source).expanduser())
     unique = list({prompt.text: prompt for prompt in prompts if prompt.text.strip()}.values())
     if not unique:
         raise PromptError(f"{source}: holds no prompt", "give one prompt per line, or a table with a 'prompt' column")
@@ -158,7 +155,11 @@ def split_three_ways(prompts: PromptSet, sizes: SplitSizes, seed: int) -> dict[s
         raise PromptError(f"{prompts.source}: holds {len(order)} prompts", "give at least 6; 260 or more are good")
     n_val, n_test = max(1, int(sizes.val * scale)), max(1, int(sizes.test * scale))
     n_train = min(sizes.train, len(order) - n_val - n_test)
-    cuts = {"train": (0, n_train), "val": (n_train, n_train + n_val), "test": (n_train + n_val, n_train + n_val + n_test)}
+    cuts = {
+        "train": (0, n_train),
+        "val": (n_train, n_train + n_val),
+        "test": (n_train + n_val, n_train + n_val + n_test),
+    }
     return {
         split: PromptSet(source=f"{prompts.source}#{split}", prompts=tuple(order[first:last]))
         for split, (first, last) in cuts.items()

@@ -25,8 +25,8 @@ from abliterate.checkpoint.header import Shard, TensorInfo, read_shard
 from abliterate.checkpoint.source import INDEX_NAME, open_folder
 from abliterate.edits import oblique
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.plan import EditPlan
-from abliterate.surgery import DTYPES, read_exactly, read_gain, untied_config
+from abliterate.planning import EditPlan
+from abliterate.surgery import DTYPES, read_exactly, read_gain, untied_config, view_of
 
 UNIT_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 """Largest relative error of rounding to nearest."""
@@ -101,6 +101,7 @@ class BytesReport:
     identical_files: int
     failures: tuple[str, ...]
     sha256_files: Mapping[str, str]
+    sha256_source_files: Mapping[str, str]
 
     @property
     def ok(self) -> bool:
@@ -128,6 +129,7 @@ def verify_bytes(
     failures: list[str] = []
     proofs: list[TensorProof] = []
     hashes: dict[str, str] = {}
+    source_hashes: dict[str, str] = {}
     identical = 0
     on_event(Started(task=TASK, total=source.size_bytes, unit="bytes"))
     for shard in source.shards:
@@ -138,9 +140,10 @@ def verify_bytes(
             continue
         failures += _compare_headers(shard, new_shard, plan)
         ours = {tensor.name: tensor for tensor in new_shard.tensors}
-        with (source.folder / shard.name).open("rb", buffering=0) as old, (written / shard.name).open(
-            "rb", buffering=0
-        ) as new:
+        with (
+            (source.folder / shard.name).open("rb", buffering=0) as old,
+            (written / shard.name).open("rb", buffering=0) as new,
+        ):
             for tensor in shard.tensors:
                 if tensor.name not in ours:
                     failures.append(f"tensor '{tensor.name}' is missing")
@@ -155,6 +158,7 @@ def verify_bytes(
                     failures.append(f"tensor '{tensor.name}' changed, but is not in the plan")
                 on_event(Advanced(task=TASK, amount=tensor.size_bytes))
         hashes[shard.name] = sha256_file(written / shard.name)
+        source_hashes[shard.name] = sha256_file(source.folder / shard.name)
     failures += _compare_head(plan, written, result.tensors)
     same_files, other_failures = _compare_files(plan, written)
     missing = set(writers) - {proof.name for proof in proofs}
@@ -166,6 +170,7 @@ def verify_bytes(
         identical_files=same_files,
         failures=tuple(failures),
         sha256_files=hashes,
+        sha256_source_files=source_hashes,
     )
 
 
@@ -190,9 +195,7 @@ def _times(ratio: float) -> str:
 def _compare_headers(old: Shard, new: Shard, plan: EditPlan) -> list[str]:
     def layout(shard: Shard) -> list[tuple]:
         return [
-            (t.name, t.dtype, t.shape, t.start - shard.data_start)
-            for t in shard.tensors
-            if t.name != plan.added_head
+            (t.name, t.dtype, t.shape, t.start - shard.data_start) for t in shard.tensors if t.name != plan.added_head
         ]
 
     failures = []
@@ -210,9 +213,10 @@ def _compare_head(plan: EditPlan, written: Path, tensors: Mapping[str, TensorInf
     if plan.added_head not in tensors:
         return [f"the untied head '{plan.added_head}' is missing"]
     embedding, head = plan.model_map.embedding.tensor, tensors[plan.added_head]
-    with (plan.checkpoint.folder / embedding.shard).open("rb", buffering=0) as old, (written / head.shard).open(
-        "rb", buffering=0
-    ) as new:
+    with (
+        (plan.checkpoint.folder / embedding.shard).open("rb", buffering=0) as old,
+        (written / head.shard).open("rb", buffering=0) as new,
+    ):
         return [] if _same(old, new, embedding, head) else [f"'{plan.added_head}' is not the unedited embedding"]
 
 
@@ -266,7 +270,9 @@ def _prove(
     unit_read = read / torch.linalg.vector_norm(read, dim=0)
     eps, step = UNIT_ROUNDOFF[tensor.dtype], SMALLEST_STEP[tensor.dtype]
     slack = step * unit_read.shape[0] ** 0.5
-    for before, after in zip(_columns(old, tensor, writer, hash_old), _columns(new, ours, writer, hash_new), strict=True):
+    for before, after in zip(
+        _columns(old, tensor, writer, hash_old), _columns(new, ours, writer, hash_new), strict=True
+    ):
         size = torch.linalg.vector_norm(before, dim=0)
         size_new = torch.linalg.vector_norm(after, dim=0)
         c, c_new = unit_read.T @ before, unit_read.T @ after
@@ -305,14 +311,14 @@ def _columns(
         for start, count in _chunks(tensor, max(1, BLOCK_BYTES // row_bytes) * row_bytes):
             raw = torch.empty(count, dtype=torch.uint8)
             read_exactly(file, tensor.start + start, raw, where=tensor.name)
-            digest.update(raw.numpy())
+            digest.update(view_of(raw))
             yield raw.view(dtype).reshape(-1, tensor.shape[-1]).double().T
         return
     d, n = tensor.shape[-2:]
     for start, count in _chunks(tensor, d * n * dtype.itemsize):
         raw = torch.empty(count, dtype=torch.uint8)
         read_exactly(file, tensor.start + start, raw, where=tensor.name)
-        digest.update(raw.numpy())
+        digest.update(view_of(raw))
         matrix = raw.view(dtype).reshape(d, n)
         width = max(1, BLOCK_BYTES // (8 * d))
         for column in range(0, n, width):

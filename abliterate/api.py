@@ -1,0 +1,167 @@
+"""The Python interface: one function for each command, returning values and printing nothing."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from abliterate import directions as direction_files
+from abliterate import manifest, pipeline
+from abliterate.checkpoint.hub import fetch
+from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.source import open_checkpoint
+from abliterate.comparison import diff
+from abliterate.directions import DirectionSet
+from abliterate.evaluate.evaluation import EvalReport
+from abliterate.events import OnEvent, ignore
+from abliterate.model.chat import left_padded
+from abliterate.model.forward import generate_ids
+from abliterate.model.interventions import ablated, added
+from abliterate.pipeline import RunResult, VerifyReport
+from abliterate.planning import EditPlan, plan
+from abliterate.recipe import Recipe, load_recipe
+from abliterate.session import Session, open_session, resolve_model
+
+__all__ = [
+    "Recipe", "chat", "diff", "edit", "eval", "load_recipe", "measure", "open_session", "plan", "reply", "run",
+    "select", "verify",
+]  # fmt: skip
+
+Mode = Literal["ablate", "add"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditResult:
+    """A finished folder and the plan it came from."""
+
+    out: Path
+    plan: EditPlan
+
+
+def measure(
+    model: str | Path | None = None, recipe: Recipe | None = None, *, on_event: OnEvent = ignore
+) -> DirectionSet:
+    """Measure candidate directions of ``model`` (None: the bundled one); see ``pipeline.measure``."""
+    return pipeline.measure(open_session(model, recipe or Recipe()), on_event=on_event)
+
+
+def select(
+    model: str | Path | None,
+    directions: DirectionSet,
+    recipe: Recipe | None = None,
+    *,
+    on_event: OnEvent = ignore,
+) -> DirectionSet:
+    """Score and choose among measured candidates; see ``pipeline.select``."""
+    return pipeline.select(open_session(model, recipe or Recipe()), directions, on_event=on_event)
+
+
+def edit(
+    model: str | Path | None,
+    direction: DirectionSet,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    revision: str | None = None,
+    on_event: OnEvent = ignore,
+) -> EditResult:
+    """Write ``model`` without ``direction`` to ``out``, with a manifest; unverified.
+
+    Raises:
+        AbliterateError: the plan refuses, or reading or writing fails.
+    """
+    recipe = recipe or Recipe()
+    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
+    made = plan(checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    fingerprint = pipeline.fingerprint_of(made, recipe, direction)
+    output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
+    pipeline.edit(made, direction, output, memory_bytes=recipe.memory_bytes, on_event=on_event)
+    manifest.finish(output, made, manifest.build(made, direction, recipe))
+    return EditResult(out=output.finish(), plan=made)
+
+
+def verify(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    behaviour: bool = True,
+    on_event: OnEvent = ignore,
+) -> VerifyReport:
+    """Prove a finished folder against its base; prompts and options come from its manifest unless ``changes`` says.
+
+    Without prompts (an ``edit`` with a given direction) the behaviour is not compared.
+
+    Raises:
+        CheckpointError: not a folder that abliterate finished, or a file is damaged.
+    """
+    folder = Path(folder)
+    document = manifest.read(folder)
+    directions = direction_files.load(folder / document["direction"]["file"])
+    recipe = Recipe.model_validate(document["recipe"]).with_changes(changes or {})
+    source = document["source"]
+    revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
+    session = open_session(base or source["name"], recipe, revision=revision)
+    made = plan(session.checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    has_prompts = bool(session.recipe.harmful and session.recipe.harmless)
+    return pipeline.verify(session, made, directions, folder, behaviour=behaviour and has_prompts, on_event=on_event)
+
+
+def eval(
+    base: str | Path | None, edited: str | Path, recipe: Recipe | None = None, *, on_event: OnEvent = ignore
+) -> EvalReport:
+    """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``."""
+    session = open_session(base, recipe or Recipe())
+    return pipeline.evaluate(session, fetch(open_checkpoint(edited)), on_event=on_event)
+
+
+def run(
+    model: str | Path | None = None,
+    out: str | Path = "abliterated",
+    recipe: Recipe | None = None,
+    *,
+    direction: DirectionSet | None = None,
+    on_event: OnEvent = ignore,
+) -> RunResult:
+    """The whole job; see ``pipeline.run``."""
+    return pipeline.run(model, Path(out), recipe or Recipe(), direction=direction, on_event=on_event)
+
+
+def chat(
+    model: str | Path | None,
+    prompt: str,
+    *,
+    direction: DirectionSet | None = None,
+    mode: Mode | None = None,
+    scale: float = 1.0,
+    recipe: Recipe | None = None,
+) -> str:
+    """One reply of ``model`` to ``prompt``, with the direction ablated or added if asked."""
+    session = open_session(model, recipe or Recipe())
+    return reply(session, [{"role": "user", "content": prompt}], direction=direction, mode=mode, scale=scale)
+
+
+def reply(
+    session: Session,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    direction: DirectionSet | None = None,
+    mode: Mode | None = None,
+    scale: float = 1.0,
+) -> str:
+    """The next assistant turn of a conversation, greedy."""
+    chat_format, loaded = session.chat, session.loaded
+    history = [dict(message) for message in messages]
+    if session.recipe.system is not None and history[0]["role"] != "system":
+        history.insert(0, {"role": "system", "content": session.recipe.system})
+    ids = chat_format.encode_messages(history)
+    batch = next(left_padded([ids], 1, chat_format.pad_id))
+    context = nullcontext()
+    if direction is not None and mode == "ablate":
+        context = ablated(loaded, direction.direction[:, None])
+    elif direction is not None and mode == "add" and direction.choice is not None:
+        context = added(loaded, direction.direction, direction.choice.layer, scale=scale)
+    with context:
+        tokens = generate_ids(loaded, chat_format, batch, session.recipe.max_new_tokens)[0]
+    return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

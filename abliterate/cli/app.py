@@ -1,0 +1,58 @@
+"""The application: which command is which function."""
+
+from typing import Annotated
+
+import typer
+
+from abliterate import __version__
+from abliterate.cli.chat import chat
+from abliterate.cli.look import architectures, diff, plan, recipes
+from abliterate.cli.run import run
+from abliterate.cli.stages import edit, evaluate, measure, select, verify
+
+app = typer.Typer(
+    name="abliterate",
+    help="Remove, add or measure a linear direction in an open-weight model, and prove what was written.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(*, value: bool) -> None:
+    if value:
+        print(f"abliterate {__version__}")  # noqa: T201 - the command line prints
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=lambda value: _version(value=value), is_eager=True, help="Show the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _name, _command in {
+    "run": run,
+    "plan": plan,
+    "measure": measure,
+    "select": select,
+    "edit": edit,
+    "verify": verify,
+    "eval": evaluate,
+    "diff": diff,
+    "chat": chat,
+    "architectures": architectures,
+    "recipes": recipes,
+}.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Entry point of the ``abliterate`` command."""
+    app()

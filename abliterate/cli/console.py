@@ -1,0 +1,165 @@
+"""Where things are shown: results on stdout, progress and failures on stderr.
+
+On a terminal, long work draws bars with rate and time left; in a pipe or a log it leaves one line when it is done.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from abliterate.errors import AbliterateError
+from abliterate.events import Advanced, Event, Finished, Noted, OnEvent, Started, ignore
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PIPE_WIDTH = 160
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+class RateColumn(ProgressColumn):
+    """Units per second; bytes as MB."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of one task."""
+        speed = task.finished_speed or task.speed
+        if speed is None:
+            return Text("")
+        if task.fields["unit"] == "bytes":
+            return Text(f"{speed / 1e6:,.0f} MB/s", style="progress.data.speed")
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+class AmountColumn(ProgressColumn):
+    """Bytes with their unit, anything else as a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes, self._count = DownloadColumn(), MofNCompleteColumn()
+
+    def render(self, task: Task) -> Text:
+        """How much of one task is done."""
+        return (self._bytes if task.fields["unit"] == "bytes" else self._count).render(task)
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[OnEvent]:
+    """A listener for the events of a stage; silent when ``quiet``."""
+    if quiet:
+        yield ignore
+    elif err.is_terminal:
+        with _bars() as listener:
+            yield listener
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bars() -> Iterator[OnEvent]:
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        AmountColumn(),
+        RateColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Started):
+                tasks[event.task] = bars.add_task(event.task, total=event.total, unit=event.unit)
+            elif isinstance(event, Advanced):
+                bars.advance(tasks[event.task], event.amount)
+            elif isinstance(event, Finished):
+                task = tasks.pop(event.task)
+                bars.update(task, completed=bars.tasks[bars.task_ids.index(task)].total)
+            else:
+                bars.console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
+
+        yield listen
+
+
+def _lines() -> OnEvent:
+    started: dict[str, tuple[float, Started]] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Started):
+            started[event.task] = (time.monotonic(), event)
+        elif isinstance(event, Finished):
+            begun, start = started.pop(event.task)
+            amount = f"{start.total / 1e6:,.1f} MB" if start.unit == "bytes" else f"{start.total:,} {start.unit}"
+            err.print(f"{event.task}: {amount} in {time.monotonic() - begun:.1f} s")
+        elif isinstance(event, Noted):
+            err.print(f"note: {event.text}", markup=False)
+
+    return listen
+
+
+def show_json(document: Any) -> None:  # noqa: ANN401 - anything JSON can hold
+    """One JSON document on stdout, and nothing else.  NaN and infinity become null."""
+    print(json.dumps(_plain(document), indent=2, ensure_ascii=False))  # noqa: T201 - the one place for it
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def fail(error: AbliterateError) -> None:
+    """One red line that says what is wrong, one that says what to do."""
+    err.print(f"[bold red]error:[/bold red] {escape(_one_line(error.message))}")
+    if error.hint:
+        err.print(f"       {escape(_one_line(error.hint))}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn every failure of ``command`` into two lines and its exit code."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        from abliterate.cli.failures import explain
+
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence: no traceback
+            failure = explain(error)
+            fail(failure)
+            raise typer.Exit(failure.exit_code) from None
+
+    return wrapper

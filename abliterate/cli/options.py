@@ -1,0 +1,80 @@
+"""Options that several commands share, and how they become a recipe."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from abliterate.errors import UsageError
+
+if TYPE_CHECKING:
+    from abliterate.recipe import Recipe
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hub name (owner/model), or tiny-chat.")]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint folder or a Hub name (owner/model). Default: the bundled tiny chat model."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
+Harmful = Annotated[
+    str | None,
+    typer.Option(help="Prompts the model declines: a file, hf:OWNER/NAME[:COLUMN][@SPLIT], or bundled:NAME."),
+]
+Harmless = Annotated[str | None, typer.Option(help="Prompts the model answers, in the same forms.")]
+System = Annotated[str | None, typer.Option(help="System prompt. Default: none (the template's own, if it has one).")]
+RefusalToken = Annotated[
+    list[str] | None,
+    typer.Option("--refusal-token", help="A word or token id refusals begin with; repeatable. Default: found out."),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64, to run the model in.")]
+BatchSize = Annotated[int | None, typer.Option(help="Prompts per forward pass.")]
+Memory = Annotated[str | None, typer.Option(help="Memory for the edit, e.g. 512MiB or 2GiB.")]
+Tied = Annotated[str | None, typer.Option(help="What to do with a tied head: untie, shared or keep.")]
+AllowPartial = Annotated[
+    bool | None, typer.Option("--allow-partial", help="Edit what is known of an incomplete map, and brand the result.")
+]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in tokens.")]
+Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
+Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512MiB", "2GB" or "1000000".
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is not a size", "write it as 512MiB, 2GiB or a number of bytes")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 - recipe values
+    """The recipe ``name`` (or the default one) with the given options, None meaning not given."""
+    from abliterate.recipe import Recipe, load_recipe
+
+    recipe = load_recipe(name) if name else Recipe()
+    memory = changes.pop("memory", None)
+    if memory is not None:
+        changes["memory_bytes"] = parse_size(memory)
+    tokens = changes.pop("refusal_token", None)
+    if tokens:
+        changes["refusal_tokens"] = tuple(tokens)
+    return recipe.with_changes(changes)
+
+
+def default_out(model: str | None) -> Path:
+    """``NAME-abliterated`` in the current folder."""
+    name = (model or "tiny-chat").rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return Path(f"{name}-abliterated")

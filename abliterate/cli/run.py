@@ -1,0 +1,110 @@
+"""``abliterate run``: the whole job."""
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.cli.console import err, guarded, out, progress, show_json
+
+if TYPE_CHECKING:
+    from abliterate.recipe import Recipe
+
+
+@guarded
+def run(
+    model: opt.OptionalModel = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated in the current folder.")
+    ] = None,
+    recipe: opt.RecipeFile = None,
+    direction: Annotated[
+        Path | None, typer.Option(help="Use the direction of this file: skips measuring and selecting.")
+    ] = None,
+    position: opt.Position = None,
+    layer: opt.Layer = None,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    tied: opt.Tied = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    memory: opt.Memory = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    system: opt.System = None,
+    refusal_token: opt.RefusalToken = None,
+    revision: opt.Revision = None,
+    allow_partial: opt.AllowPartial = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure replies before and after.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, check prompts and output, write nothing.")
+    ] = False,
+    json: opt.Json = False,
+) -> None:
+    """Find the refusal direction, remove it from every writer, prove the result and report it.
+
+    Example: abliterate run Qwen/Qwen2.5-7B-Instruct --harmful declined.txt --harmless answered.txt --out qwen-abl
+    """
+    settings = opt.make_recipe(
+        recipe, harmful=harmful, harmless=harmless, tied=tied, device=device, dtype=dtype, batch_size=batch_size,
+        memory=memory, max_new_tokens=max_new_tokens, system=system, refusal_token=refusal_token,
+        allow_partial=allow_partial, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    target = out_folder or opt.default_out(model)
+    from abliterate.cli import tables
+    from abliterate.cli.stages import read_direction
+
+    given = read_direction(direction, position, layer)
+    if dry_run:
+        _dry_run(model, target, settings, revision=revision, as_json=json)
+        return
+    from abliterate import manifest, pipeline
+    from abliterate.model.load import quiet_transformers
+
+    quiet_transformers()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    err.print("[dim]$ abliterate " + shlex.join(sys.argv[1:]) + "[/dim]")
+    with progress() as listen:
+        result = pipeline.run(
+            model, target, settings, revision=revision, direction=given, with_evaluation=evaluate, on_event=listen
+        )
+    if json:
+        show_json({"out": str(result.out), **manifest.read(result.out)})
+        return
+    tables.show_plan(result.plan)
+    out.print()
+    tables.show_selection(result.directions)
+    out.print()
+    tables.show_verification(result.verification)
+    out.print()
+    if result.evaluation is not None:
+        tables.show_evaluation(result.evaluation)
+        out.print()
+    out.print(f"[bold green]done and verified:[/bold green] {result.out}")
+
+
+def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
+    from abliterate.checkpoint.output import check_place, check_space
+    from abliterate.checkpoint.source import open_checkpoint
+    from abliterate.cli import tables
+    from abliterate.planning import plan
+    from abliterate.session import prompts_of, resolve_model, with_bundled_prompts
+
+    checkpoint = open_checkpoint(resolve_model(model), revision=revision)
+    made = plan(checkpoint, tied=settings.tied, allow_partial=settings.allow_partial)
+    if checkpoint.root is not None:
+        check_place(target, checkpoint.root)
+    check_space(target.absolute(), made.output_bytes)
+    contrast = prompts_of(with_bundled_prompts(model, settings))
+    if as_json:
+        show_json({**made.to_json(), "out": str(target), "prompts": contrast.hashes()})
+        return
+    tables.show_plan(made)
+    for name, part in contrast.hashes().items():
+        out.print(f"{name.replace('_', ' ')}: {part['count']} prompts from {part['source']}")
+    out.print(f"would write {target}; nothing was written")

@@ -1,0 +1,246 @@
+"""One command for each stage, on the files that the stages before wrote."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.errors import UsageError
+
+if TYPE_CHECKING:
+    from abliterate.directions import DirectionSet
+    from abliterate.recipe import Recipe
+    from abliterate.session import Session
+
+DirectionArgument = Annotated[Path, typer.Argument(help="A direction file written by measure or select.")]
+
+
+@guarded
+def measure(
+    model: opt.Model,
+    out_file: Annotated[Path, typer.Option("--out", help="Where to write the candidates.")] = Path(
+        "candidates.safetensors"
+    ),
+    recipe: opt.RecipeFile = None,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    system: opt.System = None,
+    refusal_token: opt.RefusalToken = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    json: opt.Json = False,
+) -> None:
+    """Measure the difference of means at every layer and post-instruction position.
+
+    Example: abliterate measure tiny-chat --out candidates.safetensors
+    """
+    settings = opt.make_recipe(
+        recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, system=system,
+        refusal_token=refusal_token, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from abliterate import pipeline
+    from abliterate.directions import save
+
+    session = _session(model, settings, revision)
+    with progress() as listen:
+        measured = pipeline.measure(session, on_event=listen)
+    save(measured, out_file)
+    if json:
+        show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})
+        return
+    kept, tokens = measured.metadata["kept"], measured.metadata["refusal_tokens"]["texts"]
+    out.print(f"{len(measured.positions)} positions x {measured.n_layers} layers, width {measured.d_model}")
+    out.print(f"prompts kept: {kept['harmful_train']} harmful, {kept['harmless_train']} harmless")
+    out.print(f"refusals begin with: {', '.join(map(repr, tokens))}")
+    out.print(f"written: {out_file}")
+
+
+@guarded
+def select(
+    model: opt.Model,
+    candidates: DirectionArgument,
+    out_file: Annotated[Path, typer.Option("--out", help="Where to write the chosen direction.")] = Path(
+        "direction.safetensors"
+    ),
+    recipe: opt.RecipeFile = None,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    system: opt.System = None,
+    refusal_token: opt.RefusalToken = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    json: opt.Json = False,
+) -> None:
+    """Score every candidate by bypass, induce and KL, and choose one.
+
+    Example: abliterate select tiny-chat candidates.safetensors --out direction.safetensors
+    """
+    settings = opt.make_recipe(
+        recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, system=system,
+        refusal_token=refusal_token, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from dataclasses import asdict
+
+    from abliterate import pipeline
+    from abliterate.cli.tables import show_selection
+    from abliterate.directions import load, save
+
+    measured = load(candidates)
+    session = _session(model, settings, revision)
+    with progress() as listen:
+        chosen = pipeline.select(session, measured, on_event=listen)
+    save(chosen, out_file)
+    if json:
+        choice = asdict(chosen.choice) if chosen.choice else None
+        show_json({"file": str(out_file), "choice": choice, "scores": [asdict(score) for score in chosen.scores]})
+        return
+    show_selection(chosen)
+    out.print(f"written: {out_file}")
+
+
+@guarded
+def edit(
+    model: opt.Model,
+    direction: DirectionArgument,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated.")] = None,
+    position: opt.Position = None,
+    layer: opt.Layer = None,
+    tied: opt.Tied = None,
+    memory: opt.Memory = None,
+    revision: opt.Revision = None,
+    allow_partial: opt.AllowPartial = None,
+    json: opt.Json = False,
+) -> None:
+    """Remove a direction from every writer of a checkpoint, shard by shard; the model is never loaded.
+
+    Example: abliterate edit tiny-chat direction.safetensors --out tiny-chat-abl
+    """
+    settings = opt.make_recipe(None, tied=tied, memory=memory, allow_partial=allow_partial)
+    from abliterate import api
+
+    chosen = read_direction(direction, position, layer)
+    assert chosen is not None
+    with progress() as listen:
+        edited = api.edit(
+            model, chosen, out_folder or opt.default_out(model), recipe=settings, revision=revision, on_event=listen
+        )
+    if json:
+        show_json({"out": str(edited.out), **edited.plan.to_json()})
+        return
+    from abliterate.cli.tables import show_plan
+
+    show_plan(edited.plan)
+    out.print(f"written: {edited.out}")
+    out.print(f"[dim]not verified yet: abliterate verify {edited.out}[/dim]")
+
+
+@guarded
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
+    base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
+    bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Do not load the models.")] = False,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    json: opt.Json = False,
+) -> None:
+    """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
+
+    Example: abliterate verify tiny-chat-abl
+    """
+    from abliterate import api, manifest
+    from abliterate.cli.tables import show_verification
+    from abliterate.errors import VerificationError
+
+    _quiet()
+    with progress() as listen:
+        report = api.verify(
+            folder,
+            base=base,
+            changes={"harmful": harmful, "harmless": harmless, "device": device, "dtype": dtype},
+            behaviour=not bytes_only,
+            on_event=listen,
+        )
+    if json:
+        show_json(manifest.verification_json(report))
+    else:
+        show_verification(report)
+    if not report.ok:
+        raise VerificationError(f"{folder}: {report.failures[0]}", "do not use this checkpoint: edit the base again")
+
+
+@guarded
+def evaluate(
+    base: opt.Model,
+    edited: Annotated[str, typer.Argument(help="The checkpoint to compare with BASE.")],
+    recipe: opt.RecipeFile = None,
+    harmful: opt.Harmful = None,
+    harmless: opt.Harmless = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    batch_size: opt.BatchSize = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    system: opt.System = None,
+    samples: Annotated[int, typer.Option(help="How many replies to harmful prompts to show.")] = 3,
+    trust_remote_code: opt.TrustRemoteCode = None,
+    json: opt.Json = False,
+) -> None:
+    """Compare two checkpoints: refusal, broken replies, and what changed on harmless prompts.
+
+    Example: abliterate eval tiny-chat tiny-chat-abl
+    """
+    settings = opt.make_recipe(
+        recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, system=system, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from abliterate import manifest, pipeline
+    from abliterate.checkpoint.hub import fetch
+    from abliterate.checkpoint.source import open_checkpoint
+    from abliterate.cli.tables import show_evaluation
+
+    session = _session(base, settings, None)
+    with progress() as listen:
+        report = pipeline.evaluate(session, fetch(open_checkpoint(edited)), on_event=listen)
+    if json:
+        show_json(manifest.evaluation_json(report))
+    else:
+        show_evaluation(report, samples=samples)
+
+
+def read_direction(path: Path | None, position: int | None, layer: int | None) -> "DirectionSet | None":
+    """The direction of a file, or the candidate at ``position`` and ``layer`` of it."""
+    if path is None:
+        if position is not None or layer is not None:
+            raise UsageError("--position and --layer choose a candidate of a file", "add --direction FILE")
+        return None
+    from abliterate.directions import load
+
+    directions = load(path)
+    if (position is None) != (layer is None):
+        raise UsageError("--position and --layer belong together", "give both, or neither")
+    if position is not None and layer is not None:
+        directions = directions.choose(position, layer)
+    _ = directions.direction  # fails here, before any work, when nothing is chosen
+    return directions
+
+
+def _session(model: str, settings: "Recipe", revision: str | None) -> "Session":
+    from abliterate.session import open_session
+
+    _quiet()
+    return open_session(model, settings, revision=revision)
+
+
+def _quiet() -> None:
+    from abliterate.model.load import quiet_transformers
+
+    quiet_transformers()

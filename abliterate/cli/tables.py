@@ -1,0 +1,190 @@
+"""Results as tables for people."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.console import out
+
+if TYPE_CHECKING:
+    from abliterate.comparison import Diff
+    from abliterate.directions import DirectionSet
+    from abliterate.evaluate.evaluation import ClassScores, EvalReport
+    from abliterate.evaluate.statistics import Rate
+    from abliterate.pipeline import VerifyReport
+    from abliterate.planning import EditPlan
+
+EXACTNESS = {
+    "A": "equal to inference-time ablation",
+    "B": "holds no r; a norm keeps it from being equal to the hook",
+    "C": "inexact by request",
+}
+
+
+def table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
+    """An empty table in the house style; ``right`` lists the columns of numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    numbers = set(right)
+    for place, name in enumerate(columns):
+        made.add_column(name, justify="right" if place in numbers else "left", overflow="fold")
+    return made
+
+
+def size(amount: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
+        amount /= 1000
+    return f"{amount:,.1f} TB"
+
+
+def show_plan(plan: "EditPlan") -> None:
+    """Writers by role, coverage, exactness, sizes."""
+    model_map = plan.model_map
+    out.print(
+        f"[bold]{escape(plan.checkpoint.name)}[/bold]  {model_map.model_type} ({model_map.family.title}), "
+        f"{model_map.n_layers} blocks of width {model_map.d_model}, {size(plan.checkpoint.size_bytes)} "
+        f"in {len(plan.checkpoint.shards)} shard{'s' if len(plan.checkpoint.shards) > 1 else ''}"
+    )
+    writers = table("writers to the residual stream", "role", "tensors", "shape", "axis", "norm behind", right=(1,))
+    for role, group in plan.by_role().items():
+        first = group[0]
+        shapes = {"x".join(map(str, writer.tensor.shape)) for writer in group}
+        writers.add_row(
+            role,
+            str(len(group)),
+            ", ".join(sorted(shapes)),
+            str(first.axis),
+            "-" if first.norm is None else f"gain {first.gain}",
+        )
+    out.print(writers)
+    out.print(f"head: {'tied, ' + plan.tied if model_map.tied else 'its own'}")
+    out.print(f"exactness: [bold]{plan.exactness}[/bold], {EXACTNESS[plan.exactness]}")
+    out.print(f"output: {size(plan.output_bytes)}, {plan.edited_parameters:,} parameters edited")
+    for note in plan.notes:
+        out.print(f"[yellow]note:[/yellow] {escape(note)}")
+    colour = "green" if model_map.complete and len(plan.writers) == model_map.expected else "red"
+    out.print(f"writers [bold {colour}]{plan.coverage}[/bold {colour}]")
+
+
+def show_selection(directions: "DirectionSet", top: int = 5) -> None:
+    """The best candidates and the chosen one."""
+    choice = directions.choice
+    if not directions.scores:
+        return
+    tokens = list(directions.metadata.get("position_tokens", []))
+    best = table(
+        f"candidate directions, best {top} of {len(directions.scores)}",
+        "", "position", "token", "layer", "bypass", "induce", "KL", "verdict", right=(1, 3, 4, 5, 6),
+    )  # fmt: skip
+    for score in directions.scores[:top]:
+        chosen = choice is not None and (score.position, score.layer) == (choice.position, choice.layer)
+        token = repr(tokens[score.position]) if tokens else ""
+        best.add_row(
+            "→" if chosen else "",
+            str(score.position),
+            escape(token),
+            str(score.layer),
+            f"{score.bypass:.2f}",
+            f"{score.induce:.2f}",
+            f"{score.kl_nats:.3f}",
+            score.verdict,
+        )
+    out.print(best)
+    if choice is not None:
+        out.print(f"chosen: position {choice.position}, layer {choice.layer}, by rule {choice.rule}")
+
+
+def show_verification(report: "VerifyReport") -> None:
+    """One line of proof for each promise."""
+    on_bytes, behaviour = report.bytes, report.behaviour
+    mark = "[green]✓[/green]" if on_bytes.ok else "[red]✗[/red]"
+    out.print(
+        f"{mark} {len(on_bytes.edited)} writers satisfy W' = W - r rᵀW on the written bytes "
+        f"(largest share of r left: {on_bytes.worst_left:.1e})"
+    )
+    out.print(
+        f"{mark} {on_bytes.identical_tensors} other tensors and {on_bytes.identical_files} other files byte-identical"
+    )
+    if behaviour is not None:
+        mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
+        out.print(
+            f"{mark} against ablation hooks on {behaviour.prompts} held-out prompts: KL {behaviour.kl_nats:.1e} nats "
+            f"(the ablation itself: {behaviour.ablation_kl_nats:.1e}), r in the stream: {behaviour.stream_share:.1e}"
+        )
+    for failure in report.failures:
+        out.print(f"[red]✗[/red] {escape(failure)}")
+
+
+def rate(value: "Rate") -> str:
+    """A rate with its interval."""
+    if not value.count:
+        return "-"
+    low, high = value.interval
+    return f"{100 * value.value:5.1f} % [dim]({100 * low:.1f} to {100 * high:.1f})[/dim]"
+
+
+def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
+    """Before and after, side by side, and a few replies."""
+    scores = table("before and after, 95 % intervals", "prompts", "", "before", "after", right=(2, 3))
+    _class_rows(scores, "harmful", report.harmful_before, report.harmful_after)
+    _class_rows(scores, "harmless", report.harmless_before, report.harmless_after)
+    scores.add_row("", "KL to base, first token", "", f"{report.kl_nats:.4f} nats")
+    scores.add_row(
+        "",
+        "cross-entropy on base replies",
+        f"{report.completion_nats_before:.4f} nats",
+        f"{report.completion_nats_after:.4f} nats",
+    )
+    out.print(scores)
+    if samples and report.samples:
+        shown = table("the same prompt, before and after", "prompt", "before", "after")
+        for row in report.samples[:samples]:
+            shown.add_row(*(escape(_short(text)) for text in row))
+        out.print(shown)
+
+
+def _class_rows(scores: Table, name: str, before: "ClassScores", after: "ClassScores") -> None:
+    rows = (
+        ("refused", "refused"),
+        ("held_out", "refused, held-out kinds"),
+        ("degenerate", "empty or degenerate"),
+        ("accuracy", "holds the known answer"),
+    )
+    for field, label in rows:
+        old, new = getattr(before, field), getattr(after, field)
+        if old.count:
+            scores.add_row(name, label, rate(old), rate(new))
+            name = ""
+
+
+def show_diff(diff: "Diff", *, top: int = 12) -> None:
+    """Changed tensors, and what is identical."""
+    changed = table("changed tensors", "tensor", "role", "change", "rank one", "cosine", right=(2, 3, 4))
+    for tensor in diff.changed[:top]:
+        changed.add_row(
+            escape(tensor.name),
+            tensor.role,
+            f"{tensor.change:.1e}",
+            "-" if tensor.rank_one is None else f"{tensor.rank_one:.4f}",
+            "-" if tensor.cosine is None else f"{tensor.cosine:.4f}",
+        )
+    if len(diff.changed) > top:
+        changed.add_row(f"… and {len(diff.changed) - top} more", "", "", "", "")
+    out.print(changed)
+    for label, names in (("added", diff.added), ("removed", diff.removed), ("reshaped", diff.reshaped)):
+        for name in names:
+            out.print(f"{label}: {escape(name)}")
+    for name in diff.changed_files:
+        out.print(f"file differs: {escape(name)}")
+    out.print(f"identical: {diff.identical} tensors, {diff.identical_files} files")
+    if diff.only_writers:
+        out.print(f"[green]exactly the {diff.writers} writers of the residual stream changed[/green]")
+
+
+def _short(text: str, limit: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,179 @@
+"""What differs between two checkpoints: which tensors, by how much, along what; everything else proven identical."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.arch.model_map import EDITABLE_DTYPES, map_model
+from abliterate.checkpoint.header import TensorInfo
+from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.errors import PlanRefusedError
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.linalg import unit
+from abliterate.surgery import read_exactly, read_tensor
+
+POWER_ITERATIONS = 8
+TASK = "compare"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangedTensor:
+    """One tensor that differs.
+
+    ``change`` is ``|W' - W| / |W|`` (Frobenius).  ``rank_one`` is the share of the squared change along its leading
+    direction of the residual axis (1: exactly one direction; None where the axis is unknown), and ``cosine`` the
+    |cosine| of that direction with the one shared by all changed tensors.
+    """
+
+    name: str
+    role: str
+    change: float
+    rank_one: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """Two checkpoints compared byte by byte."""
+
+    changed: tuple[ChangedTensor, ...]
+    identical: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    changed_files: tuple[str, ...]
+    identical_files: int
+    writers: int
+
+    @property
+    def only_writers(self) -> bool:
+        """Whether exactly the writers of the residual stream changed, and nothing else but an added head."""
+        roles_known = all(tensor.role != "not a writer" for tensor in self.changed)
+        return roles_known and len(self.changed) == self.writers and not self.removed and not self.reshaped
+
+
+def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) -> Diff:
+    """Compare two local checkpoints, tensor by tensor and file by file.
+
+    Raises:
+        SourceError: one of them cannot be read.
+    """
+    old, new = open_checkpoint(base), open_checkpoint(edited)
+    axes = _residual_axes(old)
+    shared = [tensor for name, tensor in old.tensors.items() if name in new.tensors]
+    on_event(Started(task=TASK, total=sum(tensor.size_bytes for tensor in shared), unit="bytes"))
+    identical = 0
+    reshaped, differing = [], []
+    for tensor in shared:
+        ours = new.tensors[tensor.name]
+        if (tensor.dtype, tensor.shape) != (ours.dtype, ours.shape):
+            reshaped.append(tensor.name)
+        elif same_bytes(old.folder, tensor, new.folder, ours):
+            identical += 1
+        else:
+            differing.append((tensor, ours))
+        on_event(Advanced(task=TASK, amount=tensor.size_bytes))
+    on_event(Finished(task=TASK))
+    changed_files, identical_files = _compare_files(old, new)
+    return Diff(
+        changed=tuple(_describe(old, new, differing, axes)),
+        identical=identical,
+        added=tuple(name for name in new.tensors if name not in old.tensors),
+        removed=tuple(name for name in old.tensors if name not in new.tensors),
+        reshaped=tuple(reshaped),
+        changed_files=tuple(changed_files),
+        identical_files=identical_files,
+        writers=len(axes),
+    )
+
+
+def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, block_bytes: int = 2**25) -> bool:
+    """Whether two tensors of equal size hold the same bytes."""
+    if tensor.size_bytes != ours.size_bytes:
+        return False
+    with (old / tensor.shard).open("rb", buffering=0) as a, (new / ours.shard).open("rb", buffering=0) as b:
+        size = min(block_bytes, tensor.size_bytes)
+        first, second = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        for start in range(0, tensor.size_bytes, size or 1):
+            count = min(size, tensor.size_bytes - start)
+            read_exactly(a, tensor.start + start, first[:count], where=tensor.name)
+            read_exactly(b, ours.start + start, second[:count], where=tensor.name)
+            if not torch.equal(first[:count], second[:count]):
+                return False
+    return True
+
+
+def leading_direction(change: Float[Tensor, "d n"]) -> tuple[Float[Tensor, " d"], float]:
+    """Leading left singular vector of ``change`` by power iteration, and its share of the squared norm."""
+    total = float(change.square().sum())
+    v = change[:, int(change.square().sum(0).argmax())]
+    for _ in range(POWER_ITERATIONS):
+        v = change @ (change.T @ unit(v).to(change.dtype))
+    v = unit(v)
+    return v, float((change.T @ v.to(change.dtype)).square().sum()) / total
+
+
+def _residual_axes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, str]]:
+    try:
+        model_map = map_model(checkpoint, allow_partial=True)
+    except PlanRefusedError:
+        return {}
+    return {writer.tensor.name: (writer.axis, writer.role) for writer in model_map.writers}
+
+
+def _describe(
+    old: Checkpoint,
+    new: Checkpoint,
+    differing: list[tuple[TensorInfo, TensorInfo]],
+    axes: Mapping[str, tuple[int, str]],
+) -> list[ChangedTensor]:
+    found: list[tuple[TensorInfo, float, float | None, Tensor | None]] = []
+    for tensor, ours in differing:
+        if tensor.dtype not in EDITABLE_DTYPES:
+            found.append((tensor, float("nan"), None, None))
+            continue
+        before = read_tensor(old.folder, tensor).to(torch.float32)
+        change = read_tensor(new.folder, ours).to(torch.float32) - before
+        size = float(change.norm() / before.norm().clamp_min(1e-30))
+        if tensor.name not in axes:
+            found.append((tensor, size, None, None))
+            continue
+        axis = axes[tensor.name][0]
+        columns = change.movedim(axis, 0).reshape(change.shape[axis], -1)
+        direction, share = leading_direction(columns)
+        found.append((tensor, size, share, direction))
+    shared = _shared_direction([direction for *_, direction in found if direction is not None])
+    return [
+        ChangedTensor(
+            name=tensor.name,
+            role=axes[tensor.name][1] if tensor.name in axes else "not a writer",
+            change=size,
+            rank_one=share,
+            cosine=None if direction is None or shared is None else float((direction @ shared).abs()),
+        )
+        for tensor, size, share, direction in found
+    ]
+
+
+def _shared_direction(directions: list[Tensor]) -> Tensor | None:
+    if not directions or len({direction.shape for direction in directions}) > 1:
+        return None
+    stacked = torch.stack(directions, dim=1)
+    return leading_direction(stacked)[0]
+
+
+def _compare_files(old: Checkpoint, new: Checkpoint) -> tuple[list[str], int]:
+    names = set(old.other_files) | {INDEX_NAME} if old.index is not None else set(old.other_files)
+    changed, identical = [], 0
+    for name in sorted(names):
+        a, b = old.folder / name, new.folder / name
+        if b.is_file() and a.read_bytes() == b.read_bytes():
+            identical += 1
+        else:
+            changed.append(name)
+    ours = [name for name in new.other_files if name not in names and not name.startswith("abliterate")]
+    return changed + ours, identical

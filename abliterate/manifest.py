@@ -1,0 +1,137 @@
+"""``abliterate.json``: everything needed to say what a checkpoint is, to check it, and to make it again."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from abliterate import __version__
+from abliterate.card import write_card
+from abliterate.checkpoint.output import OutputFolder, write_json
+from abliterate.checkpoint.source import read_json
+from abliterate.directions import DirectionSet
+from abliterate.errors import CheckpointError
+from abliterate.evaluate.evaluation import ClassScores, EvalReport
+from abliterate.evaluate.statistics import Rate
+from abliterate.planning import EditPlan
+from abliterate.recipe import Recipe
+
+if TYPE_CHECKING:
+    from abliterate.pipeline import VerifyReport
+
+FILE_NAME = "abliterate.json"
+FORMAT = "abliterate-manifest-1"
+LIBRARIES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this tool and of the libraries that shape its results."""
+    return {"abliterate": __version__} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def build(
+    edit_plan: EditPlan,
+    directions: DirectionSet,
+    recipe: Recipe,
+    *,
+    prompts: Mapping[str, Any] | None = None,
+    verification: "VerifyReport | None" = None,
+    evaluation: EvalReport | None = None,
+) -> dict[str, Any]:
+    """The manifest of an edited checkpoint as plain data; ``verification`` and ``evaluation`` may come later."""
+    checkpoint = edit_plan.checkpoint
+    vector = directions.direction
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "source": {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "shards": {shard.name: shard.size_bytes for shard in checkpoint.shards},
+        },
+        "edit": {key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},
+        "direction": {
+            "file": "abliterate/direction.safetensors",
+            "sha256": hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest(),
+            "norm": float(vector.double().norm()),
+            "choice": asdict(directions.choice) if directions.choice else None,
+            "scores": [asdict(score) for score in directions.scores[:5]],
+            "measurement": {
+                key: directions.metadata[key]
+                for key in ("position_tokens", "refusal_tokens", "kept", "template_sha256")
+                if key in directions.metadata
+            },
+        },
+        "prompts": dict(prompts or directions.metadata.get("prompts", {})),
+        "recipe": recipe.model_dump(mode="json"),
+        "verification": None if verification is None else verification_json(verification),
+        "evaluation": None if evaluation is None else evaluation_json(evaluation),
+    }
+
+
+def verification_json(report: "VerifyReport") -> dict[str, Any]:
+    """A verification as plain data."""
+    behaviour = report.behaviour
+    return {
+        "ok": report.ok,
+        "failures": list(report.failures),
+        "edited": [asdict(proof) for proof in report.bytes.edited],
+        "worst_left": report.bytes.worst_left,
+        "identical_tensors": report.bytes.identical_tensors,
+        "identical_files": report.bytes.identical_files,
+        "sha256": dict(report.bytes.sha256_files),
+        "source_sha256": dict(report.bytes.sha256_source_files),
+        "behaviour": None if behaviour is None else asdict(behaviour),
+    }
+
+
+def evaluation_json(report: EvalReport) -> dict[str, Any]:
+    """An evaluation as plain data; replies to harmful prompts are not kept."""
+
+    def scores(value: ClassScores) -> dict[str, Any]:
+        return {name: rate_json(getattr(value, name)) for name in value.__dataclass_fields__}
+
+    return {
+        "harmful": {"before": scores(report.harmful_before), "after": scores(report.harmful_after)},
+        "harmless": {"before": scores(report.harmless_before), "after": scores(report.harmless_after)},
+        "kl_nats": report.kl_nats,
+        "completion_nats": {"before": report.completion_nats_before, "after": report.completion_nats_after},
+        "max_new_tokens": report.max_new_tokens,
+    }
+
+
+def rate_json(rate: Rate) -> dict[str, Any] | None:
+    """A rate with its interval, None where nothing was counted."""
+    if not rate.count:
+        return None
+    low, high = rate.interval
+    return {"rate": rate.value, "hits": rate.hits, "count": rate.count, "low95": low, "high95": high}
+
+
+def finish(output: OutputFolder, edit_plan: EditPlan, document: Mapping[str, Any]) -> None:
+    """Write manifest and model card into an output that is otherwise complete."""
+    write_json(output.path / FILE_NAME, document)
+    write_card(output.path, edit_plan.checkpoint, document)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of ``folder``.
+
+    Raises:
+        CheckpointError: there is none, or not one of ours.
+    """
+    if not (folder / FILE_NAME).is_file():
+        raise CheckpointError(f"{folder}: has no {FILE_NAME}", "give a folder that abliterate wrote (and finished)")
+    document = read_json(folder / FILE_NAME)
+    if document.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / FILE_NAME}: format {document.get('format')!r} is unknown", "update abliterate"
+        )
+    return document
+
+
+_NOT_KEPT = ("writers", "input_bytes", "output_bytes", "estimated_seconds", "model", "revision")

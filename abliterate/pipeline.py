@@ -1,0 +1,308 @@
+"""The stages, in order: measure, select, edit, verify, evaluate.  Each takes values and returns one.
+
+Nothing here prints; ``on_event`` hears what happens.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate import directions as direction_files
+from abliterate import manifest
+from abliterate.checkpoint.output import OutputFolder, copy_file, prepare
+from abliterate.checkpoint.source import Checkpoint, open_folder
+from abliterate.directions import DirectionSet
+from abliterate.errors import SourceError, UsageError, VerificationError
+from abliterate.evaluate import evaluation
+from abliterate.evaluate.evaluation import EvalReport
+from abliterate.events import Noted, OnEvent, ignore
+from abliterate.model import equivalence, measuring
+from abliterate.model.equivalence import Equivalence
+from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
+from abliterate.planning import EditPlan, plan
+from abliterate.recipe import Recipe
+from abliterate.selection import SelectionRule, choose
+from abliterate.session import Session, open_session
+from abliterate.surgery import DTYPES, edit_checkpoint
+from abliterate.verification import BytesReport, verify_bytes
+
+DIRECTION_FILE = "direction.safetensors"
+HELD_OUT_PROMPTS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """Proof on the bytes and, unless it was skipped, on the behaviour."""
+
+    bytes: BytesReport
+    behaviour: Equivalence | None
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that is not as it must be."""
+        return (*self.bytes.failures, *(self.behaviour.failures if self.behaviour else ()))
+
+    @property
+    def ok(self) -> bool:
+        """Verified."""
+        return not self.failures
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a whole run did.  ``evaluation`` is None when the run was asked to skip it."""
+
+    out: Path
+    plan: EditPlan
+    directions: DirectionSet
+    verification: VerifyReport
+    evaluation: EvalReport | None
+
+
+def measure(session: Session, *, on_event: OnEvent = ignore) -> DirectionSet:
+    """Measure candidate directions: refusal tokens, filtered prompts, difference of means.
+
+    Raises:
+        PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    loaded, chat, contrast, recipe = session.loaded, session.chat, session.contrast, session.recipe
+    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    tokens = _refusal_tokens(session, options)
+    harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
+    kept = measuring.Filtered(
+        harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
+    )
+    if recipe.filter_prompts:
+        kept = measuring.keep_typical(loaded, chat, harmful, harmless, tokens.ids, **options)
+    means = {
+        kind: measuring.mean_residual(loaded, chat, prompts, task=f"measure {kind} prompts", **options)
+        for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless))
+    }
+    measured = measuring.difference_of_means(chat, means["harmful"], means["harmless"])
+    metadata = {
+        "model": session.checkpoint.name,
+        "revision": session.checkpoint.revision,
+        "position_tokens": list(chat.position_tokens),
+        "template_sha256": chat.template_sha256,
+        "system": recipe.system,
+        "prompts": contrast.hashes(),
+        "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
+        "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
+        "versions": manifest.versions(),
+        "device": f"{loaded.device.type} ({platform.machine()})",
+    }
+    return replace(measured, metadata=metadata)
+
+
+def select(session: Session, directions: DirectionSet, *, on_event: OnEvent = ignore) -> DirectionSet:
+    """Score every candidate on the validation prompts and choose one by the paper's rule.
+
+    Raises:
+        PromptError: the validation prompts are unusable.
+        UsageError: the directions were not measured on this model.
+    """
+    loaded, chat, recipe = session.loaded, session.chat, session.recipe
+    if (directions.n_layers, directions.d_model) != (loaded.n_layers, loaded.d_model):
+        raise UsageError(
+            f"the directions are for {directions.n_layers} layers of width {directions.d_model}, "
+            f"{loaded.name} has {loaded.n_layers} of width {loaded.d_model}",
+            "measure them on this model",
+        )
+    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    stored = directions.metadata.get("refusal_tokens", {}).get("ids")
+    ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
+    harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
+    prompts = measuring.keep_typical(loaded, chat, harmful, harmless, ids, **options)
+    scores = measuring.score_candidates(loaded, chat, directions, prompts, ids, **options)
+    rule = SelectionRule(max_kl_nats=recipe.max_kl_nats, min_induce=recipe.min_induce, prune_layers=recipe.prune_layers)
+    choice, judged = choose(scores, directions.n_layers, rule)
+    if choice.rule == "pareto-fallback":
+        on_event(Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL"))
+    return replace(directions, scores=judged, choice=choice)
+
+
+def edit(
+    edit_plan: EditPlan,
+    directions: DirectionSet,
+    output: OutputFolder,
+    *,
+    memory_bytes: int,
+    on_event: OnEvent = ignore,
+) -> None:
+    """Write the edited checkpoint, without manifest and card, into ``output``."""
+    base = edit_plan.checkpoint
+    edit_checkpoint(edit_plan, directions.direction[:, None], output, memory_bytes=memory_bytes, on_event=on_event)
+    direction_files.save(directions, output.private / DIRECTION_FILE)
+    for name in ("README.md", manifest.FILE_NAME):
+        if (base.folder / name).is_file():
+            copy_file(base.folder / name, output.private / f"base-{name}")
+
+
+def verify(
+    session: Session,
+    edit_plan: EditPlan,
+    directions: DirectionSet,
+    written: Path,
+    *,
+    behaviour: bool = True,
+    on_event: OnEvent = ignore,
+) -> VerifyReport:
+    """Prove the checkpoint in ``written`` on its bytes and, with ``behaviour``, against hooks on the base.
+
+    Raises:
+        SourceError: something cannot be read.
+    """
+    vectors = directions.direction[:, None]
+    on_bytes = verify_bytes(edit_plan, vectors, written, on_event=on_event)
+    if not behaviour or not on_bytes.ok:
+        return VerifyReport(bytes=on_bytes, behaviour=None)
+    prompts = held_out_prompts(session)
+    recipe = session.recipe
+    base = equivalence.hooked_base(session.loaded, session.chat, vectors, prompts, batch_size=recipe.batch_size)
+    result = Session(checkpoint=open_folder(written, name=str(written)), recipe=recipe)
+    stored = {writer.tensor.dtype for writer in edit_plan.writers}
+    compared = equivalence.compare(
+        result.loaded,
+        result.chat,
+        base,
+        vectors,
+        prompts,
+        stored=max((DTYPES[name] for name in stored), key=lambda dtype: torch.finfo(dtype).eps),
+        exact_family=edit_plan.exactness == "A",
+        expect_removed=edit_plan.exactness != "C",
+        batch_size=recipe.batch_size,
+    )
+    return VerifyReport(bytes=on_bytes, behaviour=compared)
+
+
+def held_out_prompts(session: Session) -> list[str]:
+    """Test prompts of both classes, which neither measuring nor selecting saw."""
+    contrast, half = session.contrast, HELD_OUT_PROMPTS // 2
+    return [*contrast.harmful_test.texts[:half], *contrast.harmless_test.texts[:half]]
+
+
+def evaluate(session: Session, edited: Checkpoint, *, on_event: OnEvent = ignore) -> EvalReport:
+    """Compare replies and distributions of the base and an edited checkpoint on the test prompts.
+
+    Raises:
+        SourceError: the edited checkpoint cannot be loaded.
+    """
+    recipe, contrast = session.recipe, session.contrast
+    options = {"max_new_tokens": recipe.max_new_tokens, "batch_size": recipe.batch_size, "on_event": on_event}
+    before = evaluation.observe(session.loaded, session.chat, contrast.harmful_test, contrast.harmless_test, **options)
+    result = Session(checkpoint=edited, recipe=recipe)
+    after = evaluation.observe(
+        result.loaded,
+        result.chat,
+        contrast.harmful_test,
+        contrast.harmless_test,
+        completions=before.harmless_replies,
+        **options,
+    )
+    return evaluation.report(
+        contrast.harmful_test, contrast.harmless_test, before, after, max_new_tokens=recipe.max_new_tokens
+    )
+
+
+def run(
+    model: str | Path | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    direction: DirectionSet | None = None,
+    with_evaluation: bool = True,
+    on_event: OnEvent = ignore,
+) -> RunResult:
+    """The whole job: plan, measure, select, edit, verify, evaluate, card, manifest; then, and only then, ``out``.
+
+    A run that was stopped continues where it was: the direction and the finished shards are kept in ``out.partial``.
+
+    Raises:
+        AbliterateError: see ``errors`` for everything that can go wrong.
+    """
+    session = open_session(model, recipe, revision=revision)
+    edit_plan = plan(session.checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    recipe = session.recipe
+    output = prepare(
+        out,
+        source=session.checkpoint.folder,
+        fingerprint=fingerprint_of(edit_plan, recipe, direction),
+        needed_bytes=edit_plan.output_bytes,
+    )
+    contrast = session.contrast  # bad prompts fail here, before minutes of work
+    directions = direction or _resume_direction(output)
+    if directions is None:
+        directions = select(session, measure(session, on_event=on_event), on_event=on_event)
+        direction_files.save(directions, output.private / DIRECTION_FILE)
+    edit(edit_plan, directions, output, memory_bytes=recipe.memory_bytes, on_event=on_event)
+    verification = verify(session, edit_plan, directions, output.path, on_event=on_event)
+    require_verified(verification, output)
+    evaluated = None
+    if with_evaluation:
+        edited = open_folder(output.path, name=str(out))
+        evaluated = evaluate(session, edited, on_event=on_event)
+    document = manifest.build(
+        edit_plan, directions, recipe, prompts=contrast.hashes(), verification=verification, evaluation=evaluated
+    )
+    manifest.finish(output, edit_plan, document)
+    return RunResult(
+        out=output.finish(), plan=edit_plan, directions=directions, verification=verification, evaluation=evaluated
+    )
+
+
+def require_verified(report: VerifyReport, output: OutputFolder) -> None:
+    """Stop unless everything was proven; the unfinished output keeps its ``.partial`` name.
+
+    Raises:
+        VerificationError: names the first failure.
+    """
+    if report.ok:
+        return
+    failures = list(report.failures)
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    raise VerificationError(
+        f"verification failed: {failures[0]}{more}",
+        f"nothing was written under {output.final}; look at {output.path}, and delete it before trying again",
+    )
+
+
+def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
+    """What makes two runs the same: source headers, recipe, direction.  Memory and device may differ."""
+    free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
+    checkpoint = edit_plan.checkpoint
+    document: Mapping[str, Any] = {
+        "source": [[t.name, t.shard, t.dtype, t.shape, t.start] for t in checkpoint.tensors.values()],
+        "config": dict(checkpoint.config),
+        "recipe": recipe.model_dump(exclude=free),
+        "direction": None
+        if direction is None
+        else hashlib.sha256(direction.direction.contiguous().numpy().tobytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _resume_direction(output: OutputFolder) -> DirectionSet | None:
+    path = output.private / DIRECTION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return direction_files.load(path)
+    except SourceError:
+        return None  # cut off while it was written: measure again
+
+
+def _refusal_tokens(session: Session, options: Mapping[str, Any]) -> RefusalTokens:
+    if session.recipe.refusal_tokens:
+        return given_refusal_tokens(session.chat, session.recipe.refusal_tokens)
+    contrast = session.contrast
+    return find_refusal_tokens(
+        session.loaded, session.chat, contrast.harmful_train.texts, contrast.harmless_train.texts, **options
+    )

@@ -1,0 +1,91 @@
+"""A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from abliterate.checkpoint.hub import fetch
+from abliterate.checkpoint.source import Checkpoint, open_checkpoint
+from abliterate.errors import PromptError
+from abliterate.model.chat import ChatFormat
+from abliterate.model.load import LoadedModel, load_model
+from abliterate.model.prompts import ContrastSet, SplitSizes, bundled_sets, contrast_set
+from abliterate.recipe import Recipe
+from abliterate.tiny_chat import model_path
+
+
+@dataclass(frozen=True)
+class Session:
+    """``checkpoint`` under ``recipe``.  The model is loaded when first asked for, and dropped with the session."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model in memory."""
+        return load_model(
+            fetch(self.checkpoint),
+            device=self.recipe.device,
+            dtype=self.recipe.dtype,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The model's chat template."""
+        return ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+
+    @cached_property
+    def contrast(self) -> ContrastSet:
+        """The prompts of the recipe."""
+        return prompts_of(self.recipe)
+
+
+BUNDLED_NAME = "tiny-chat"
+
+
+def open_session(model: str | Path | None, recipe: Recipe, *, revision: str | None = None) -> Session:
+    """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
+
+    Raises:
+        SourceError: it cannot be opened or fetched.
+    """
+    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
+    if is_bundled(model):
+        checkpoint = replace(checkpoint, name=BUNDLED_NAME)
+    return Session(checkpoint=checkpoint, recipe=with_bundled_prompts(model, recipe))
+
+
+def with_bundled_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
+    """``recipe``; for the bundled model, with the prompts that belong to it unless others are named."""
+    if not is_bundled(model) or recipe.harmful or recipe.harmless:
+        return recipe
+    source = f"bundled:{BUNDLED_NAME}"
+    return recipe.with_changes({"harmful": source, "harmless": source})
+
+
+def is_bundled(model: str | Path | None) -> bool:
+    """Whether ``model`` means the bundled model: None, or its name where no folder is called so."""
+    return model is None or (str(model) == BUNDLED_NAME and not Path(model).exists())
+
+
+def resolve_model(model: str | Path | None) -> str | Path:
+    """``model``, or the folder of the bundled model where that is meant."""
+    return model_path() if model is None or is_bundled(model) else model
+
+
+def prompts_of(recipe: Recipe) -> ContrastSet:
+    """The contrast set a recipe names.
+
+    Raises:
+        PromptError: a source is missing or unusable.
+    """
+    if not recipe.harmful or not recipe.harmless:
+        raise PromptError(
+            "two prompt sources are needed: prompts the model declines, and prompts it answers",
+            "give --harmful and --harmless: files, hf:OWNER/NAME[:COLUMN], or bundled:"
+            + " or bundled:".join(sorted(bundled_sets())),
+        )
+    sizes = SplitSizes(train=recipe.n_train, val=recipe.n_val, test=recipe.n_test)
+    return contrast_set(recipe.harmful, recipe.harmless, sizes=sizes, seed=recipe.seed)
