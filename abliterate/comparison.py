@@ -14,7 +14,8 @@ from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.linalg import unit
-from abliterate.surgery import read_exactly, read_tensor
+from abliterate.surgery import read_tensor
+from abliterate.verification import read_exactly
 
 POWER_ITERATIONS = 8
 TASK = "compare"

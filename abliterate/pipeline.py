@@ -15,6 +15,7 @@ import torch
 
 from abliterate import directions as direction_files
 from abliterate import manifest
+from abliterate.blocks import DTYPES
 from abliterate.checkpoint.output import OutputFolder, copy_file, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.directions import DirectionSet
@@ -29,7 +30,7 @@ from abliterate.planning import EditPlan, plan
 from abliterate.recipe import Recipe
 from abliterate.selection import SelectionRule, choose
 from abliterate.session import Session, open_session
-from abliterate.surgery import DTYPES, edit_checkpoint
+from abliterate.surgery import edit_checkpoint
 from abliterate.verification import BytesReport, verify_bytes
 
 DIRECTION_FILE = "direction.safetensors"

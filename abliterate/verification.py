@@ -21,12 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.arch.model_map import Writer
+from abliterate.blocks import DTYPES
+from abliterate.checkpoint.directio import view_of
 from abliterate.checkpoint.header import Shard, TensorInfo, read_shard
 from abliterate.checkpoint.source import INDEX_NAME, open_folder
 from abliterate.edits import oblique
+from abliterate.errors import CheckpointError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.planning import EditPlan
-from abliterate.surgery import DTYPES, read_exactly, read_gain, untied_config, view_of
+from abliterate.surgery import read_gain, untied_config
 
 UNIT_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 """Largest relative error of rounding to nearest."""
@@ -240,6 +243,21 @@ def _compare_files(plan: EditPlan, written: Path) -> tuple[int, list[str]]:
         else:
             same += 1
     return same, failures
+
+
+def read_exactly(file: BinaryIO, start: int, target: Tensor, *, where: str) -> None:
+    """Fill ``target`` (uint8) with the bytes of ``file`` from ``start`` on.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
+    view = view_of(target)
+    file.seek(start)
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined] - unbuffered files have it
+        if not count:
+            raise CheckpointError(f"{where}: the file ends too early", "fetch this file again")
+        view = view[count:]
 
 
 def _chunks(tensor: TensorInfo, size: int) -> Iterator[tuple[int, int]]:

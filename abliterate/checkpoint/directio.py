@@ -1,0 +1,239 @@
+"""Moving files past the page cache.
+
+Copying a shard through the page cache costs several times what the disk itself needs, most of it system time.  Where
+the file system allows it (``O_DIRECT`` on Linux) bytes go straight between disk and a few large reused buffers; where
+it does not, plain reads and writes are used and the cache is told to forget.
+
+Direct transfers need the address in memory, the offset in the file and the length to be multiples of the page.  A
+``Slab`` therefore holds a stretch of a file at the same offset modulo the page as the file does, so that what was read
+can be edited in place and written without moving, as long as it keeps its offset modulo the page in the output.
+"""
+
+import errno
+import mmap
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import CheckpointError
+
+PAGE = 4096
+BOUNCE_BYTES = 2**20
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+O_BINARY = getattr(os, "O_BINARY", 0)
+POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwritev")
+
+
+class Slab:
+    """A page-aligned buffer that holds up to ``capacity`` bytes at any offset modulo the page."""
+
+    def __init__(self, capacity: int) -> None:
+        pages = -(-capacity // PAGE) + 2
+        self._memory = mmap.mmap(-1, pages * PAGE)
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def stretch(self, offset: int, size: int) -> Tensor:
+        """``size`` bytes whose address is ``offset`` modulo the page."""
+        return self.bytes[offset % PAGE : offset % PAGE + size]
+
+
+class SourceFile:
+    """A file to read from, past the page cache where that works."""
+
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self.path = path
+        self.direct = bool(direct and O_DIRECT)
+        try:
+            self._file = _open(path, os.O_RDONLY, direct=self.direct)
+        except OSError as error:
+            if not self.direct or error.errno not in _NOT_DIRECT:
+                raise
+            self.direct = False
+            self._file = _open(path, os.O_RDONLY, direct=False)
+
+    def read(self, slab: Slab, start: int, size: int) -> Tensor:
+        """The bytes from ``start`` on, in ``slab`` at the same offset modulo the page.
+
+        Raises:
+            CheckpointError: the file ends before that.
+        """
+        if not self.direct:
+            target = slab.stretch(start, size)
+            self._fill(view_of(target), start, size)
+            _forget(self._file, start, size)
+            return target
+        before = start % PAGE
+        pages = -(-(before + size) // PAGE) * PAGE
+        try:
+            self._fill(view_of(slab.bytes[:pages]), start - before, before + size)
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
+            os.close(self._file)
+            self.direct = False
+            self._file = _open(self.path, os.O_RDONLY, direct=False)
+            return self.read(slab, start, size)
+        return slab.stretch(start, size)
+
+    def _fill(self, view: memoryview, start: int, needed: int) -> None:
+        """Read into ``view`` until at least ``needed`` bytes are there (the file may end inside the last page)."""
+        done = 0
+        while done < needed:
+            count = _read_at(self._file, view[done:], start + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: the file ends too early", "fetch this file again")
+            done += count
+            if done < needed and self.direct and done % PAGE:
+                done -= done % PAGE  # a short direct read must be continued at a page
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> "SourceFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+class TargetFile:
+    """A new file, written from front to back, past the page cache where that works.
+
+    Bytes that do not fill a page wait in a page of their own until the next ones arrive.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self.path = path
+        self.position = 0
+        self._waiting = Slab(PAGE)
+        self._bounce: Slab | None = None
+        self.direct = bool(direct and O_DIRECT)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._file = _open(path, flags, direct=self.direct)
+        except OSError as error:
+            if not self.direct or error.errno not in _NOT_DIRECT:
+                raise
+            self.direct = False
+            self._file = _open(path, flags, direct=False)
+
+    def append(self, data: Tensor) -> None:
+        """Write ``data`` (uint8) at the end."""
+        if self.position % PAGE:
+            room = min(PAGE - self.position % PAGE, len(data))
+            self._wait(data[:room])
+            data = data[room:]
+        whole = len(data) // PAGE * PAGE
+        if whole:
+            self._write_pages(data[:whole])
+        if whole < len(data):
+            self._wait(data[whole:])
+
+    def patch(self, patches: list[tuple[int, Tensor]]) -> None:
+        """Overwrite some bytes of the finished file, each patch a place and its bytes."""
+        plain = _open(self.path, os.O_WRONLY, direct=False)
+        try:
+            for place, data in patches:
+                _write_all(plain, view_of(data), place)
+            os.fsync(plain)
+        finally:
+            os.close(plain)
+
+    def finish(self) -> None:
+        """Write what still waits, cut the file to its length, and flush it to the disk."""
+        rest = self.position % PAGE
+        if rest:
+            end = PAGE if self.direct else rest
+            self._put(self._waiting.bytes[:end], self.position - rest)
+            os.ftruncate(self._file, self.position)
+        os.fsync(self._file)
+        if not self.direct:
+            _forget(self._file, 0, 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> "TargetFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _wait(self, data: Tensor) -> None:
+        place = self.position % PAGE
+        self._waiting.bytes[place : place + len(data)] = data
+        self.position += len(data)
+        if self.position % PAGE == 0:
+            self._put(self._waiting.bytes[:PAGE], self.position - PAGE)
+
+    def _write_pages(self, data: Tensor) -> None:
+        if not self.direct or data.data_ptr() % PAGE == 0:
+            self._put(data, self.position)
+            self.position += len(data)
+            return
+        self._bounce = self._bounce or Slab(BOUNCE_BYTES)
+        for start in range(0, len(data), BOUNCE_BYTES):
+            part = data[start : start + BOUNCE_BYTES]
+            aligned = self._bounce.bytes[: len(part)]
+            aligned.copy_(part)
+            self._put(aligned, self.position)
+            self.position += len(part)
+
+    def _put(self, data: Tensor, place: int) -> None:
+        try:
+            _write_all(self._file, view_of(data), place)
+        except OSError as error:
+            if not self.direct or error.errno not in _NOT_DIRECT:
+                raise
+            os.close(self._file)
+            self.direct = False
+            self._file = _open(self.path, os.O_WRONLY, direct=False)
+            _write_all(self._file, view_of(data), place)
+
+
+def view_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type] - arrays are buffers
+
+
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def _open(path: Path, flags: int, *, direct: bool) -> int:
+    descriptor = os.open(path, flags | O_BINARY | (O_DIRECT if direct else 0), 0o644)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor
+
+
+def _read_at(file: int, view: memoryview, place: int) -> int:
+    if POSITIONAL:
+        return os.preadv(file, [view], place)
+    os.lseek(file, place, os.SEEK_SET)
+    data = os.read(file, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+def _write_all(file: int, view: memoryview, place: int) -> None:
+    while len(view):
+        if POSITIONAL:
+            count = os.pwritev(file, [view], place)
+        else:
+            os.lseek(file, place, os.SEEK_SET)
+            count = os.write(file, view)
+        view, place = view[count:], place + count
+
+
+def _forget(file: int, start: int, size: int) -> None:
+    """Drop a stretch of a file from the page cache, where the platform can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
