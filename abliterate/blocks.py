@@ -18,6 +18,8 @@ from abliterate.errors import NonFiniteError
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 WORK_ELEMENTS = 2**18
+"""Elements of a block.  Sums are grouped by blocks that begin at multiples of it, whatever the memory budget, so the
+budget does not change a bit of the result."""
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -28,8 +30,8 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Workspace:
     """One float buffer, reused by every block of every tensor."""
 
-    def __init__(self, elements: int = WORK_ELEMENTS) -> None:
-        self._elements = elements
+    def __init__(self) -> None:
+        self._elements = WORK_ELEMENTS
         self._buffer = torch.empty(0)
 
     def rows(self, width: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -157,28 +158,52 @@ def load(path: Path) -> DirectionSet:
         if not torch.isfinite(tensor).all():
             raise SourceError(f"{path}: tensor '{name}' holds NaN or infinity", "measure the direction again")
     if "abliterate" in metadata:
-        return _from_document(json.loads(metadata["abliterate"]), tensors)
-    if "direction" not in tensors or tensors["direction"].ndim != 1:
+        try:
+            directions = _from_document(_Document.model_validate(json.loads(metadata["abliterate"])), tensors)
+        except (KeyError, ValueError, UsageError) as error:
+            raise SourceError(f"{path}: its parts do not fit together", "measure the direction again") from error
+    elif "direction" in tensors and tensors["direction"].ndim == 1:
+        directions = _from_vector(tensors["direction"], path.name)
+    else:
         raise SourceError(f"{path}: no vector called 'direction'", "save it as a 1-D tensor under that name")
-    vector = tensors["direction"].to(torch.float32)[None, None]
+    if directions.choice is not None and not torch.any(directions.direction):
+        raise SourceError(f"{path}: the direction is zero", "measure the direction again")
+    return directions
+
+
+class _Document(BaseModel):
+    """The metadata that ``save`` writes, as far as it is read."""
+
+    positions: tuple[int, ...]
+    scores: tuple[CandidateScore, ...]
+    choice: Choice | None
+    measurement: dict[str, Any]
+
+
+def _from_vector(vector: Tensor, name: str) -> DirectionSet:
+    vector = vector.to(torch.float32)[None, None]
     return DirectionSet(
         candidates=vector,
         harmful_mean=torch.zeros_like(vector),
         harmless_mean=torch.zeros_like(vector),
         positions=(-1,),
         choice=Choice(position=-1, layer=0, rule="given"),
-        metadata={"source": path.name},
+        metadata={"source": name},
     )
 
 
-def _from_document(document: dict[str, Any], tensors: dict[str, Tensor]) -> DirectionSet:
-    choice = document["choice"]
-    return DirectionSet(
-        candidates=tensors["candidates"],
-        harmful_mean=tensors["harmful_mean"],
-        harmless_mean=tensors["harmless_mean"],
-        positions=tuple(document["positions"]),
-        metadata=document["measurement"],
-        scores=tuple(CandidateScore(**score) for score in document["scores"]),
-        choice=None if choice is None else Choice(**choice),
+def _from_document(document: _Document, tensors: Mapping[str, Tensor]) -> DirectionSet:
+    parts = {name: tensors[name] for name in ("candidates", "harmful_mean", "harmless_mean")}
+    shapes = {tuple(tensor.shape) for tensor in parts.values()}
+    if len(shapes) != 1 or parts["candidates"].ndim != 3 or len(parts["candidates"]) != len(document.positions):
+        raise ValueError(f"shapes {shapes} for {len(document.positions)} positions")
+    directions = DirectionSet(
+        candidates=parts["candidates"],
+        harmful_mean=parts["harmful_mean"],
+        harmless_mean=parts["harmless_mean"],
+        positions=document.positions,
+        metadata=document.measurement,
+        scores=document.scores,
     )
+    choice = document.choice
+    return directions if choice is None else directions.choose(choice.position, choice.layer, choice.rule)

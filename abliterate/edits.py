@@ -99,6 +99,8 @@ COARSE_ROWS = 16
 FINE_ROWS = 12
 FINE_RATIO = 0.7
 STEEPEST_STEP = 0.25
+GRAM_TOLERANCE = 1e-3
+"""The last rows cannot resolve every one of several directions: what they resolve worse than this is left as it is."""
 
 
 def feedback_rows(read: Float[Tensor, "d k"]) -> list[int]:
@@ -143,13 +145,13 @@ def round_tail(
     """Round the feedback rows one after the other so that ``leak`` cancels.
 
     ``leak`` is ``read^T W'`` with these rows unrounded.  Each row takes its share ``- read_i G^-1 leak`` (``G``: Gram
-    matrix of the rows still to come), is rounded to nearest, and passes on its own rounding error.
+    matrix of the rows still to come, pseudo-inverted), is rounded to nearest, and passes on its own rounding error.
     """
     coefficients = read.to(device=w.device, dtype=w.dtype)
     rounded = torch.empty_like(w, dtype=dtype)
     for position in range(len(w)):
         remaining = read[position:]
-        share = remaining[0] @ torch.linalg.pinv(remaining.T @ remaining)
+        share = remaining[0] @ torch.linalg.pinv(remaining.T @ remaining, rtol=GRAM_TOLERANCE, hermitian=True)
         target = w[position] - share.to(device=w.device, dtype=w.dtype) @ leak
         rounded[position] = target.to(dtype)
         leak = leak + coefficients[position][:, None] * (rounded[position].to(w.dtype) - w[position])

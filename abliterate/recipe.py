@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     refusal_tokens: tuple[str, ...] = ()
     # selection
     max_kl_nats: float = Field(default=0.1, gt=0)
-    min_induce: float = 0.0
+    min_induce: float = Field(default=0.0, ge=float("-inf"))  # any number, but not NaN
     prune_layers: float = Field(default=0.2, ge=0, lt=1)
     # edit
     tied: Literal["untie", "shared", "keep"] = "untie"

@@ -45,7 +45,7 @@ RESERVED_BYTES = 64 * 2**20
 """Of the memory budget: float buffers, held rows, headers, threads."""
 
 COPY_BYTES = 32 * 2**20
-SMALLEST_SLAB = 2**12
+SMALLEST_SLAB = 2**16
 
 
 def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Projector]:
@@ -210,8 +210,14 @@ class Editor:
 
     def _row_stretches(self, tensor: TensorInfo, edit: TensorEdit) -> Iterator[Stretch]:
         width = tensor.shape[-1]
-        for start, size in self._whole_rows(tensor, width, min(COPY_BYTES, self.slab_bytes)):
-            yield Stretch(start=start, size=size, change=lambda raw: in_place(raw, edit.stored, width, edit.edit_rows))
+        row_bytes = width * edit.stored.itemsize
+        size = self._rows(width, row_bytes) * row_bytes
+        for start in range(tensor.start, tensor.end, size):
+            yield Stretch(
+                start=start,
+                size=min(size, tensor.end - start),
+                change=lambda raw: in_place(raw, edit.stored, width, edit.edit_rows),
+            )
 
     def _column_stretches(
         self,
@@ -246,7 +252,7 @@ class Editor:
         """A matrix that does not fit into a buffer: gather, apply, patch."""
         columns = ColumnEdit(edit, n)
         row_bytes = n * edit.stored.itemsize
-        rows = max(1, min(COPY_BYTES, self.slab_bytes) // row_bytes)
+        rows = self._rows(n, row_bytes)
         for step in (columns.gather, columns.apply):
             for row in range(0, d, rows):
                 yield Stretch(
@@ -257,11 +263,10 @@ class Editor:
                 )
         patches.append((start, lambda: [(row * row_bytes, values) for row, values in columns.finish()]))
 
-    def _whole_rows(self, tensor: TensorInfo, width: int, target: int) -> Iterator[tuple[int, int]]:
-        row_bytes = width * DTYPES[tensor.dtype].itemsize
-        size = max(1, target // row_bytes) * row_bytes
-        for start in range(tensor.start, tensor.end, size):
-            yield start, min(size, tensor.end - start)
+    def _rows(self, width: int, row_bytes: int) -> int:
+        """Rows for one stretch: as many as fit, but whole blocks of the arithmetic, and at least one of those."""
+        step = self.work.rows(width)
+        return max(1, min(COPY_BYTES, self.slab_bytes) // (step * row_bytes)) * step
 
     def _slabs_of(self, size: int) -> list[Slab]:
         if not self._slabs or self._slabs[0].bytes.numel() < size + 2 * PAGE:

@@ -133,7 +133,7 @@ def write_llama(
     head: bool = True,
     biases: bool = False,
     tied: bool = False,
-    sizes: Mapping[str, Any] = {},  # noqa: B006 - never changed
+    sizes: Mapping[str, Any] = {},
     **options: Any,
 ) -> Path:
     """A random Llama checkpoint."""
@@ -146,11 +146,19 @@ def directions(d: int = 32, k: int = 1, *, seed: int = 7) -> torch.Tensor:
     return torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-def edit(source: Path | EditPlan, out: Path, *, k: int = 1, memory_bytes: int = 2**20, **options: Any) -> Path:
-    """Plan (unless given), edit, finish."""
+def edit(
+    source: Path | EditPlan,
+    out: Path,
+    *,
+    k: int = 1,
+    vectors: torch.Tensor | None = None,
+    memory_bytes: int = 2**20,
+    **options: Any,
+) -> Path:
+    """Plan (unless given), edit along ``vectors`` (random unless given), finish."""
     made = source if isinstance(source, EditPlan) else plan(source)
     output = prepare(out, source=made.checkpoint.folder, fingerprint="test", needed_bytes=made.output_bytes)
-    vectors = directions(made.model_map.d_model, k)
+    vectors = directions(made.model_map.d_model, k) if vectors is None else vectors
     edit_checkpoint(made, vectors, output, memory_bytes=memory_bytes, **options)
     return output.finish()
 

@@ -192,6 +192,12 @@ def _writer(checkpoint: Checkpoint, tensor: TensorInfo, spec: WriterSpec, layer:
                 f"{checkpoint.name}: '{norm_name}', the norm behind '{tensor.name}', is missing",
                 "give a complete checkpoint; nothing was changed",
             )
+        if norm.shape != (tensor.shape[spec.axis],) or norm.dtype not in EDITABLE_DTYPES:
+            raise UnknownTensorError(
+                f"{norm.shard}: '{norm_name}' has shape {list(norm.shape)} {norm.dtype}, "
+                f"expected one gain for each of the {tensor.shape[spec.axis]} channels of '{tensor.name}'",
+                "the registry entry does not fit this checkpoint; nothing was changed",
+            )
     return Writer(tensor=tensor, axis=spec.axis, role=spec.role, layer=layer, norm=norm, gain=spec.gain)
 
 

@@ -83,12 +83,12 @@ class SourceFile:
         """Read into ``view`` until at least ``needed`` bytes are there (the file may end inside the last page)."""
         done = 0
         while done < needed:
-            count = _read_at(self._file, view[done:], start + done)
-            if count == 0:
+            # A short direct read ends inside a page: it is continued from the page's beginning.
+            begin = done - done % PAGE if self.direct else done
+            count = _read_at(self._file, view[begin:], start + begin)
+            if begin + count <= done:
                 raise CheckpointError(f"{self.path}: the file ends too early", "fetch this file again")
-            done += count
-            if done < needed and self.direct and done % PAGE:
-                done -= done % PAGE  # a short direct read must be continued at a page
+            done = begin + count
 
     def close(self) -> None:
         """Close the file."""

@@ -88,12 +88,12 @@ def parse_header(raw: bytes, *, shard: str, file_size: int, where: str) -> Shard
     """
     try:
         document = json.loads(raw, object_pairs_hook=_no_duplicates)
-        metadata = document.pop("__metadata__", None)
+        metadata = _metadata(document.pop("__metadata__", None))
         entries = sorted(
             (_tensor(name, entry, shard, 8 + len(raw)) for name, entry in document.items()),
             key=lambda tensor: (tensor.start, tensor.end),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: the header is malformed ({error})", _FETCH_AGAIN) from error
     end = 8 + len(raw)
     for tensor in entries:
@@ -115,6 +115,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) != len(pairs):
         raise ValueError("a name occurs twice")
     return document
+
+
+def _metadata(value: Any) -> dict[str, str] | None:  # noqa: ANN401 - parsed JSON
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("__metadata__ must hold text by name")
+    return value
 
 
 def _tensor(name: str, entry: dict[str, Any], shard: str, data_start: int) -> TensorInfo:

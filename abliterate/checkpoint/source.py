@@ -5,10 +5,11 @@ plan of a 140 GB model fetches a few megabytes; ``fetch`` then downloads what th
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.header import Shard, TensorInfo, read_shard
@@ -16,6 +17,8 @@ from abliterate.errors import CheckpointError, UnsupportedFormatError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+SHARD_NAME = re.compile(r"[^/\\:\0]+\.safetensors")
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 """Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
@@ -126,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror})", "the folder must hold a complete checkpoint"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})", "fetch this file again") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: must hold a JSON object", "fetch this file again")
@@ -142,15 +145,13 @@ def safe_shard_names(index: Mapping[str, Any], where: Path) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: has no weight_map", "fetch this file again")
-    names = list(dict.fromkeys(weight_map.values()))
-    for shard in names:
-        path = PurePosixPath(str(shard))
-        if not isinstance(shard, str) or len(path.parts) != 1 or shard in (".", "..") or "\\" in shard or ":" in shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
             raise CheckpointError(
-                f"{where}: shard name {shard!r} is not a plain file name",
+                f"{where}: shard name {shard!r} is not a plain .safetensors file name",
                 "do not use this checkpoint: its index points outside its own folder",
             )
-    return names
+    return list(dict.fromkeys(weight_map.values()))
 
 
 def check_index(index: Mapping[str, Any] | None, shards: tuple[Shard, ...], *, where: Path) -> None:
@@ -214,7 +215,11 @@ def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple
     keep, left_out = [], []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if not path.is_file() or any(part in IGNORED_PARTS for part in relative.parts):
+        if any(part in IGNORED_PARTS for part in relative.parts):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link to a file that is not there", "fetch this file again")
+        if not path.is_file():
             continue
         name = relative.as_posix()
         if name in shards or name == INDEX_NAME:

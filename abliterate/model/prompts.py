@@ -153,7 +153,8 @@ def split_three_ways(prompts: PromptSet, sizes: SplitSizes, seed: int) -> dict[s
     scale = min(1.0, len(order) / wanted)
     if len(order) < 6:
         raise PromptError(f"{prompts.source}: holds {len(order)} prompts", "give at least 6; 260 or more are good")
-    n_val, n_test = max(1, int(sizes.val * scale)), max(1, int(sizes.test * scale))
+    n_val = max(1, min(int(sizes.val * scale), len(order) - 2))
+    n_test = max(1, min(int(sizes.test * scale), len(order) - n_val - 1))
     n_train = min(sizes.train, len(order) - n_val - n_test)
     cuts = {
         "train": (0, n_train),
@@ -179,27 +180,36 @@ def _from_file(path: Path) -> list[Prompt]:
         raise PromptError(f"{path}: unknown kind of prompt file", f"use one of {', '.join(readers)}")
     try:
         return reader(path)
-    except (OSError, ValueError, UnicodeError) as error:
+    except (OSError, ValueError, UnicodeError, csv.Error) as error:
         raise PromptError(f"{path}: cannot be read ({error})", "check the file's format") from error
 
 
+ENCODING = "utf-8-sig"
+"""UTF-8, without the byte order mark that spreadsheets and some editors put first."""
+
+
 def _lines(path: Path) -> list[Prompt]:
-    return [Prompt(text=line.strip()) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [Prompt(text=line.strip()) for line in _text_lines(path)]
 
 
 def _json_lines(path: Path) -> list[Prompt]:
-    return [_row(json.loads(line), str(path)) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [_row(json.loads(line), str(path)) for line in _text_lines(path)]
+
+
+def _text_lines(path: Path) -> list[str]:
+    """Lines that hold something; ``str.splitlines`` would also cut at characters that JSON allows inside a string."""
+    return [line for line in path.read_text(ENCODING).split("\n") if line.strip()]
 
 
 def _json(path: Path) -> list[Prompt]:
-    document = json.loads(path.read_text("utf-8"))
+    document = json.loads(path.read_text(ENCODING))
     if not isinstance(document, list):
         raise PromptError(f"{path}: must hold a JSON list", "use a list of strings or of objects with a 'prompt'")
     return [_row(row, str(path)) for row in document]
 
 
 def _csv(path: Path) -> list[Prompt]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=ENCODING, newline="") as file:
         return [_row(row, str(path)) for row in csv.DictReader(file)]
 
 
@@ -235,5 +245,7 @@ def _row(row: Any, source: str, column: str | None = None) -> Prompt:  # noqa: A
     names: Sequence[str] = (column,) if column else COLUMNS
     for name in names:
         if isinstance(row.get(name), str):
-            return Prompt(text=row[name], answer=row.get("answer"), held_out=bool(row.get("held_out", False)))
+            answer = row.get("answer")
+            held_out = str(row.get("held_out")).lower() in ("true", "1")  # text in a CSV file
+            return Prompt(text=row[name], answer=None if answer is None else str(answer), held_out=held_out)
     raise PromptError(f"{source}: a row has none of the columns {', '.join(names)}", "name the prompt column 'prompt'")

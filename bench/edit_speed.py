@@ -1,0 +1,121 @@
+"""Is editing a checkpoint faster than copying it?
+
+    python -m bench.edit_speed [--layers 12] [--rounds 5] [--work out/bench]
+
+Makes a checkpoint with the shapes of Llama-3-8B (fewer layers, random weights, several shards, at least 6 GB), then
+alternates, in one run and on one disk: ``cp -r`` + ``sync``, ``abliterate edit`` (as a whole process, fsync included),
+and a straightforward editor that reads, edits and saves shard by shard with the safetensors library.  Prints wall and
+CPU seconds, peak resident memory above an interpreter with torch imported, and the ratios of medians.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from abliterate import directions
+from abliterate.directions import Choice, DirectionSet
+from abliterate.rehearsal import KNOWN, make
+
+LOOP = """
+import sys, json, pathlib, shutil, torch
+from safetensors.torch import load_file, save_file
+src, dst = map(pathlib.Path, sys.argv[1:3])
+from abliterate.directions import load
+r = load(pathlib.Path(sys.argv[3])).direction
+r = r / r.norm()
+dst.mkdir()
+for path in sorted(src.iterdir()):
+    if path.suffix != ".safetensors":
+        shutil.copy(path, dst)
+        continue
+    tensors = load_file(path)
+    for name, w in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            f = w.float()
+            tensors[name] = (f - torch.outer(r, r @ f)).to(w.dtype)
+        elif name.endswith("embed_tokens.weight"):
+            f = w.float()
+            tensors[name] = (f - torch.outer(f @ r, r)).to(w.dtype)
+    save_file(tensors, dst / path.name, metadata={"format": "pt"})
+import os
+os.sync()
+"""
+IDLE = "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds of a whole process, and its peak resident memory."""
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit((process.stderr.read() if process.stderr else b"").decode())
+    return {
+        "wall": time.monotonic() - begun,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "rss": usage.ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("out/bench"))
+    parser.add_argument("--memory", default="512MiB")
+    parser.add_argument("--no-loop", action="store_true")
+    args = parser.parse_args()
+    shutil.rmtree(args.work, ignore_errors=True)
+    base = make(replace(KNOWN["llama-3-8b"], layers=args.layers), args.work / "base", fill=True)
+    size = sum(path.stat().st_size for path in base.iterdir())
+    vector = torch.randn(1, 1, 4096, generator=torch.Generator().manual_seed(0))
+    r = DirectionSet(
+        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
+        choice=Choice(position=-1, layer=0, rule="given"),
+    )  # fmt: skip
+    direction = directions.save(r, args.work / "direction.safetensors")
+    idle = int(subprocess.run([sys.executable, "-c", IDLE], capture_output=True, check=True).stdout) * 1024
+    out = args.work / "out"
+    abliterate = str(Path(sys.executable).with_name("abliterate"))
+    commands = {
+        "cp -r + sync": ["sh", "-c", f"cp -r {base} {out} && sync"],
+        "abliterate edit": [abliterate, "edit", str(base), str(direction), "--out", str(out), "--memory", args.memory],
+    }
+    if not args.no_loop:
+        commands["load, edit, save"] = [sys.executable, "-c", LOOP, str(base), str(out), str(direction)]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for round_number in range(args.rounds):
+        for name, command in commands.items():
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            results[name].append(timed(command))
+            last = results[name][-1]
+            print(
+                f"round {round_number + 1}  {name:18s} {last['wall']:7.1f} s wall {last['cpu']:6.1f} s CPU", flush=True
+            )
+    shutil.rmtree(args.work)
+    copied = statistics.median(run["wall"] for run in results["cp -r + sync"])
+    print(f"\n{size / 1e9:.2f} GB, median of {args.rounds}")
+    for name, runs in results.items():
+        wall = statistics.median(run["wall"] for run in runs)
+        cpu = statistics.median(run["cpu"] for run in runs)
+        rss = max(run["rss"] for run in runs)
+        above = max(0, rss - idle) / 2**20
+        print(f"{name:18s} {wall:7.1f} s  {wall / copied:5.2f} x cp  {cpu:6.1f} s CPU  {above:7.0f} MiB above idle")
+    print(
+        json.dumps({"bytes": size, "idle_bytes": idle, "peak_self": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+    )
+
+
+if __name__ == "__main__":
+    main()

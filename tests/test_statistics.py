@@ -1,0 +1,100 @@
+"""Rates and distances, against values computed elsewhere."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abliterate.evaluate.statistics import Rate, exact_kl_nats, kl_nats, refusal_metric
+
+few = settings(max_examples=40, deadline=None)
+
+
+def log_probs(seed, *shape, sharp=1.0):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (sharp * logits).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 10, 0.0179, 0.4042),
+        (0, 100, 0.0, 0.0370),
+        (50, 100, 0.4038, 0.5962),
+        (1, 1, 0.2065, 1.0),
+    ],
+)
+def test_wilson_interval(hits, count, low, high):
+    """Newcombe 1998, and R's ``prop.test(correct = FALSE)``."""
+    assert Rate(hits=hits, count=count).interval == pytest.approx((low, high), abs=1e-4)
+
+
+@few
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_the_interval_holds_the_rate_and_stays_in_range(count, share):
+    rate = Rate(hits=int(count * share), count=count)
+    low, high = rate.interval
+    assert 0 <= low <= rate.value + 1e-12
+    assert rate.value - 1e-12 <= high <= 1
+    assert low < high
+
+
+def test_a_rate_of_nothing_is_nan():
+    empty = Rate(hits=0, count=0)
+    assert math.isnan(empty.value)
+    assert all(math.isnan(bound) for bound in empty.interval)
+
+
+@few
+@given(st.integers(0, 2**32), st.floats(0.1, 30))
+def test_exact_kl_is_never_negative(seed, sharp):
+    p, q = log_probs(seed, 3, 20, sharp=sharp), log_probs(seed + 1, 3, 20, sharp=sharp)
+    assert (exact_kl_nats(p, q) >= -1e-12).all()
+    assert exact_kl_nats(p, p).abs().max() < 1e-12
+
+
+def test_exact_kl_of_a_known_pair():
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    assert float(exact_kl_nats(p, q)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+
+
+@few
+@given(st.integers(0, 2**32), st.floats(0.1, 30))
+def test_smoothed_kl_is_the_exact_one_up_to_the_smoothing(seed, sharp):
+    p, q = log_probs(seed, 3, 20, sharp=sharp), log_probs(seed + 1, 3, 20, sharp=sharp)
+    smoothed = kl_nats(p, q)
+    assert (smoothed >= -20 * 1e-6).all()
+    assert (smoothed <= exact_kl_nats(p, q) + 20 * 1e-6).all()
+
+
+def test_smoothing_bounds_the_kl_of_disjoint_distributions():
+    p, q = torch.tensor([0.0, -math.inf]), torch.tensor([-math.inf, 0.0])
+    assert float(kl_nats(p, q)) == pytest.approx(-math.log(1e-6), rel=1e-4)
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.5, 0.0), (0.9, math.log(9)), (0.1, -math.log(9))])
+def test_refusal_metric_is_the_log_odds(p, expected):
+    log_p = torch.tensor([[p, 1 - p]], dtype=torch.float64).log()
+    assert float(refusal_metric(log_p, [0])) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("p", "sign"), [(1.0, 1), (0.0, -1)])
+def test_refusal_metric_is_clipped_at_certainty(p, sign):
+    log_p = torch.tensor([p, 1 - p], dtype=torch.float64).log()
+    assert float(refusal_metric(log_p, [0])) == pytest.approx(sign * 18.42, abs=0.01)
+
+
+def test_rounding_above_one_does_not_give_nan():
+    """Float32 probabilities of several tokens can sum to more than 1."""
+    log_p = torch.tensor([math.log(0.6), math.log(0.4000002), -50.0])
+    assert float(refusal_metric(log_p, [0, 1])) == pytest.approx(18.42, abs=0.01)
+
+
+def test_several_refusal_tokens_add_up():
+    log_p = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    assert refusal_metric(log_p, [0, 1]).tolist() == pytest.approx([0.0, math.log(9)], abs=1e-6)

@@ -1,0 +1,165 @@
+"""Files past the page cache, three threads and a few buffers: the same bytes whatever the budget and the alignment."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+
+from abliterate import blocks
+from abliterate.checkpoint import directio
+from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
+from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.stream import Stretch, stream
+from abliterate.errors import CheckpointError
+from abliterate.planning import plan
+from abliterate.surgery import edit_checkpoint, header_with
+from tests import factories
+
+
+@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+def direct(request):
+    return request.param
+
+
+def random_bytes(size, seed=0):
+    return torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("start", "size"), [(0, 1), (0, PAGE), (1, PAGE), (4095, 2), (PAGE, 3 * PAGE), (17, 20000)])
+def test_read_any_stretch(tmp_path, direct, start, size):
+    data = random_bytes(30001)
+    (tmp_path / "f").write_bytes(data.numpy().tobytes())
+    with SourceFile(tmp_path / "f", direct=direct) as file:
+        assert torch.equal(file.read(Slab(size), start, size), data[start : start + size])
+
+
+def test_reading_past_the_end_is_an_error(tmp_path, direct):
+    (tmp_path / "f").write_bytes(b"x" * 5000)
+    with SourceFile(tmp_path / "f", direct=direct) as file, pytest.raises(CheckpointError, match="ends too early"):
+        file.read(Slab(6000), 0, 5001)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (PAGE,), (5, PAGE - 5, 1), (3 * PAGE + 7, 2 * PAGE, 9000, 1), (0, 10)])
+def test_appended_pieces_make_the_file(tmp_path, direct, sizes):
+    pieces = [random_bytes(size, seed) for seed, size in enumerate(sizes)]
+    with TargetFile(tmp_path / "f", direct=direct) as file:
+        for piece in pieces:
+            file.append(piece)
+        file.finish()
+    assert (tmp_path / "f").read_bytes() == torch.cat(pieces).numpy().tobytes()
+
+
+def test_patches_overwrite_in_place(tmp_path, direct):
+    data = random_bytes(20000)
+    with TargetFile(tmp_path / "f", direct=direct) as file:
+        file.append(data)
+        file.finish()
+        file.patch([(4090, torch.zeros(20, dtype=torch.uint8)), (19999, torch.ones(1, dtype=torch.uint8))])
+    data[4090:4110] = 0
+    data[19999] = 1
+    assert (tmp_path / "f").read_bytes() == data.numpy().tobytes()
+
+
+def test_a_file_system_without_direct_io_is_served_through_the_cache(tmp_path, monkeypatch):
+    """Some refuse O_DIRECT when the file is opened."""
+    real = os.open
+
+    def refuse(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(directio.errno.EINVAL, "no direct I/O here")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    data = random_bytes(10000)
+    with TargetFile(tmp_path / "f") as out:
+        assert not out.direct
+        out.append(data)
+        out.finish()
+    with SourceFile(tmp_path / "f") as file:
+        assert not file.direct
+        assert torch.equal(file.read(Slab(10000), 0, 10000), data)
+
+
+def test_stream_changes_in_order(tmp_path, direct):
+    data = random_bytes(50000)
+    (tmp_path / "in").write_bytes(data.numpy().tobytes())
+    seen = []
+
+    def change(raw):
+        seen.append(len(raw))
+        raw.bitwise_not_()
+
+    stretches = [
+        Stretch(start=0, size=10000),
+        Stretch(start=10000, size=30000, change=change),
+        Stretch(start=40000, size=5000, change=lambda raw: seen.append(-len(raw)), written=False),
+        Stretch(start=40000, size=10000),
+    ]
+    with SourceFile(tmp_path / "in", direct=direct) as source, TargetFile(tmp_path / "out", direct=direct) as out:
+        stream(source, out, stretches, [Slab(30000) for _ in range(3)], advance=lambda _: None)
+        out.finish()
+    data[10000:40000] = ~data[10000:40000]
+    assert (tmp_path / "out").read_bytes() == data.numpy().tobytes()
+    assert seen == [30000, -5000]
+
+
+@pytest.mark.parametrize("culprit", ["read", "change", "write"])
+@pytest.mark.parametrize("at", [0, 7, 19])
+def test_a_failure_in_any_thread_is_raised_and_nothing_hangs(tmp_path, monkeypatch, culprit, at):
+    (tmp_path / "in").write_bytes(b"x" * 200000)
+    calls = {"read": 0, "change": 0, "write": 0}
+
+    def count(what):
+        calls[what] += 1
+        if what == culprit and calls[what] == at + 1:
+            raise OSError(5, "planted")
+
+    real_read, real_append = SourceFile.read, TargetFile.append
+    monkeypatch.setattr(SourceFile, "read", lambda *args: (count("read"), real_read(*args))[1])
+    monkeypatch.setattr(TargetFile, "append", lambda *args: (count("write"), real_append(*args))[1])
+    stretches = [Stretch(start=n * 10000, size=10000, change=lambda raw: count("change")) for n in range(20)]
+    slabs = [Slab(10000) for _ in range(3)]
+    with (
+        SourceFile(tmp_path / "in") as file,
+        TargetFile(tmp_path / "out") as out,
+        pytest.raises(OSError, match="planted"),
+    ):
+        stream(file, out, stretches, slabs, advance=lambda _: None)
+
+
+def edited_bytes(base, out, **options):
+    edit_plan = plan(base)
+    output = prepare(out, source=base, fingerprint="test", needed_bytes=0)
+    edit_checkpoint(edit_plan, factories.random_directions(48), output, **options)
+    folder = output.finish()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "llama-tied"])
+def test_the_memory_budget_does_not_change_a_bit(tmp_path, monkeypatch, name, dtype):
+    """Blocks of a few rows, matrices read twice and patched, or all at once: the same file."""
+    base = factories.save(factories.build(name), tmp_path / "base", dtype=dtype)
+    monkeypatch.setattr(blocks, "WORK_ELEMENTS", 256)
+    monkeypatch.setattr("abliterate.surgery.SMALLEST_SLAB", 1000)
+    small = edited_bytes(base, tmp_path / "small", memory_bytes=1)
+    large = edited_bytes(base, tmp_path / "large", memory_bytes=2**30)
+    buffered = edited_bytes(base, tmp_path / "buffered", memory_bytes=1, direct=False)
+    assert small == large == buffered
+
+
+def test_an_added_header_entry_keeps_data_on_its_page_offset():
+    header = {"__metadata__": {"format": "pt"}, "a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    raw = len(text).to_bytes(8, "little") + text
+    from abliterate.checkpoint.header import TensorInfo, parse_header
+
+    like = TensorInfo(name="a", shard="s", dtype="BF16", shape=(2,), start=0, end=4)
+    grown = header_with(raw, "lm_head.weight", like, 4)
+    assert (len(grown) - len(raw)) % PAGE == 0
+    parsed = parse_header(grown[8:], shard="s", file_size=len(grown) + 8, where="s")
+    assert [tensor.name for tensor in parsed.tensors] == ["a", "lm_head.weight"]
+    assert parsed.metadata == {"format": "pt"}
+    assert text.rstrip(b"}") in grown
