@@ -24,6 +24,8 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".o
 """Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
 
 IGNORED_PARTS = (".git", ".cache", "__pycache__")
+OUR_MANIFEST, OUR_FOLDER = "abliterate.json", "abliterate"
+"""What an edit leaves in its output: when that is edited again, the folder is made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +215,10 @@ def _shard_names(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     keep, left_out = [], []
+    ours = OUR_FOLDER if (folder / OUR_MANIFEST).is_file() else None
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if any(part in IGNORED_PARTS for part in relative.parts):
+        if relative.parts[0] == ours or any(part in IGNORED_PARTS for part in relative.parts):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path}: is a link to a file that is not there", "fetch this file again")
