@@ -15,7 +15,7 @@ from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.linalg import unit
 from abliterate.surgery import read_tensor
-from abliterate.verification import read_exactly
+from abliterate.verification import same_bytes
 
 POWER_ITERATIONS = 8
 TASK = "compare"
@@ -90,22 +90,6 @@ def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) ->
         identical_files=identical_files,
         writers=len(axes),
     )
-
-
-def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, block_bytes: int = 2**25) -> bool:
-    """Whether two tensors of equal size hold the same bytes."""
-    if tensor.size_bytes != ours.size_bytes:
-        return False
-    with (old / tensor.shard).open("rb", buffering=0) as a, (new / ours.shard).open("rb", buffering=0) as b:
-        size = min(block_bytes, tensor.size_bytes)
-        first, second = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-        for start in range(0, tensor.size_bytes, size or 1):
-            count = min(size, tensor.size_bytes - start)
-            read_exactly(a, tensor.start + start, first[:count], where=tensor.name)
-            read_exactly(b, ours.start + start, second[:count], where=tensor.name)
-            if not torch.equal(first[:count], second[:count]):
-                return False
-    return True
 
 
 def leading_direction(change: Float[Tensor, "d n"]) -> tuple[Float[Tensor, " d"], float]:

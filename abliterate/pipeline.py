@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from abliterate import __version__, manifest
 from abliterate import directions as direction_files
-from abliterate import manifest
 from abliterate.blocks import DTYPES
 from abliterate.checkpoint.output import OutputFolder, copy_file, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
@@ -276,10 +276,12 @@ def require_verified(report: VerifyReport, output: OutputFolder) -> None:
 
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
-    """What makes two runs the same: source headers, recipe, direction.  Memory and device may differ."""
+    """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
     free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
     checkpoint = edit_plan.checkpoint
     document: Mapping[str, Any] = {
+        "version": __version__,
+        "changed": [(checkpoint.folder / shard.name).stat().st_mtime_ns for shard in checkpoint.shards],
         "source": [[t.name, t.shard, t.dtype, t.shape, t.start] for t in checkpoint.tensors.values()],
         "config": dict(checkpoint.config),
         "recipe": recipe.model_dump(exclude=free),

@@ -141,7 +141,9 @@ def _fill(file, size: int) -> None:  # noqa: ANN001 - an open file
 
 def main() -> None:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m abliterate.rehearsal", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m abliterate.rehearsal", description="Make a checkpoint of a real shape."
+    )
     parser.add_argument("shapes", choices=sorted(KNOWN))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the released model")

@@ -26,7 +26,7 @@ from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, TensorEdit, Workspace
 from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
 from abliterate.checkpoint.header import Shard, TensorInfo
-from abliterate.checkpoint.output import OutputFolder, copy_file, write_json
+from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_json
 from abliterate.checkpoint.source import INDEX_NAME
 from abliterate.checkpoint.stream import Stretch, buffers, bytes_of, stream
 from abliterate.edits import Projector
@@ -117,7 +117,10 @@ def edit_checkpoint(
                 if output.is_done(shard.name):
                     on_event(Advanced(task=TASK, amount=shard.size_bytes))
                     continue
-                editor.write_shard(shard, output.path / shard.name)
+                unfinished = output.path / (shard.name + ".tmp")
+                editor.write_shard(shard, unfinished)
+                unfinished.replace(output.path / shard.name)
+                flush(output.path)
                 output.mark_done(shard.name)
         _write_index(plan, output)
         _write_config(plan, output)

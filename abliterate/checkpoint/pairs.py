@@ -1,0 +1,87 @@
+"""Two files read side by side, in one pass, past the page cache: what a comparison of checkpoints is made of."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoint.directio import Slab, SourceFile, view_of
+
+PAIRS = 2
+"""One pair of buffers is looked at while the next is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairStretch:
+    """The same stretch of both files, at ``start`` in the first one, shown to ``see``; ``hashed`` once only."""
+
+    start: int
+    size: int
+    see: Callable[[Tensor, Tensor], None]
+    hashed: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """SHA-256 of both files, as hexadecimal."""
+
+    first: str
+    second: str
+
+
+def read_pairs(
+    first: Path,
+    second: Path,
+    stretches: Sequence[PairStretch],
+    *,
+    first_header: bytes,
+    second_header: bytes,
+    advance: Callable[[int], None],
+    direct: bool = True,
+) -> Digests:
+    """Show every stretch of two files to its ``see``, and hash both.
+
+    The second file's data is moved against the first one's by the difference of their headers, which are given, and
+    hashed before all else.  The hashed stretches must cover both files from there on, in order, or the digests mean
+    nothing.
+
+    Raises:
+        CheckpointError: a file ends too early.
+    """
+    digests = (hashlib.sha256(first_header), hashlib.sha256(second_header))
+    moved = len(second_header) - len(first_header)
+    size = max((stretch.size for stretch in stretches), default=0)
+    slabs = [(Slab(size), Slab(size)) for _ in range(PAIRS)]
+    with (
+        SourceFile(first, direct=direct) as a,
+        SourceFile(second, direct=direct) as b,
+        ThreadPoolExecutor(1, "read") as reader,
+        ThreadPoolExecutor(2, "hash") as hasher,
+    ):
+
+        def read(place: int) -> tuple[Tensor, Tensor]:
+            stretch, pair = stretches[place], slabs[place % PAIRS]
+            return (
+                a.read(pair[0], stretch.start, stretch.size),
+                b.read(pair[1], stretch.start + moved, stretch.size),
+            )
+
+        ahead: Future[tuple[Tensor, Tensor]] | None = reader.submit(read, 0) if stretches else None
+        for place, stretch in enumerate(stretches):
+            pair = ahead.result() if ahead is not None else (torch.empty(0), torch.empty(0))
+            ahead = reader.submit(read, place + 1) if place + 1 < len(stretches) else None
+            hashing = []
+            if stretch.hashed:
+                hashing = [
+                    hasher.submit(digest.update, view_of(part)) for digest, part in zip(digests, pair, strict=True)
+                ]
+            stretch.see(*pair)
+            for done in hashing:
+                done.result()
+            if stretch.hashed:
+                advance(stretch.size)
+    return Digests(first=digests[0].hexdigest(), second=digests[1].hexdigest())
