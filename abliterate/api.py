@@ -76,7 +76,7 @@ def edit(
     made = plan(checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
-    pipeline.edit(made, direction, output, memory_bytes=recipe.memory_bytes, on_event=on_event)
+    pipeline.edit(made, direction, output, recipe, on_event=on_event)
     manifest.finish(output, made, manifest.build(made, direction, recipe))
     return EditResult(out=output.finish(), plan=made)
 

@@ -6,6 +6,7 @@ widened, projected, rounded and measured.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,9 @@ from torch import Tensor
 from abliterate import edits
 from abliterate.edits import Projector
 from abliterate.errors import NonFiniteError
+
+Rounding = Literal["direction", "nearest"]
+"""How the edited matrix is rounded to its dtype: so that nothing is left along the direction, or each element alone."""
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -59,16 +63,22 @@ class TensorEdit:
     work: Workspace
 
     @classmethod
-    def of(cls, where: str, projector: Projector, stored: torch.dtype, work: Workspace) -> "TensorEdit":
-        """Prepare ``projector`` for a tensor; ``where`` names it in errors."""
+    def of(
+        cls, where: str, projector: Projector, stored: torch.dtype, work: Workspace, rounding: Rounding = "direction"
+    ) -> "TensorEdit":
+        """Prepare ``projector`` for a tensor; ``where`` names it in errors.
+
+        With ``rounding`` "nearest" there are no feedback rows: every element is rounded to nearest.
+        """
         dtype = compute_dtype(stored)
+        rows = edits.feedback_rows(projector.read) if rounding == "direction" else []
         return cls(
             where=where,
             projector=projector,
             stored=stored,
             read=projector.read.to(dtype),
             write=projector.write.to(dtype),
-            feedback=torch.tensor(edits.feedback_rows(projector.read)),
+            feedback=torch.tensor(rows, dtype=torch.long),
             work=work,
         )
 

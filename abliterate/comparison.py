@@ -1,5 +1,6 @@
 """What differs between two checkpoints: which tensors, by how much, along what; everything else proven identical."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class ChangedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diff:
-    """Two checkpoints compared byte by byte."""
+    """Two checkpoints compared byte by byte.  ``head`` names the one tensor that an edit may add."""
 
     changed: tuple[ChangedTensor, ...]
     identical: int
@@ -49,12 +50,14 @@ class Diff:
     changed_files: tuple[str, ...]
     identical_files: int
     writers: int
+    head: str | None
 
     @property
     def only_writers(self) -> bool:
         """Whether exactly the writers of the residual stream changed, and nothing else but an added head."""
-        roles_known = all(tensor.role != "not a writer" for tensor in self.changed)
-        return roles_known and len(self.changed) == self.writers and not self.removed and not self.reshaped
+        roles_known = self.writers > 0 and all(tensor.role != "not a writer" for tensor in self.changed)
+        same_names = set(self.added) <= {self.head} and not self.removed and not self.reshaped
+        return roles_known and len(self.changed) == self.writers and same_names
 
 
 def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) -> Diff:
@@ -64,7 +67,7 @@ def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) ->
         SourceError: one of them cannot be read.
     """
     old, new = open_checkpoint(base), open_checkpoint(edited)
-    axes = _residual_axes(old)
+    axes, head = _residual_axes(old)
     shared = [tensor for name, tensor in old.tensors.items() if name in new.tensors]
     on_event(Started(task=TASK, total=sum(tensor.size_bytes for tensor in shared), unit="bytes"))
     identical = 0
@@ -89,6 +92,7 @@ def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) ->
         changed_files=tuple(changed_files),
         identical_files=identical_files,
         writers=len(axes),
+        head=head,
     )
 
 
@@ -102,12 +106,13 @@ def leading_direction(change: Float[Tensor, "d n"]) -> tuple[Float[Tensor, " d"]
     return v, float((change.T @ v.to(change.dtype)).square().sum()) / total
 
 
-def _residual_axes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, str]]:
+def _residual_axes(checkpoint: Checkpoint) -> tuple[Mapping[str, tuple[int, str]], str | None]:
+    """Residual axis and role of every writer, and the name of the head; nothing where the architecture is unknown."""
     try:
         model_map = map_model(checkpoint, allow_partial=True)
     except PlanRefusedError:
-        return {}
-    return {writer.tensor.name: (writer.axis, writer.role) for writer in model_map.writers}
+        return {}, None
+    return {writer.tensor.name: (writer.axis, writer.role) for writer in model_map.writers}, model_map.head_name
 
 
 def _describe(
@@ -124,7 +129,7 @@ def _describe(
         before = read_tensor(old.folder, tensor).to(torch.float32)
         change = read_tensor(new.folder, ours).to(torch.float32) - before
         size = float(change.norm() / before.norm().clamp_min(1e-30))
-        if tensor.name not in axes:
+        if tensor.name not in axes or not 0 < size < math.inf:  # NaN, or -0 for 0: there is no direction in that
             found.append((tensor, size, None, None))
             continue
         axis = axes[tensor.name][0]

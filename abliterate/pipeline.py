@@ -133,13 +133,20 @@ def edit(
     edit_plan: EditPlan,
     directions: DirectionSet,
     output: OutputFolder,
+    recipe: Recipe,
     *,
-    memory_bytes: int,
     on_event: OnEvent = ignore,
 ) -> None:
     """Write the edited checkpoint, without manifest and card, into ``output``."""
     base = edit_plan.checkpoint
-    edit_checkpoint(edit_plan, directions.direction[:, None], output, memory_bytes=memory_bytes, on_event=on_event)
+    edit_checkpoint(
+        edit_plan,
+        directions.direction[:, None],
+        output,
+        rounding=recipe.rounding,
+        memory_bytes=recipe.memory_bytes,
+        on_event=on_event,
+    )
     direction_files.save(directions, output.private / DIRECTION_FILE)
     for name in ("README.md", manifest.FILE_NAME):
         if (base.folder / name).is_file():
@@ -243,7 +250,7 @@ def run(
     if directions is None:
         directions = select(session, measure(session, on_event=on_event), on_event=on_event)
         direction_files.save(directions, output.private / DIRECTION_FILE)
-    edit(edit_plan, directions, output, memory_bytes=recipe.memory_bytes, on_event=on_event)
+    edit(edit_plan, directions, output, recipe, on_event=on_event)
     verification = verify(session, edit_plan, directions, output.path, on_event=on_event)
     require_verified(verification, output)
     evaluated = None

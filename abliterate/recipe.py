@@ -32,6 +32,7 @@ class Recipe(BaseModel):
     prune_layers: float = Field(default=0.2, ge=0, lt=1)
     # edit
     tied: Literal["untie", "shared", "keep"] = "untie"
+    rounding: Literal["direction", "nearest"] = "direction"
     allow_partial: bool = False
     memory_bytes: int = Field(default=512 * 2**20, ge=2**20)
     # running the model

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from abliterate import edits
 from abliterate.arch.model_map import Writer
-from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, TensorEdit, Workspace
+from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, Rounding, TensorEdit, Workspace
 from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_json
@@ -90,6 +90,7 @@ def edit_checkpoint(
     directions: Float[Tensor, "d k"],
     output: OutputFolder,
     *,
+    rounding: Rounding = "direction",
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     direct: bool = True,
     on_event: OnEvent = ignore,
@@ -106,6 +107,7 @@ def edit_checkpoint(
     editor = Editor(
         plan=plan,
         projectors=projectors(plan, directions),
+        rounding=rounding,
         slab_bytes=max(SMALLEST_SLAB, (memory_bytes - RESERVED_BYTES) // SLABS),
         direct=direct,
         on_event=on_event,
@@ -157,6 +159,7 @@ class Editor:
 
     plan: EditPlan
     projectors: Mapping[str, Projector]
+    rounding: Rounding
     slab_bytes: int
     direct: bool
     on_event: OnEvent
@@ -196,9 +199,9 @@ class Editor:
             if tensor.name not in writers or tensor.numel == 0:
                 continue
             yield from self._copies(position, tensor.start)
-            edit = TensorEdit.of(
-                f"{tensor.shard}: '{tensor.name}'", self.projectors[tensor.name], DTYPES[tensor.dtype], self.work
-            )
+            where = f"{tensor.shard}: '{tensor.name}'"
+            projector = self.projectors[tensor.name]
+            edit = TensorEdit.of(where, projector, DTYPES[tensor.dtype], self.work, self.rounding)
             if writers[tensor.name].axis == len(tensor.shape) - 1:
                 yield from self._row_stretches(tensor, edit)
             else:

@@ -25,7 +25,7 @@ from abliterate.directions import Choice, DirectionSet
 from abliterate.rehearsal import KNOWN, make
 
 LOOP = """
-import sys, json, pathlib, shutil, torch
+import sys, pathlib, shutil, torch
 from safetensors.torch import load_file, save_file
 src, dst = map(pathlib.Path, sys.argv[1:3])
 from abliterate.directions import load
@@ -48,21 +48,32 @@ for path in sorted(src.iterdir()):
 import os
 os.sync()
 """
-IDLE = "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# ru_maxrss of a child begins with what its parent held; the high-water mark of /proc is the process's own.
+MARK = """
+import atexit, sys
+def report():
+    marks = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    print(marks[0].split()[1], file=sys.stderr)
+atexit.register(report)
+import torch
+"""
+EDIT = MARK + "from abliterate.cli.app import main\nmain()\n"
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds of a whole process, and its peak resident memory."""
+    """Wall and CPU seconds of a whole process, and its peak resident memory where it says so on stderr."""
     begun = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        errors = process.stderr.read() if process.stderr else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit((process.stderr.read() if process.stderr else b"").decode())
+        sys.exit(errors)
+    mark = errors.split()[-1] if errors.split() else ""
     return {
         "wall": time.monotonic() - begun,
         "cpu": usage.ru_utime + usage.ru_stime,
-        "rss": usage.ru_maxrss * 1024,
+        "peak": int(mark) * 1024 if mark.isdigit() else 0,
     }
 
 
@@ -84,15 +95,25 @@ def main() -> None:
         choice=Choice(position=-1, layer=0, rule="given"),
     )  # fmt: skip
     direction = directions.save(r, args.work / "direction.safetensors")
-    idle = int(subprocess.run([sys.executable, "-c", IDLE], capture_output=True, check=True).stdout) * 1024
+    idle = timed([sys.executable, "-c", MARK])["peak"]
     out = args.work / "out"
-    abliterate = str(Path(sys.executable).with_name("abliterate"))
     commands = {
         "cp -r + sync": ["sh", "-c", f"cp -r {base} {out} && sync"],
-        "abliterate edit": [abliterate, "edit", str(base), str(direction), "--out", str(out), "--memory", args.memory],
+        "abliterate edit": [
+            sys.executable,
+            "-c",
+            EDIT,
+            "edit",
+            str(base),
+            str(direction),
+            "--out",
+            str(out),
+            "--memory",
+            args.memory,
+        ],
     }
     if not args.no_loop:
-        commands["load, edit, save"] = [sys.executable, "-c", LOOP, str(base), str(out), str(direction)]
+        commands["load, edit, save"] = [sys.executable, "-c", MARK + LOOP, str(base), str(out), str(direction)]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for round_number in range(args.rounds):
         for name, command in commands.items():
@@ -109,8 +130,7 @@ def main() -> None:
     for name, runs in results.items():
         wall = statistics.median(run["wall"] for run in runs)
         cpu = statistics.median(run["cpu"] for run in runs)
-        rss = max(run["rss"] for run in runs)
-        above = max(0, rss - idle) / 2**20
+        above = max(0, max(run["peak"] for run in runs) - idle) / 2**20
         print(f"{name:18s} {wall:7.1f} s  {wall / copied:5.2f} x cp  {cpu:6.1f} s CPU  {above:7.0f} MiB above idle")
     print(
         json.dumps({"bytes": size, "idle_bytes": idle, "peak_self": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})

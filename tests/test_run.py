@@ -198,8 +198,8 @@ def test_a_failed_verification_leaves_no_finished_folder(monkeypatch, tmp_path, 
 
     real = abliterate.pipeline.edit
 
-    def edit_and_break(edit_plan, directions, output, **options):
-        real(edit_plan, directions, output, **options)
+    def edit_and_break(edit_plan, directions, output, recipe, **options):
+        real(edit_plan, directions, output, recipe, **options)
         shard = output.path / "model-00001-of-00002.safetensors"
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1

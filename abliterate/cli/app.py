@@ -1,5 +1,7 @@
 """The application: which command is which function."""
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -55,4 +57,7 @@ for _name, _command in {
 
 def main() -> None:
     """Entry point of the ``abliterate`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a code page without our signs must not stop the work
     app()

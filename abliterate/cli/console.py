@@ -36,8 +36,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PIPE_WIDTH = 160
-out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 class RateColumn(ProgressColumn):
@@ -122,7 +122,9 @@ def _lines() -> OnEvent:
 
 def show_json(document: Any) -> None:  # noqa: ANN401 - anything JSON can hold
     """One JSON document on stdout, and nothing else.  NaN and infinity become null."""
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False))  # noqa: T201 - the one place for it
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(_plain(document), indent=2, ensure_ascii=ascii_only)
+    print(text, flush=True)  # noqa: T201 - the one place for it
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
@@ -156,6 +158,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except typer.Exit:
+            raise
+        except BrokenPipeError:
+            out.on_broken_pipe()  # whoever reads our output, ``head`` say, has seen enough
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence: no traceback
             failure = explain(error)

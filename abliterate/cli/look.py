@@ -33,7 +33,8 @@ def plan(
     show_plan(made)
     if tensors:
         for writer in made.writers:
-            out.print(f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}")
+            line = f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}"
+            out.print(line, markup=False)
 
 
 @guarded

@@ -34,6 +34,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float1
 BatchSize = Annotated[int | None, typer.Option(help="Prompts per forward pass.")]
 Memory = Annotated[str | None, typer.Option(help="Memory for the edit, e.g. 512MiB or 2GiB.")]
 Tied = Annotated[str | None, typer.Option(help="What to do with a tied head: untie, shared or keep.")]
+Rounding = Annotated[str | None, typer.Option(help="direction: leave nothing along it; nearest: each element alone.")]
 AllowPartial = Annotated[
     bool | None, typer.Option("--allow-partial", help="Edit what is known of an incomplete map, and brand the result.")
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import err, guarded, out, progress, show_json
@@ -30,6 +31,7 @@ def run(
     harmful: opt.Harmful = None,
     harmless: opt.Harmless = None,
     tied: opt.Tied = None,
+    rounding: opt.Rounding = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
@@ -51,8 +53,8 @@ def run(
     Example: abliterate run Qwen/Qwen2.5-7B-Instruct --harmful declined.txt --harmless answered.txt --out qwen-abl
     """
     settings = opt.make_recipe(
-        recipe, harmful=harmful, harmless=harmless, tied=tied, device=device, dtype=dtype, batch_size=batch_size,
-        memory=memory, max_new_tokens=max_new_tokens, system=system, refusal_token=refusal_token,
+        recipe, harmful=harmful, harmless=harmless, tied=tied, rounding=rounding, device=device, dtype=dtype,
+        batch_size=batch_size, memory=memory, max_new_tokens=max_new_tokens, system=system, refusal_token=refusal_token,
         allow_partial=allow_partial, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     target = out_folder or opt.default_out(model)
@@ -68,7 +70,7 @@ def run(
 
     quiet_transformers()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    err.print("[dim]$ abliterate " + shlex.join(sys.argv[1:]) + "[/dim]")
+    err.print("$ abliterate " + shlex.join(sys.argv[1:]), style="dim", markup=False)
     with progress() as listen:
         result = pipeline.run(
             model, target, settings, revision=revision, direction=given, with_evaluation=evaluate, on_event=listen
@@ -85,7 +87,7 @@ def run(
     if result.evaluation is not None:
         tables.show_evaluation(result.evaluation)
         out.print()
-    out.print(f"[bold green]done and verified:[/bold green] {result.out}")
+    out.print(f"[bold green]done and verified:[/bold green] {escape(str(result.out))}")
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
@@ -106,5 +108,5 @@ def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: s
         return
     tables.show_plan(made)
     for name, part in contrast.hashes().items():
-        out.print(f"{name.replace('_', ' ')}: {part['count']} prompts from {part['source']}")
-    out.print(f"would write {target}; nothing was written")
+        out.print(f"{name.replace('_', ' ')}: {part['count']} prompts from {part['source']}", markup=False)
+    out.print(f"would write {target}; nothing was written", markup=False)

@@ -56,8 +56,8 @@ def measure(
     kept, tokens = measured.metadata["kept"], measured.metadata["refusal_tokens"]["texts"]
     out.print(f"{len(measured.positions)} positions x {measured.n_layers} layers, width {measured.d_model}")
     out.print(f"prompts kept: {kept['harmful_train']} harmful, {kept['harmless_train']} harmless")
-    out.print(f"refusals begin with: {', '.join(map(repr, tokens))}")
-    out.print(f"written: {out_file}")
+    out.print(f"refusals begin with: {', '.join(map(repr, tokens))}", markup=False)
+    out.print(f"written: {out_file}", markup=False)
 
 
 @guarded
@@ -103,7 +103,7 @@ def select(
         show_json({"file": str(out_file), "choice": choice, "scores": [asdict(score) for score in chosen.scores]})
         return
     show_selection(chosen)
-    out.print(f"written: {out_file}")
+    out.print(f"written: {out_file}", markup=False)
 
 
 @guarded
@@ -114,6 +114,7 @@ def edit(
     position: opt.Position = None,
     layer: opt.Layer = None,
     tied: opt.Tied = None,
+    rounding: opt.Rounding = None,
     memory: opt.Memory = None,
     revision: opt.Revision = None,
     allow_partial: opt.AllowPartial = None,
@@ -123,7 +124,7 @@ def edit(
 
     Example: abliterate edit tiny-chat direction.safetensors --out tiny-chat-abl
     """
-    settings = opt.make_recipe(None, tied=tied, memory=memory, allow_partial=allow_partial)
+    settings = opt.make_recipe(None, tied=tied, rounding=rounding, memory=memory, allow_partial=allow_partial)
     from abliterate import api
 
     chosen = read_direction(direction, position, layer)
@@ -138,8 +139,8 @@ def edit(
     from abliterate.cli.tables import show_plan
 
     show_plan(edited.plan)
-    out.print(f"written: {edited.out}")
-    out.print(f"[dim]not verified yet: abliterate verify {edited.out}[/dim]")
+    out.print(f"written: {edited.out}", markup=False)
+    out.print(f"not verified yet: abliterate verify {edited.out}", style="dim", markup=False)
 
 
 @guarded

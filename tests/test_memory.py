@@ -1,0 +1,65 @@
+"""Memory is a setting: the peak of a whole process stays within the budget, whatever the shapes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from abliterate import directions
+from abliterate.directions import Choice, DirectionSet
+from abliterate.rehearsal import KNOWN, make
+
+BUDGET = 512 * 2**20
+# ru_maxrss of a child begins with what its parent held; the high-water mark of /proc is the process's own.
+WRAPPER = """
+import atexit, sys
+def report():
+    marks = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    print(marks[0].split()[1], file=sys.stderr)
+atexit.register(report)
+import torch
+if len(sys.argv) > 1:
+    from abliterate.cli.app import main
+    main()
+"""
+SOAK = bool(os.environ.get("ABLITERATE_SOAK"))
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+SHAPES = {
+    "8b": replace(KNOWN["llama-3-8b"], layers=1, vocab=32768, shards=1),
+    # one matrix of 512 MiB (with ABLITERATE_SOAK, of 4 GiB), which no buffer of the budget holds
+    "wide": replace(KNOWN["llama-3-8b"], layers=1, vocab=1024, d_model=2048, d_ff=2**20 if SOAK else 2**17, shards=1),
+    "two-million-rows": replace(KNOWN["llama-3-8b"], layers=1, vocab=2_000_000, d_model=256, d_ff=512, shards=1),
+}
+
+
+def peak(*arguments):
+    """Peak resident memory in bytes of ``abliterate`` with ``arguments``; without any, of importing torch."""
+    command = [sys.executable, "-c", WRAPPER, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1]) * 1024
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_peak_memory_is_within_the_budget(name, tmp_path, record_property):
+    base = make(SHAPES[name], tmp_path / "base")
+    vector = torch.ones(1, 1, SHAPES[name].d_model)
+    chosen = DirectionSet(
+        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
+        choice=Choice(position=-1, layer=0, rule="given"),
+    )  # fmt: skip
+    file = directions.save(chosen, tmp_path / "direction.safetensors")
+    idle = peak()
+    above = {
+        "edit": peak("edit", base, file, "--out", tmp_path / "out", "--memory", BUDGET) - idle,
+        "verify": peak("verify", tmp_path / "out", "--bytes-only") - idle,
+    }
+    for command, used in above.items():
+        print(f"{name} {command}: {used / 2**20:.0f} MiB above an interpreter with torch")
+        record_property(f"{command}_mib", used / 2**20)
+    assert max(above.values()) <= BUDGET
