@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test check fmt docs bench tiny-chat test-models clean
+.PHONY: run test check fmt docs bench bench-edit soak tiny-chat test-models clean
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -33,8 +33,15 @@ fmt: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m docs.generate
 
-bench: $(VENV)/installed-dev
-	$(BIN)/python -m bench.edit_speed
+# Measures; run when nothing else does.  Writes docs/performance.md.
+bench bench-edit: $(VENV)/installed-dev
+	$(BIN)/python -m bench.edit_speed --write docs/performance.md
+
+# The kill and memory tests at a large size, and ten minutes of coverage-guided fuzzing.
+soak: $(VENV)/installed-dev
+	ABLITERATE_KILL_POINTS=500 ABLITERATE_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory.py
+	$(PIP) install atheris
+	$(BIN)/python -m tests.fuzz_header -max_total_time=600
 
 tiny-chat: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \

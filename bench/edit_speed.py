@@ -22,6 +22,7 @@ import torch
 
 from abliterate import directions
 from abliterate.directions import Choice, DirectionSet
+from abliterate.planning import plan
 from abliterate.rehearsal import KNOWN, make
 
 LOOP = """
@@ -60,6 +61,22 @@ import torch
 EDIT = MARK + "from abliterate.cli.app import main\nmain()\n"
 
 
+PAGE = """\
+# Performance
+
+Written by `make bench-edit`. In one run and on one disk, alternating, median of {rounds}: copying a checkpoint with the
+shapes of Llama-3-8B (12 layers, random bfloat16 weights, four shards), editing it with `abliterate edit` (a whole
+process, fsync included, 512 MiB budget), and a plain loop that loads each shard with the safetensors library, edits it
+and saves it.
+
+{table}
+
+Machine: {machine}.
+
+Verifying (`abliterate verify --bytes-only`) reads base and result once, side by side, and hashes both.
+"""
+
+
 def timed(command: list[str]) -> dict[str, float]:
     """Wall and CPU seconds of a whole process, and its peak resident memory where it says so on stderr."""
     begun = time.monotonic()
@@ -85,10 +102,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/bench"))
     parser.add_argument("--memory", default="512MiB")
     parser.add_argument("--no-loop", action="store_true")
+    parser.add_argument("--write", type=Path, help="write the result as a page")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     base = make(replace(KNOWN["llama-3-8b"], layers=args.layers), args.work / "base", fill=True)
     size = sum(path.stat().st_size for path in base.iterdir())
+    edited = plan(base).edited_parameters
     vector = torch.randn(1, 1, 4096, generator=torch.Generator().manual_seed(0))
     r = DirectionSet(
         candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
@@ -125,16 +144,38 @@ def main() -> None:
                 f"round {round_number + 1}  {name:18s} {last['wall']:7.1f} s wall {last['cpu']:6.1f} s CPU", flush=True
             )
     shutil.rmtree(args.work)
+    lines = report(results, size, edited, idle)
+    print("\n" + "\n".join(lines))
+    if args.write:
+        args.write.write_text(PAGE.format(table="\n".join(lines), machine=machine(), rounds=args.rounds), "utf-8")
+
+
+def report(results: dict[str, list[dict[str, float]]], size: int, edited: int, idle: float) -> list[str]:
+    """The table of medians, as Markdown."""
     copied = statistics.median(run["wall"] for run in results["cp -r + sync"])
-    print(f"\n{size / 1e9:.2f} GB, median of {args.rounds}")
+    allowed = 0.15 * edited / 1e8 + 0.5 * size / 1e9
+    lines = [
+        f"{size / 1e9:.2f} GB, {edited / 1e9:.2f} billion parameters edited "
+        f"(CPU budget: {allowed:.1f} s beyond starting Python)",
+        "",
+        "| | wall, s | range | ratio to cp | CPU, s | peak memory above torch, MiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for name, runs in results.items():
-        wall = statistics.median(run["wall"] for run in runs)
-        cpu = statistics.median(run["cpu"] for run in runs)
-        above = max(0, max(run["peak"] for run in runs) - idle) / 2**20
-        print(f"{name:18s} {wall:7.1f} s  {wall / copied:5.2f} x cp  {cpu:6.1f} s CPU  {above:7.0f} MiB above idle")
-    print(
-        json.dumps({"bytes": size, "idle_bytes": idle, "peak_self": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
-    )
+        walls = [run["wall"] for run in runs]
+        wall, cpu = statistics.median(walls), statistics.median(run["cpu"] for run in runs)
+        peak = max(run["peak"] for run in runs)
+        above = f"{(peak - idle) / 2**20:.0f}" if peak else "-"
+        spread = f"{min(walls):.1f} to {max(walls):.1f}"
+        lines.append(f"| {name} | {wall:.1f} | {spread} | {wall / copied:.2f} | {cpu:.1f} | {above} |")
+    return lines
+
+
+def machine() -> str:
+    """Processor, cores, memory and disk of this machine, in one line."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB memory, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
