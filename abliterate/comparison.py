@@ -11,6 +11,7 @@ from torch import Tensor
 
 from abliterate.arch.model_map import EDITABLE_DTYPES, map_model
 from abliterate.checkpoint.header import TensorInfo
+from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
@@ -61,12 +62,12 @@ class Diff:
 
 
 def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) -> Diff:
-    """Compare two local checkpoints, tensor by tensor and file by file.
+    """Compare two checkpoints, tensor by tensor and file by file; those on the Hub are fetched.
 
     Raises:
         SourceError: one of them cannot be read.
     """
-    old, new = open_checkpoint(base), open_checkpoint(edited)
+    old, new = fetch(open_checkpoint(base)), fetch(open_checkpoint(edited))
     axes, head = _residual_axes(old)
     shared = [tensor for name, tensor in old.tensors.items() if name in new.tensors]
     on_event(Started(task=TASK, total=sum(tensor.size_bytes for tensor in shared), unit="bytes"))

@@ -60,6 +60,37 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "qwen2-tied": _text("Qwen2Config", "Qwen2ForCausalLM", tie_word_embeddings=True),
     "qwen3": _text("Qwen3Config", "Qwen3ForCausalLM", attention_bias=True),
     "qwen3-tied": _text("Qwen3Config", "Qwen3ForCausalLM", tie_word_embeddings=True),
+    "qwen2-moe": _text(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe": _text(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+    "mixtral": _text("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-next": _text(
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
     "gemma": _text("GemmaConfig", "GemmaForCausalLM"),
     "gemma2": _text("Gemma2Config", "Gemma2ForCausalLM", query_pre_attn_scalar=16, sliding_window=8),
     "gemma3-text": _text("Gemma3TextConfig", "Gemma3ForCausalLM", sliding_window=8),
@@ -67,6 +98,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 EXACT = tuple(name for name in BUILDERS if not name.startswith(("gemma2", "gemma3")))
 R_FREE = tuple(name for name in BUILDERS if name not in EXACT)
+ROUTED = tuple(name for name in BUILDERS if "moe" in name or name in ("mixtral", "qwen3-next"))
 TIED = tuple(name for name in BUILDERS if "tied" in name or name.startswith("gemma"))
 
 
@@ -106,7 +138,10 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float64) -> nn.Module:
     elif "vision_config" in config:
         auto = transformers.AutoModelForImageTextToText
     with without_bars():
-        return auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+        model = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    if hasattr(model, "set_experts_implementation") and "expert" in str(config):
+        model.set_experts_implementation("eager")  # the default kernel has no float64
+    return model
 
 
 @contextmanager

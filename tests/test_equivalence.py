@@ -95,9 +95,15 @@ def test_plan_covers_everything(name, tmp_path):
 # --- each equivalence is shown to fail when the edit is broken -----------------------------------------------------
 
 
+LIKE = {"attention out": "linear attention out", "MLP out": "expert out"}
+
+
 def drop(role):
+    """Forget the embedding, or what the last block writes in ``role``, whatever this family calls it."""
+
     def change(edit_plan: EditPlan) -> EditPlan:
-        kept = [writer for writer in edit_plan.writers if writer.role != role or writer.layer not in (None, 2)]
+        roles = (role, LIKE.get(role))
+        kept = [w for w in edit_plan.writers if w.role not in roles or w.layer not in (None, 2)]
         assert len(kept) < len(edit_plan.writers)
         return dataclasses.replace(edit_plan, writers=tuple(kept))
 
@@ -171,5 +177,6 @@ def test_bfloat16_within_rounding(name, tmp_path):
     edited = edit(plan(base), directions, tmp_path / "edited")
     hooked, _ = logits_and_share(base, factories.load(base), directions, hooks=True)
     ours, share = logits_and_share(edited, factories.load(edited), directions, hooks=False)
-    assert kl(hooked, ours) < 1e-3
+    # a rounded router score may pick another expert, and then more than rounding changes
+    assert kl(hooked, ours) < (1e-2 if name in factories.ROUTED else 1e-3)
     assert share < 2e-3

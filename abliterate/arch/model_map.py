@@ -4,6 +4,7 @@ This is where a silent skip would begin, so nothing here guesses: the names deci
 block must hold every writer that is not optional.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,7 +82,7 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
         )
     sizes = {axis: config_size(text, key, checkpoint.name) for axis, key in family.sizes.items()}
     writers, unknown, prefix, head = _sort_tensors(checkpoint, family, sizes)
-    missing = _missing(family, writers, sizes["n_layers"], prefix)
+    missing = _missing(family, writers, sizes, prefix)
     model_map = ModelMap(
         family=family,
         model_type=checkpoint.model_type,
@@ -113,12 +114,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def config_size(config: Mapping[str, Any], key: str, where: str) -> int:
-    """A positive integer of a configuration.
+    """A positive integer of a configuration; ``key`` may name alternatives, separated by bars.
 
     Raises:
         UnknownTensorError: absent or not a positive integer.
     """
-    value = config.get(key)
+    value = next((config[name] for name in key.split("|") if name in config), None)
     if not isinstance(value, int) or value <= 0:
         raise UnknownTensorError(f"{where}/config.json: {key} is {value!r}", "the configuration must give this size")
     return value
@@ -142,8 +143,9 @@ def _sort_tensors(
             head = tensor
             continue
         match, spec, known = _role(family, tensor.name)
-        layer = int(match["layer"]) if match and "layer" in match.groupdict() and match["layer"] else None
-        if not known or match is None or (layer is not None and layer >= sizes["n_layers"]):
+        layer, expert = _number(match, "layer"), _number(match, "expert")
+        beyond = (layer or 0) >= sizes["n_layers"] or (expert or 0) >= sizes.get("n_experts", 1)
+        if not known or match is None or beyond:
             unknown.append(tensor.name)
         elif spec is not None:
             _check(tensor, spec, sizes)
@@ -159,6 +161,10 @@ def _role(family: Family, name: str) -> tuple[Any, WriterSpec | None, bool]:
         if match:
             return match, matcher.writer, True
     return None, None, False
+
+
+def _number(match: "re.Match[str] | None", name: str) -> int | None:
+    return int(match[name]) if match and match.groupdict().get(name) else None
 
 
 def _check(tensor: TensorInfo, spec: WriterSpec, sizes: Mapping[str, int]) -> None:
@@ -201,16 +207,31 @@ def _writer(checkpoint: Checkpoint, tensor: TensorInfo, spec: WriterSpec, layer:
     return Writer(tensor=tensor, axis=spec.axis, role=spec.role, layer=layer, norm=norm, gain=spec.gain)
 
 
-def _missing(family: Family, writers: list[Writer], n_layers: int, prefix: str) -> list[str]:
+def _missing(family: Family, writers: list[Writer], sizes: Mapping[str, int], prefix: str) -> list[str]:
+    """Names of writers that must exist and do not: fixed ones, missing experts, and slots that nothing fills."""
     present = {writer.tensor.name for writer in writers}
-    wanted = []
+    wanted: list[str] = []
+    filled: set[tuple[str, int]] = set()
     for spec in family.writer:
-        if spec.optional:
-            continue
-        start = "" if spec.absolute else prefix
-        layers = range(n_layers) if spec.per_layer else (None,)
-        wanted += [start + spec.name.replace("{layer}", str(layer)) for layer in layers]
-    return [name for name in wanted if name not in present]
+        layers = range(sizes["n_layers"]) if spec.per_layer else (0,)
+        for layer in layers:
+            names = _names(spec, layer, sizes, prefix)
+            found = [name for name in names if name in present]
+            if spec.slot and found:
+                filled.add((spec.slot, layer))
+            if found if spec.slot else not spec.optional:
+                wanted += names
+    missing = [name for name in wanted if name not in present]
+    for slot in family.slots:
+        missing += [f"{slot} of block {n}" for n in range(sizes["n_layers"]) if (slot, n) not in filled]
+    return missing
+
+
+def _names(spec: WriterSpec, layer: int, sizes: Mapping[str, int], prefix: str) -> list[str]:
+    name = ("" if spec.absolute else prefix) + spec.name.replace("{layer}", str(layer))
+    if not spec.per_expert:
+        return [name]
+    return [name.replace("{expert}", str(expert)) for expert in range(sizes["n_experts"])]
 
 
 def _head_name(family: Family, prefix: str) -> str:

@@ -21,6 +21,10 @@ class WriterSpec(BaseModel):
 
     ``norm`` names the norm weight that stands between the writer and the add, and ``gain`` says how that norm turns
     its weight into a gain ("w" or "1+w").  ``optional`` tensors need not exist; the others must, in every block.
+
+    Where blocks differ (mixtures of experts, hybrids), writers name the ``slot`` they fill instead: every block must
+    have a writer for every slot of its family.  Of ``{expert}`` writers a block must have all or none.  ``site`` is the
+    module whose output is added to the stream, where it is not the norm's or the writer's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +36,8 @@ class WriterSpec(BaseModel):
     gain: Literal["w", "1+w"] = "w"
     absolute: bool = False
     optional: bool = False
+    slot: str | None = None
+    site: str | None = None
 
     @property
     def axis(self) -> int:
@@ -45,8 +51,18 @@ class WriterSpec(BaseModel):
 
     @property
     def per_layer(self) -> bool:
-        """Whether there is one in every block."""
+        """Whether blocks have it."""
         return "{layer}" in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has one."""
+        return "{expert}" in self.name
+
+    @property
+    def site_name(self) -> str:
+        """The module whose output is added to the stream: the norm behind the writer, or the writer itself."""
+        return self.site or (self.norm or self.name).removesuffix(".weight")
 
 
 class ReaderSpec(BaseModel):
@@ -78,6 +94,11 @@ class Family(BaseModel):
     sizes: dict[str, str]
     writer: tuple[WriterSpec, ...] = Field(min_length=1)
     readers: ReaderSpec
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What every block must have a writer for."""
+        return tuple(dict.fromkeys(spec.slot for spec in self.writer if spec.slot))
 
     @cached_property
     def matchers(self) -> tuple["Matcher", ...]:
@@ -112,8 +133,8 @@ def _translate(pattern: str) -> str:
     for position, part in enumerate(parts):
         if position % 2 == 0:
             regex += re.escape(part)
-        elif part == "layer":
-            regex += r"(?P<layer>\d+)"
+        elif part in ("layer", "expert"):
+            regex += rf"(?P<{part}>\d+)"
         else:
             regex += "(?:" + "|".join(re.escape(word) for word in part.split("|")) + ")"
     return regex + (".*" if anything else "")

@@ -21,10 +21,11 @@ app = typer.Typer(
 )
 
 
-def _version(*, value: bool) -> None:
+def _version(*, value: bool) -> bool:
     if value:
         print(f"abliterate {__version__}")  # noqa: T201 - the command line prints
         raise typer.Exit
+    return value
 
 
 @app.callback()

@@ -87,7 +87,7 @@ def run(
     if result.evaluation is not None:
         tables.show_evaluation(result.evaluation)
         out.print()
-    out.print(f"[bold green]done and verified:[/bold green] {escape(str(result.out))}")
+    out.print(f"[bold green]done and verified:[/bold green] {escape(str(result.out))}", soft_wrap=True)
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
@@ -109,4 +109,4 @@ def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: s
     tables.show_plan(made)
     for name, part in contrast.hashes().items():
         out.print(f"{name.replace('_', ' ')}: {part['count']} prompts from {part['source']}", markup=False)
-    out.print(f"would write {target}; nothing was written", markup=False)
+    out.print(f"would write {target}; nothing was written", markup=False, soft_wrap=True)

@@ -57,7 +57,7 @@ def measure(
     out.print(f"{len(measured.positions)} positions x {measured.n_layers} layers, width {measured.d_model}")
     out.print(f"prompts kept: {kept['harmful_train']} harmful, {kept['harmless_train']} harmless")
     out.print(f"refusals begin with: {', '.join(map(repr, tokens))}", markup=False)
-    out.print(f"written: {out_file}", markup=False)
+    out.print(f"written: {out_file}", markup=False, soft_wrap=True)
 
 
 @guarded
@@ -103,7 +103,7 @@ def select(
         show_json({"file": str(out_file), "choice": choice, "scores": [asdict(score) for score in chosen.scores]})
         return
     show_selection(chosen)
-    out.print(f"written: {out_file}", markup=False)
+    out.print(f"written: {out_file}", markup=False, soft_wrap=True)
 
 
 @guarded
@@ -139,8 +139,8 @@ def edit(
     from abliterate.cli.tables import show_plan
 
     show_plan(edited.plan)
-    out.print(f"written: {edited.out}", markup=False)
-    out.print(f"not verified yet: abliterate verify {edited.out}", style="dim", markup=False)
+    out.print(f"written: {edited.out}", markup=False, soft_wrap=True)
+    out.print(f"not verified yet: abliterate verify {edited.out}", style="dim", markup=False, soft_wrap=True)
 
 
 @guarded

@@ -32,8 +32,9 @@ def table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
     return made
 
 
-def size(amount: float) -> str:
+def size(size_bytes: int) -> str:
     """Bytes for people."""
+    amount = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
             return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"

@@ -93,15 +93,12 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
         CheckpointError: the modules do not have the names of the registry entry.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    per_layer = [spec for spec in family.writer if spec.per_layer and spec.name.endswith(".weight")]
+    per_layer = [spec for spec in family.writer if spec.per_layer and not spec.name.endswith("bias")]
     stem = per_layer[0].name.split(".{layer}.")[0]
     embedding_spec = next(spec for spec in family.writer if spec.role == "embedding")
     try:
         blocks = tuple(decoder.get_submodule(stem))
-        sites = tuple(
-            tuple(decoder.get_submodule(site_name(spec).replace("{layer}", str(layer))) for spec in per_layer)
-            for layer in range(len(blocks))
-        )
+        sites = tuple(_sites_of(decoder, per_layer, layer) for layer in range(len(blocks)))
         embedding = decoder.get_submodule(embedding_spec.name.removesuffix(".weight"))
     except AttributeError as error:
         raise CheckpointError(
@@ -113,9 +110,21 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
     )
 
 
-def site_name(spec: WriterSpec) -> str:
-    """The module whose output is added to the stream: the norm behind the writer, or the writer itself."""
-    return (spec.norm or spec.name).removesuffix(".weight")
+def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> tuple[nn.Module, ...]:
+    """The modules of one block whose outputs are added to the stream; of a slot, those that this block has."""
+    modules = dict(decoder.named_modules())
+    found: dict[str, nn.Module] = {}
+    empty = {spec.slot for spec in specs if spec.slot}
+    for spec in specs:
+        name = spec.site_name.replace("{layer}", str(layer))
+        if name in modules:
+            found[name] = modules[name]
+            empty.discard(spec.slot)
+        elif not spec.slot:
+            raise AttributeError(f"has no module '{name}'")
+    if empty:
+        raise AttributeError(f"block {layer} has no module for its {', '.join(map(str, sorted(map(str, empty))))}")
+    return tuple(found.values())
 
 
 def resolve_device(device: Device) -> torch.device:
