@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from abliterate import directions as direction_files
 from abliterate import manifest, pipeline
+from abliterate.bundled import resolve_model
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import open_checkpoint
@@ -21,7 +22,7 @@ from abliterate.model.interventions import ablated, added
 from abliterate.pipeline import RunResult, VerifyReport
 from abliterate.planning import EditPlan, plan
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.session import Session, open_session, resolve_model
+from abliterate.session import Session, open_session
 
 __all__ = [
     "Recipe", "chat", "diff", "edit", "eval", "load_recipe", "measure", "open_session", "plan", "reply", "run",

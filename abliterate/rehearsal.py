@@ -73,12 +73,109 @@ class Shapes:
             yield "lm_head.weight", (self.vocab, d)
 
 
-KNOWN = {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridShapes:
+    """The sizes of a Qwen3-Next checkpoint: three blocks of linear attention to one of full, experts in every block."""
+
+    d_model: int
+    d_expert: int
+    layers: int
+    experts: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    linear_key_heads: int
+    linear_value_heads: int
+    linear_head_dim: int
+    shards: int
+
+    def config(self) -> dict[str, object]:
+        """The ``config.json`` of such a checkpoint."""
+        return {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "hidden_size": self.d_model,
+            "moe_intermediate_size": self.d_expert,
+            "shared_expert_intermediate_size": self.d_expert,
+            "num_hidden_layers": self.layers,
+            "num_experts": self.experts,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, the next-token block included."""
+        d = self.d_model
+        yield "model.embed_tokens.weight", (self.vocab, d)
+        for layer in range(self.layers):
+            start = f"model.layers.{layer}."
+            yield from self._attention(start) if layer % 4 == 3 else self._linear_attention(start)
+            yield from self._experts(start)
+        yield "model.norm.weight", (d,)
+        yield "lm_head.weight", (self.vocab, d)
+        yield "mtp.fc.weight", (d, 2 * d)
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            yield f"mtp.{name}.weight", (d,)
+        yield from self._attention("mtp.layers.0.")
+        yield from self._experts("mtp.layers.0.")
+
+    def _attention(self, start: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        d, width = self.d_model, self.heads * self.head_dim
+        yield start + "self_attn.q_proj.weight", (2 * width, d)
+        yield start + "self_attn.k_proj.weight", (self.kv_heads * self.head_dim, d)
+        yield start + "self_attn.v_proj.weight", (self.kv_heads * self.head_dim, d)
+        yield start + "self_attn.o_proj.weight", (d, width)
+        yield start + "self_attn.q_norm.weight", (self.head_dim,)
+        yield start + "self_attn.k_norm.weight", (self.head_dim,)
+
+    def _linear_attention(self, start: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        keys = self.linear_key_heads * self.linear_head_dim
+        values = self.linear_value_heads * self.linear_head_dim
+        yield start + "linear_attn.A_log", (self.linear_value_heads,)
+        yield start + "linear_attn.conv1d.weight", (2 * keys + values, 1, 4)
+        yield start + "linear_attn.dt_bias", (self.linear_value_heads,)
+        yield start + "linear_attn.in_proj_ba.weight", (2 * self.linear_value_heads, self.d_model)
+        yield start + "linear_attn.in_proj_qkvz.weight", (2 * keys + 2 * values, self.d_model)
+        yield start + "linear_attn.norm.weight", (self.linear_head_dim,)
+        yield start + "linear_attn.out_proj.weight", (self.d_model, values)
+
+    def _experts(self, start: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        d, ff = self.d_model, self.d_expert
+        yield start + "input_layernorm.weight", (d,)
+        yield start + "post_attention_layernorm.weight", (d,)
+        yield start + "mlp.gate.weight", (self.experts, d)
+        yield start + "mlp.shared_expert_gate.weight", (1, d)
+        for expert in ["shared_expert", *(f"experts.{number}" for number in range(self.experts))]:
+            yield start + f"mlp.{expert}.down_proj.weight", (d, ff)
+            yield start + f"mlp.{expert}.gate_proj.weight", (ff, d)
+            yield start + f"mlp.{expert}.up_proj.weight", (ff, d)
+
+
+KNOWN: dict[str, Shapes | HybridShapes] = {
     "llama-3-8b": Shapes(
         d_model=4096, d_ff=14336, layers=32, vocab=128256, heads=32, kv_heads=8, head_dim=128, shards=4
     ),
     "llama-3-70b": Shapes(
         d_model=8192, d_ff=28672, layers=80, vocab=128256, heads=64, kv_heads=8, head_dim=128, shards=30
+    ),
+    "qwen3-next-80b": HybridShapes(
+        d_model=2048,
+        d_expert=512,
+        layers=48,
+        experts=512,
+        vocab=151936,
+        heads=16,
+        kv_heads=2,
+        head_dim=256,
+        linear_key_heads=16,
+        linear_value_heads=32,
+        linear_head_dim=128,
+        shards=41,
     ),
     "llama-3.2-1b": Shapes(
         d_model=2048, d_ff=8192, layers=16, vocab=128256, heads=32, kv_heads=8, head_dim=64, shards=1, tied=True
@@ -86,7 +183,7 @@ KNOWN = {
 }
 
 
-def make(shapes: Shapes, folder: Path, *, fill: bool = False) -> Path:
+def make(shapes: Shapes | HybridShapes, folder: Path, *, fill: bool = False) -> Path:
     """Write a checkpoint of ``shapes`` into the new ``folder``; holes, or with ``fill`` random bfloat16 weights."""
     folder.mkdir(parents=True)
     write_json(folder / "config.json", shapes.config())

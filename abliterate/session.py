@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from abliterate.bundled import BUNDLED_NAME, is_bundled, resolve_model
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import Checkpoint, open_checkpoint
 from abliterate.errors import PromptError
@@ -11,7 +12,6 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model
 from abliterate.model.prompts import ContrastSet, SplitSizes, bundled_sets, contrast_set
 from abliterate.recipe import Recipe
-from abliterate.tiny_chat import model_path
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,6 @@ class Session:
         return prompts_of(self.recipe)
 
 
-BUNDLED_NAME = "tiny-chat"
-
-
 def open_session(model: str | Path | None, recipe: Recipe, *, revision: str | None = None) -> Session:
     """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
 
@@ -63,16 +60,6 @@ def with_bundled_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
         return recipe
     source = f"bundled:{BUNDLED_NAME}"
     return recipe.with_changes({"harmful": source, "harmless": source})
-
-
-def is_bundled(model: str | Path | None) -> bool:
-    """Whether ``model`` means the bundled model: None, or its name where no folder is called so."""
-    return model is None or (str(model) == BUNDLED_NAME and not Path(model).exists())
-
-
-def resolve_model(model: str | Path | None) -> str | Path:
-    """``model``, or the folder of the bundled model where that is meant."""
-    return model_path() if model is None or is_bundled(model) else model
 
 
 def prompts_of(recipe: Recipe) -> ContrastSet:

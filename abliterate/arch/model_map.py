@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from abliterate.arch.registry import family_of
-from abliterate.arch.spec import RESIDUAL_AXIS, Family, WriterSpec
+from abliterate.arch.spec import RESIDUAL_AXIS, Family, Matcher, WriterSpec
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnknownTensorError, UnsupportedFormatError
@@ -138,11 +138,12 @@ def _sort_tensors(
 ) -> tuple[list[Writer], list[str], str, TensorInfo | None]:
     writers, unknown = [], []
     prefix, head = family.prefixes[0], None
+    matchers = _MatcherCache(family)
     for tensor in checkpoint.tensors.values():
         if tensor.name == family.head or tensor.name.endswith("." + family.head):
             head = tensor
             continue
-        match, spec, known = _role(family, tensor.name)
+        match, spec, known = matchers.role(tensor.name)
         layer, expert = _number(match, "layer"), _number(match, "expert")
         beyond = (layer or 0) >= sizes["n_layers"] or (expert or 0) >= sizes.get("n_experts", 1)
         if not known or match is None or beyond:
@@ -155,12 +156,29 @@ def _sort_tensors(
     return writers, unknown, prefix, head
 
 
-def _role(family: Family, name: str) -> tuple[Any, WriterSpec | None, bool]:
-    for matcher in family.matchers:
-        match = matcher.regex.fullmatch(name)
-        if match:
-            return match, matcher.writer, True
-    return None, None, False
+class _MatcherCache:
+    """Names that differ in layer and expert only mostly match the same pattern: it is tried first."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._last: dict[str, Matcher] = {}
+
+    def role(self, name: str) -> tuple["re.Match[str] | None", WriterSpec | None, bool]:
+        """The match, the writer if it is one, and whether the name is known at all."""
+        form = _NUMBER.sub("0", name)
+        guess = self._last.get(form)
+        match = guess.regex.fullmatch(name) if guess else None
+        if guess is not None and match is not None:
+            return match, guess.writer, True
+        for matcher in self._family.matchers:
+            match = matcher.regex.fullmatch(name)
+            if match is not None:
+                self._last[form] = matcher
+                return match, matcher.writer, True
+        return None, None, False
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _number(match: "re.Match[str] | None", name: str) -> int | None:

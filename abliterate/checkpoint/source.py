@@ -68,7 +68,9 @@ class Checkpoint:
             CheckpointError: only headers were fetched.
         """
         if self.root is None:
-            raise CheckpointError(f"{self.name}: only its headers are here", "fetch it with `abliterate.checkpoint.hub.fetch` first")
+            raise CheckpointError(
+                f"{self.name}: only its headers are here", "fetch it with `abliterate.checkpoint.hub.fetch` first"
+            )
         return self.root
 
 

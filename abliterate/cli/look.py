@@ -22,9 +22,9 @@ def plan(
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
     settings = opt.make_recipe(None, tied=tied, allow_partial=allow_partial)
+    from abliterate.bundled import resolve_model
     from abliterate.cli.tables import show_plan
     from abliterate.planning import plan as make_plan
-    from abliterate.session import resolve_model
 
     made = make_plan(resolve_model(model), revision=revision, tied=settings.tied, allow_partial=settings.allow_partial)
     if json:
@@ -50,9 +50,9 @@ def diff(
     """
     from dataclasses import asdict
 
+    from abliterate.bundled import resolve_model
     from abliterate.cli.tables import show_diff
     from abliterate.comparison import diff as compare
-    from abliterate.session import resolve_model
 
     with progress() as listen:
         found = compare(resolve_model(base), edited, on_event=listen)

@@ -91,11 +91,12 @@ def run(
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
+    from abliterate.bundled import resolve_model
     from abliterate.checkpoint.output import check_place, check_space
     from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli import tables
     from abliterate.planning import plan
-    from abliterate.session import prompts_of, resolve_model, with_bundled_prompts
+    from abliterate.session import prompts_of, with_bundled_prompts
 
     checkpoint = open_checkpoint(resolve_model(model), revision=revision)
     made = plan(checkpoint, tied=settings.tied, allow_partial=settings.allow_partial)
