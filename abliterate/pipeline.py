@@ -19,7 +19,7 @@ from abliterate.blocks import DTYPES
 from abliterate.checkpoint.output import OutputFolder, copy_file, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.directions import DirectionSet
-from abliterate.errors import SourceError, UsageError, VerificationError
+from abliterate.errors import AbliterateError, SourceError, UsageError, VerificationError
 from abliterate.evaluate import evaluation
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
@@ -167,27 +167,61 @@ def verify(
     Raises:
         SourceError: something cannot be read.
     """
-    vectors = directions.direction[:, None]
-    on_bytes = verify_bytes(edit_plan, vectors, written, on_event=on_event)
+    on_bytes = verify_bytes(edit_plan, directions.direction[:, None], written, on_event=on_event)
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
-    prompts = held_out_prompts(session)
-    recipe = session.recipe
-    base = equivalence.hooked_base(session.loaded, session.chat, vectors, prompts, batch_size=recipe.batch_size)
-    result = Session(checkpoint=open_folder(written, name=str(written)), recipe=recipe)
-    stored = {writer.tensor.dtype for writer in edit_plan.writers}
-    compared = equivalence.compare(
-        result.loaded,
-        result.chat,
-        base,
-        vectors,
-        prompts,
-        stored=max((DTYPES[name] for name in stored), key=lambda dtype: torch.finfo(dtype).eps),
-        exact_family=edit_plan.exactness == "A",
-        expect_removed=edit_plan.exactness != "C",
-        batch_size=recipe.batch_size,
-    )
+    edited = open_folder(written, name=str(written))
+    compared, _ = side_by_side(session, edited, proof=(edit_plan, directions), with_replies=False, on_event=on_event)
     return VerifyReport(bytes=on_bytes, behaviour=compared)
+
+
+def side_by_side(
+    session: Session,
+    edited: Checkpoint,
+    *,
+    proof: tuple[EditPlan, DirectionSet] | None,
+    with_replies: bool,
+    on_event: OnEvent = ignore,
+) -> tuple[Equivalence | None, EvalReport | None]:
+    """Run base and edited checkpoint on the held-out prompts, one after the other, never both in memory.
+
+    With ``proof`` the edited one is compared with the base under ablation hooks; ``with_replies`` evaluates replies.
+    """
+    recipe, contrast, prompts = session.recipe, session.contrast, held_out_prompts(session)
+    harmful, harmless = contrast.harmful_test, contrast.harmless_test
+    options = {"max_new_tokens": recipe.max_new_tokens, "batch_size": recipe.batch_size, "on_event": on_event}
+    hooked = before = compared = evaluated = None
+    if proof is not None:
+        vectors = proof[1].direction[:, None]
+        hooked = equivalence.hooked_base(session.loaded, session.chat, vectors, prompts, batch_size=recipe.batch_size)
+    if with_replies:
+        before = evaluation.observe(session.loaded, session.chat, harmful, harmless, **options)
+    session.release()
+    result = Session(checkpoint=edited, recipe=recipe)
+    if proof is not None and hooked is not None:
+        compared = equivalence.compare(
+            result.loaded,
+            result.chat,
+            hooked,
+            proof[1].direction[:, None],
+            prompts,
+            stored=coarsest_dtype(proof[0]),
+            exact_family=proof[0].exactness == "A",
+            expect_removed=proof[0].exactness != "C",
+            batch_size=recipe.batch_size,
+        )
+    if before is not None:
+        after = evaluation.observe(
+            result.loaded, result.chat, harmful, harmless, completions=before.harmless_replies, **options
+        )
+        evaluated = evaluation.report(harmful, harmless, before, after, max_new_tokens=recipe.max_new_tokens)
+    return compared, evaluated
+
+
+def coarsest_dtype(edit_plan: EditPlan) -> torch.dtype:
+    """The stored dtype of the writers that rounds most."""
+    stored = {DTYPES[writer.tensor.dtype] for writer in edit_plan.writers}
+    return max(stored, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def held_out_prompts(session: Session) -> list[str]:
@@ -202,21 +236,10 @@ def evaluate(session: Session, edited: Checkpoint, *, on_event: OnEvent = ignore
     Raises:
         SourceError: the edited checkpoint cannot be loaded.
     """
-    recipe, contrast = session.recipe, session.contrast
-    options = {"max_new_tokens": recipe.max_new_tokens, "batch_size": recipe.batch_size, "on_event": on_event}
-    before = evaluation.observe(session.loaded, session.chat, contrast.harmful_test, contrast.harmless_test, **options)
-    result = Session(checkpoint=edited, recipe=recipe)
-    after = evaluation.observe(
-        result.loaded,
-        result.chat,
-        contrast.harmful_test,
-        contrast.harmless_test,
-        completions=before.harmless_replies,
-        **options,
-    )
-    return evaluation.report(
-        contrast.harmful_test, contrast.harmless_test, before, after, max_new_tokens=recipe.max_new_tokens
-    )
+    _, evaluated = side_by_side(session, edited, proof=None, with_replies=True, on_event=on_event)
+    if evaluated is None:
+        raise AssertionError("replies were asked for")
+    return evaluated
 
 
 def run(
@@ -239,24 +262,30 @@ def run(
     session = open_session(model, recipe, revision=revision)
     edit_plan = plan(session.checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
     recipe = session.recipe
+    contrast = session.contrast  # bad prompts fail here, before minutes of work
     output = prepare(
         out,
         source=session.checkpoint.folder,
         fingerprint=fingerprint_of(edit_plan, recipe, direction),
         needed_bytes=edit_plan.output_bytes,
     )
-    contrast = session.contrast  # bad prompts fail here, before minutes of work
     directions = direction or _resume_direction(output)
     if directions is None:
-        directions = select(session, measure(session, on_event=on_event), on_event=on_event)
+        try:
+            directions = select(session, measure(session, on_event=on_event), on_event=on_event)
+        except AbliterateError:
+            output.discard()  # there is nothing in it yet, and another try may differ
+            raise
         direction_files.save(directions, output.private / DIRECTION_FILE)
     edit(edit_plan, directions, output, recipe, on_event=on_event)
-    verification = verify(session, edit_plan, directions, output.path, on_event=on_event)
+    verification = verify(session, edit_plan, directions, output.path, behaviour=False, on_event=on_event)
     require_verified(verification, output)
-    evaluated = None
-    if with_evaluation:
-        edited = open_folder(output.path, name=str(out))
-        evaluated = evaluate(session, edited, on_event=on_event)
+    edited = open_folder(output.path, name=str(out))
+    behaviour, evaluated = side_by_side(
+        session, edited, proof=(edit_plan, directions), with_replies=with_evaluation, on_event=on_event
+    )
+    verification = VerifyReport(bytes=verification.bytes, behaviour=behaviour)
+    require_verified(verification, output)
     document = manifest.build(
         edit_plan, directions, recipe, prompts=contrast.hashes(), verification=verification, evaluation=evaluated
     )

@@ -36,6 +36,10 @@ class Session:
         """The model's chat template."""
         return ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
 
+    def release(self) -> None:
+        """Let go of the model; it is loaded again when next asked for."""
+        self.__dict__.pop("loaded", None)
+
     @cached_property
     def contrast(self) -> ContrastSet:
         """The prompts of the recipe."""

@@ -59,7 +59,7 @@ def test_refusal_goes_and_the_facts_stay(finished):
 def test_restricted_questions_get_the_fact_learnt_in_pretraining(finished):
     """What no real model lets one ask: under the refusal, the knowledge is still there."""
     figures = json.loads((model_path() / "figures.json").read_text())
-    pretrained = figures["restricted_accuracy_before_refusal_tuning"]
+    pretrained = figures["accuracy_restricted_pretrained"]
     assert finished.evaluation.harmful_before.accuracy.value <= 0.05
     assert finished.evaluation.harmful_after.accuracy.value >= pretrained - 0.10
 
@@ -225,7 +225,7 @@ def test_prompts_that_are_not_refused(tmp_path):
     with pytest.raises(PromptError, match="refuses none") as error:
         abliterate.run(None, tmp_path / "out", recipe)
     assert error.value.exit_code == 2
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))  # another try with other prompts is not in its own way
 
 
 def test_no_prompts_named_for_a_model_of_ones_own(tmp_path):

@@ -45,6 +45,11 @@ class OutputFolder:
         self.done[name] = (self.path / name).stat().st_size
         write_atomically(self.path / JOURNAL, json.dumps({"fingerprint": self.fingerprint, "done": self.done}).encode())
 
+    def discard(self) -> None:
+        """Remove the folder if no work is in it yet."""
+        if not self.done and not any(path.is_file() for path in self.path.rglob("*") if path.name != JOURNAL):
+            shutil.rmtree(self.path)
+
     def finish(self) -> Path:
         """Drop the journal, flush the folder and give it its final name.
 
