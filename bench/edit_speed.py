@@ -173,7 +173,8 @@ def report(results: dict[str, list[dict[str, float]]], size: int, edited: int, i
 
 def machine() -> str:
     """Processor, cores, memory and disk of this machine, in one line."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    cpu = Path("/proc/cpuinfo").read_text("utf-8")
+    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB memory, torch {torch.__version__}"
 

@@ -152,7 +152,7 @@ def edit(
     *,
     k: int = 1,
     vectors: torch.Tensor | None = None,
-    memory_bytes: int = 2**20,
+    memory_bytes: int = 2**30,
     **options: Any,
 ) -> Path:
     """Plan (unless given), edit along ``vectors`` (random unless given), finish."""

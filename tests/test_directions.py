@@ -140,5 +140,5 @@ def test_a_spoiled_file_of_our_own_is_refused(kind, tmp_path):
     document, tensors = damage(document, tensors)[kind]
     text = document if isinstance(document, str) else json.dumps(document)
     save_file(tensors, tmp_path / "spoiled.safetensors", metadata={"abliterate": text})
-    with pytest.raises(SourceError, match="spoiled.safetensors"):
+    with pytest.raises(SourceError, match="spoiled"):
         load(tmp_path / "spoiled.safetensors")

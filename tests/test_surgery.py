@@ -1,6 +1,7 @@
 """Streaming in blocks is the same edit as the whole matrix at once."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -128,3 +129,14 @@ def test_a_direction_of_another_width_is_refused(sources, tmp_path):
     output = prepare(tmp_path / "out", source=made.checkpoint.folder, fingerprint="", needed_bytes=0)
     with pytest.raises(CheckpointError, match=f"100 components.*{D}"):
         edit_checkpoint(made, checkpoints.directions(100), output)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="a gain of zero everywhere is reported as a bug")
+def test_a_writer_behind_a_gain_of_zero_writes_nothing_and_is_no_bug(sources, tmp_path):
+    """``1 + w = 0`` in every channel, as in a pruned layer."""
+    source = shutil.copytree(sources[torch.float32], tmp_path / "base")
+    checkpoints.overwrite(source, "vector", -torch.ones(D))
+    made = plan_of_all_layouts(source)
+    norm = made.checkpoint.tensors["vector"]
+    writers = [dataclasses.replace(made.writers[2], norm=norm, gain="1+w")]
+    checkpoints.edit(dataclasses.replace(made, writers=tuple(writers)), tmp_path / "out")

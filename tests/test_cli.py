@@ -1,0 +1,290 @@
+"""The command line: two lines for every failure, one document for every ``--json``, nothing slow before ``--help``."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from abliterate import __version__
+from abliterate.cli.app import app
+from abliterate.cli.options import default_out, parse_size
+from abliterate.errors import UsageError
+from tests import checkpoints
+from tests.checkpoints import INDEX, write_llama
+
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+def run(*args, **options):
+    return CliRunner().invoke(app, [str(arg) for arg in args], **options)
+
+
+def in_a_shell(*args, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "abliterate", *map(str, args)],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def two_lines(result, code, says):
+    """The contract of every failure: red line, next step, exit code, silence on stdout."""
+    lines = result.stderr.splitlines()
+    assert result.exit_code == code, result.stderr
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert lines[1].startswith("       ")
+    assert lines[1].strip()
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of every kind, and a direction."""
+    here = tmp_path_factory.mktemp("world")
+    write_llama(here / "base", shards=2)
+    write_llama(here / "tied", head=False, tied=True)
+    checkpoints.edit(here / "base", here / "edited")
+    hostile = write_llama(here / "hostile", shards=2)
+    document = json.loads((hostile / INDEX).read_text())
+    document["weight_map"]["model.norm.weight"] = "../base/model-00001-of-00002.safetensors"
+    (hostile / INDEX).write_text(json.dumps(document))
+    shard = write_llama(here / "truncated") / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    unknown = write_llama(here / "unknown") / "config.json"
+    unknown.write_text(json.dumps({**checkpoints.llama_config(), "model_type": "mamba"}))
+    pickled = write_llama(here / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    nan = write_llama(here / "nan")
+    checkpoints.overwrite(nan, "model.embed_tokens.weight", torch.full((44, 32), float("nan"), dtype=torch.bfloat16))
+    save_file({"direction": checkpoints.directions()[:, 0].float()}, here / "d.safetensors")
+    save_file({"direction": torch.zeros(32)}, here / "zero.safetensors")
+    save_file({"direction": torch.ones(31)}, here / "narrow.safetensors")
+    (here / "bad.toml").write_text("n_trian = 1")
+    (here / "few.txt").write_text("a\nb\n")
+    return here
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command):
+    shown = run(command, "--help")
+    assert shown.exit_code == 0
+    assert f"Example: abliterate {command}" in " ".join(shown.stdout.split())
+
+
+def test_the_root_lists_every_command_and_the_version():
+    shown = run("--help").stdout
+    assert all(f"\n  {command}" in shown for command in COMMANDS)
+    assert run("--version").stdout == f"abliterate {__version__}\n"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["recipes"], ["architectures"]], ids=" ".join)
+def test_looking_around_does_not_import_torch(args):
+    code = (
+        "import sys\nfrom abliterate.cli.app import app\n"
+        f"try:\n    app({args!r})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+EDIT = ("edit", "base", "d.safetensors")
+FAILURES = [
+    (("plan", "unknown"), 3, "model_type 'mamba' is not in the registry"),
+    (("plan", "pickled"), 3, "the weights are pickled"),
+    (("plan", "./missing"), 5, "./missing: no such folder"),
+    (("plan", "hostile"), 5, "'../base/model-00001-of-00002.safetensors' is not a plain .safetensors file name"),
+    (("plan", "truncated"), 5, "model.safetensors: truncated"),
+    (("plan", "base", "--tied", "both"), 2, "tied"),
+    (("diff", "base", "truncated"), 5, "model.safetensors: truncated"),
+    (("edit", "truncated", "d.safetensors", "--out", "new"), 5, "model.safetensors: truncated"),
+    (("edit", "nan", "d.safetensors", "--out", "new"), 5, "'model.embed_tokens.weight' holds NaN"),
+    (("edit", "base", "missing.safetensors"), 5, "missing.safetensors: not a readable direction file"),
+    (("edit", "base", "zero.safetensors"), 5, "zero.safetensors: the direction is zero"),
+    (("edit", "base", "narrow.safetensors", "--out", "wrong width"), 5, "31 components, base has 32"),
+    ((*EDIT, "--out", "edited"), 2, "edited: exists already"),
+    ((*EDIT, "--out", "base/inside"), 2, "lies inside the source"),
+    ((*EDIT, "--memory", "1x"), 2, "'1x' is not a size"),
+    ((*EDIT, "--memory", "1000"), 2, "memory_bytes"),
+    ((*EDIT, "--position", "-1"), 2, "--position and --layer belong together"),
+    ((*EDIT, "--position", "-1", "--layer", "7"), 2, "no candidate at position -1, layer 7"),
+    (("chat", "base", "--ablate"), 2, "need a direction"),
+    (("chat", "base", "--ablate", "--add", "--direction", "d.safetensors"), 2, "exclude each other"),
+    (("verify", "base"), 5, "has no abliterate.json"),
+    (("verify", "./missing"), 5, "has no abliterate.json"),
+    (("run", "base", "--dry-run", "--recipe", "bad.toml"), 2, "bad.toml: n_trian"),
+    (("run", "base", "--dry-run"), 2, "two prompt sources are needed"),
+    (("run", "base", "--dry-run", "--harmful", "few.txt", "--harmless", "d.txt"), 2, "few.txt: holds 2 prompts"),
+    (("run", "base", "--dry-run", "--out", "edited"), 2, "edited: exists already"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"), FAILURES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None
+)
+def test_a_failure_is_two_lines_and_its_code(args, code, says, here):
+    two_lines(run(*args), code, says)
+
+
+def test_a_failure_in_a_real_pipe_is_two_lines_as_well(world):
+    shown = in_a_shell("plan", "truncated", cwd=world)
+    assert (shown.returncode, shown.stdout) == (5, b"")
+    assert len(shown.stderr.splitlines()) == 2
+    assert b"\x1b" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["plan", "--nonsense"], ["frobnicate"], ["edit"], ["diff", "base"], ["plan", "a", "b"]]
+)
+def test_a_wrong_command_line_is_usage(args, here):
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 6, "interrupted"),
+        (RuntimeError("boom [/x]\n  twice"), 1, "unexpected RuntimeError: boom [/x] twice"),
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 5, "x.bin: Permission denied"),
+        (MemoryError(), 1, "out of memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_whatever_is_raised_becomes_two_lines(error, code, says, here, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("abliterate.planning.plan", fail)
+    result = run("plan", "base")
+    two_lines(result, code, says)
+    assert ("this is a bug" in result.stderr) == isinstance(error, RuntimeError)
+
+
+def test_debugging_shows_the_traceback(here, monkeypatch):
+    monkeypatch.setattr("abliterate.planning.plan", lambda *args, **kwargs: 1 / 0)
+    assert "Traceback" in run("plan", "base", env={"ABLITERATE_DEBUG": "1"}).stderr
+    assert "Traceback" not in run("plan", "base").stderr
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/red]", ":rocket:", "Zürich", "with space", "x" * 200])
+def test_any_folder_name_is_shown_as_it_is(name, here, tmp_path):
+    assert run(*EDIT, "--out", tmp_path / name).stdout.splitlines()[-2] == f"written: {tmp_path / name}"
+    assert name in run("plan", tmp_path / name, "--tensors").stdout.replace("\n", "")
+    two_lines(run("plan", f"./{name}"), 5, f"./{name}: no such folder")
+    failed = run("run", f"./{name}").stderr.splitlines()
+    assert failed[-2] == f"error: ./{name}: no such folder"
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def no_constants(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        (("plan", "base"), "writers"),
+        (("plan", "tied", "--tied", "keep"), "writers"),
+        (("diff", "base", "edited"), "only_writers"),
+        (("diff", "base", "nan"), "changed"),
+        (("recipes",), "arditi-2024"),
+        (("architectures",), None),
+        ((*EDIT, "--out", "as json"), "out"),
+    ],
+    ids=str,
+)
+def test_json_is_one_document_and_nothing_else(args, key, here):
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = no_constants(result.stdout)
+    assert document if key is None else key in document
+    assert result.stdout.endswith("\n")
+
+
+def test_an_edit_then_a_diff_then_a_verification(here, tmp_path):
+    assert run("edit", "tied", "d.safetensors", "--out", tmp_path / "out", "--memory", "64MiB").exit_code == 0
+    difference = no_constants(run("diff", "tied", tmp_path / "out", "--json").stdout)
+    assert difference["only_writers"] is True
+    assert difference["added"] == ["lm_head.weight"]
+    verified = run("verify", tmp_path / "out", "--bytes-only", "--json")
+    assert (verified.exit_code, no_constants(verified.stdout)["ok"]) == (0, True)
+    checkpoints.overwrite(tmp_path / "out", "model.norm.weight", torch.ones(32, dtype=torch.bfloat16))
+    failed = run("verify", tmp_path / "out", "--bytes-only")
+    assert failed.exit_code == 4
+    assert "'model.norm.weight' changed" in failed.stderr
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(here):
+    shown = run("diff", "base", "edited")
+    assert "compare: " in shown.stderr
+    assert "compare: " not in shown.stdout
+    assert "exactly the 5 writers of the residual stream changed" in shown.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_pipe_of_any_encoding_is_served(encoding, world):
+    shown = in_a_shell("diff", "base", "edited", "--top", "1", cwd=world, PYTHONIOENCODING=encoding)
+    assert (shown.returncode, b"and 4 more" in shown.stdout) == (0, True), shown.stderr
+
+
+def test_a_reader_that_stops_early_is_no_failure(world):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "abliterate", "architectures", "--json"],
+        cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait()
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512MiB", 512 * 2**20), ("2GiB", 2**31), ("2GB", 2 * 10**9), ("1000000", 10**6), ("1.5 GiB", 3 * 2**29),
+        ("64k", 64_000), ("64KiB", 65_536), ("1tib", 2**40), (" 7B ", 7), ("512mb", 512 * 10**6),
+    ],
+)  # fmt: skip
+def test_sizes(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1GB", "1x", "1e9", "1GiBB", "1,000", "nan", "1 2"])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(None, "tiny-chat"), ("owner/model", "model"), ("/a/b/", "b"), ("C:\\m\\x", "x"), ("./here", "here")],
+)
+def test_the_default_output_is_named_after_the_model(model, expected):
+    assert str(default_out(model)) == f"{expected}-abliterated"
