@@ -1,7 +1,7 @@
 """The plan: exactly what an edit will change, decided from headers and ``config.json`` before any byte is written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +116,9 @@ def plan(
     keep_embedding = model_map.tied and tied == "keep"
     untie = model_map.tied and tied == "untie"
     writers = tuple(writer for writer in model_map.writers if not (keep_embedding and writer.role == "embedding"))
+    if model_map.tied and tied == "shared" and model_map.head is not None:
+        copy = replace(model_map.embedding, tensor=model_map.head, role="stored copy of the tied head")
+        writers = (*writers, copy)
     inexact = not model_map.complete or (model_map.tied and not untie)
     return EditPlan(
         checkpoint=checkpoint,

@@ -30,7 +30,7 @@ from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_j
 from abliterate.checkpoint.source import INDEX_NAME
 from abliterate.checkpoint.stream import Stretch, buffers, bytes_of, stream
 from abliterate.edits import Projector
-from abliterate.errors import CheckpointError, NonFiniteError, NotEnoughDiskError
+from abliterate.errors import CheckpointError, NonFiniteError, NotEnoughDiskError, PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.linalg import orthonormal_basis
 from abliterate.planning import EditPlan
@@ -54,6 +54,7 @@ def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Pr
     Raises:
         CheckpointError: a direction has the wrong width.
         NonFiniteError: a norm weight is not finite.
+        PlanRefusedError: a norm's gain is zero along a direction.
     """
     if directions.shape[0] != plan.model_map.d_model:
         raise CheckpointError(
@@ -62,10 +63,16 @@ def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Pr
         )
     basis = orthonormal_basis(directions)
     plain = edits.orthogonal(basis)
-    return {
-        writer.tensor.name: plain if writer.norm is None else edits.oblique(basis, read_gain(plan, writer))
-        for writer in plan.writers
-    }
+    found = {}
+    for writer in plan.writers:
+        try:
+            found[writer.tensor.name] = plain if writer.norm is None else edits.oblique(basis, read_gain(plan, writer))
+        except ValueError as error:
+            raise PlanRefusedError(
+                f"{writer.tensor.shard}: '{writer.tensor.name}' cannot be edited: {error}",
+                "this writer's norm needs no edit along the direction or is damaged: look at its weight",
+            ) from error
+    return found
 
 
 def read_gain(plan: EditPlan, writer: Writer) -> Float[Tensor, " d"]:

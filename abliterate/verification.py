@@ -17,6 +17,7 @@ from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES
 from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.header import Shard, TensorInfo
+from abliterate.checkpoint.output import PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, read_json
 from abliterate.edits import oblique
@@ -119,7 +120,9 @@ def verify_bytes(
     proofs = [proof for check in checks for proof in check.proofs]
     unchecked = {writer.tensor.name for writer in plan.writers} - {proof.name for proof in proofs}
     same_files, file_failures = compare_files(plan, written)
-    strangers = [shard.name for shard in result.shards if shard.name not in {s.name for s in plan.checkpoint.shards}]
+    strange_shards = [
+        shard.name for shard in result.shards if shard.name not in {s.name for s in plan.checkpoint.shards}
+    ]
     return BytesReport(
         edited=tuple(proofs),
         identical_tensors=sum(check.identical for check in checks),
@@ -129,7 +132,8 @@ def verify_bytes(
             *compare_head(plan, result),
             *file_failures,
             *(f"writer '{name}' was not checked" for name in sorted(unchecked)),
-            *(f"shard {name} is not in the base" for name in strangers),
+            *(f"shard {name} is not in the base" for name in strange_shards),
+            *(f"file {name} is not in the base" for name in strange_files(plan, result)),
         ),
         sha256_files={check.shard.name: check.digests[1] for check in checks},
         sha256_source_files={check.shard.name: check.digests[0] for check in checks},
@@ -184,7 +188,9 @@ class ShardCheck:
         writers = {writer.tensor.name: writer for writer in self.plan.writers}
         position = self.shard.data_start
         for tensor in self.shard.tensors:
-            yield from self._identical(position, tensor.start, f"the gap before '{tensor.name}'", changed)
+            yield from self._identical(
+                position, tensor.start, f"{self.shard.name}: the gap before '{tensor.name}'", changed
+            )
             position = tensor.end
             if tensor.name not in writers or tensor.numel == 0:
                 yield from self._identical(tensor.start, tensor.end, f"tensor '{tensor.name}'", changed)
@@ -197,7 +203,7 @@ class ShardCheck:
                 yield from self._rows(tensor, prover)
             else:
                 yield from self._columns(tensor, prover)
-        yield from self._identical(position, self.shard.size_bytes, "the end of the file", changed)
+        yield from self._identical(position, self.shard.size_bytes, f"{self.shard.name}: the end of the file", changed)
 
     def _identical(self, start: int, end: int, what: str, changed: set[str]) -> Iterator[PairStretch]:
         def see(old: Tensor, new: Tensor) -> None:
@@ -321,6 +327,13 @@ def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, bl
             if not torch.equal(block, b.read(slabs[1], ours.start + start, count)):
                 return False
     return True
+
+
+def strange_files(plan: EditPlan, result: Checkpoint) -> list[str]:
+    """Files of the result that neither the base has nor this tool writes."""
+    known = {*plan.checkpoint.other_files, "README.md", "abliterate.json"}
+    found = [*result.other_files, *result.left_out]
+    return [name for name in found if name not in known and not name.startswith(f"{PRIVATE_FOLDER}/")]
 
 
 def compare_files(plan: EditPlan, written: Path) -> tuple[int, list[str]]:

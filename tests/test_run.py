@@ -37,11 +37,11 @@ def finished_tied(request, tmp_path_factory):
     return abliterate.run(MODELS / request.param, tmp_path_factory.mktemp("run") / "out", RECIPE)
 
 
-def assert_refusal_removed(result):
+def assert_refusal_removed(result, *, refused=0.95, held_out=0.85):
     before, after = result.evaluation.harmful_before, result.evaluation.harmful_after
     others_before, others_after = result.evaluation.harmless_before, result.evaluation.harmless_after
-    assert before.refused.value >= 0.95
-    assert before.held_out.value >= 0.85
+    assert before.refused.value >= refused
+    assert before.held_out.value >= held_out
     assert others_before.refused.value <= 0.03
     assert others_before.accuracy.value >= 0.95
     assert after.refused.value <= 0.05
@@ -74,7 +74,7 @@ def test_refusal_goes_from_models_with_tied_heads(finished_tied):
 def test_the_result_is_proven(finished):
     report = finished.verification
     assert report.ok
-    assert len(report.bytes.edited) == finished.plan.model_map.expected == 13
+    assert len(report.bytes.edited) == finished.plan.model_map.expected == 17
     assert report.bytes.worst_left < 1e-5
     assert report.behaviour.kl_nats < 1e-4 < report.behaviour.ablation_kl_nats
 
@@ -95,7 +95,7 @@ def test_exactly_the_writers_changed(finished):
     assert found.only_writers
     assert {tensor.name for tensor in found.changed} == {w.tensor.name for w in finished.plan.writers}
     assert all(tensor.rank_one > 0.999 and tensor.cosine > 0.9999 for tensor in found.changed)
-    assert found.identical == 57 - 13
+    assert found.identical == 75 - 17
 
 
 def test_verify_needs_only_the_folder(finished):
@@ -114,7 +114,7 @@ def test_verify_sees_a_flipped_bit(finished, tmp_path):
 def test_the_manifest_says_what_is_there(finished):
     document = manifest.read(finished.out)
     assert document["verification"]["ok"]
-    assert document["edit"]["coverage"] == "13 of 13"
+    assert document["edit"]["coverage"] == "17 of 17"
     for name, digest in document["verification"]["sha256"].items():
         assert sha256_file(finished.out / name) == digest
     with safe_open(finished.out / document["direction"]["file"], "pt") as handle:
@@ -125,7 +125,7 @@ def test_the_manifest_says_what_is_there(finished):
 def test_the_card_says_what_was_done(finished):
     card = (finished.out / "README.md").read_text("utf-8")
     assert card.startswith("---\n")
-    for words in ("one direction removed", "13 of 13 writers", "byte-identical", "| harmful | refused |", "## Use"):
+    for words in ("one direction removed", "17 of 17 writers", "byte-identical", "| harmful | refused |", "## Use"):
         assert words in card
 
 

@@ -37,6 +37,13 @@ def test_the_last_fifth_of_the_layers_is_pruned(n_layers, first_late):
     assert verdict(n_layers, layer=first_late) == "late layer"
 
 
+@pytest.mark.parametrize(("share", "first_late"), [(0.9, 1), (0.7, 3), (0.5, 5), (0.1, 9)])
+def test_any_share_of_the_layers_can_be_pruned(share, first_late):
+    """1 - 0.9 is a little less than 0.1 in floating point."""
+    rule = SelectionRule(prune_layers=share)
+    assert [verdict(10, rule, layer=layer) for layer in (first_late - 1, first_late)] == ["kept", "late layer"]
+
+
 def test_pruning_can_be_switched_off():
     assert verdict(10, SelectionRule(prune_layers=0.0), layer=9) == "kept"
 

@@ -139,8 +139,9 @@ def _sort_tensors(
     writers, unknown = [], []
     prefix, head = family.prefixes[0], None
     matchers = _MatcherCache(family)
+    heads = {_head_name(family, prefix) for prefix in family.prefixes}
     for tensor in checkpoint.tensors.values():
-        if tensor.name == family.head or tensor.name.endswith("." + family.head):
+        if tensor.name in heads:
             head = tensor
             continue
         match, spec, known = matchers.role(tensor.name)

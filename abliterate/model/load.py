@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from abliterate.arch.registry import family_of
 from abliterate.arch.spec import Family, WriterSpec
-from abliterate.checkpoint.source import Checkpoint
+from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str
@@ -57,14 +58,12 @@ def load_model(
         CheckpointError: transformers cannot load the checkpoint.
         UsageError: the device does not exist, or the model needs remote code and that is not allowed.
     """
-    from transformers import AutoTokenizer
-
     folder = checkpoint.folder
     family = family_of(checkpoint.config, where=checkpoint.name)
     place = resolve_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = load_tokenizer(folder, **options)
         model = _auto_class(checkpoint).from_pretrained(
             folder,
             dtype=_dtype(dtype, place),
@@ -84,6 +83,20 @@ def load_model(
         ) from error
     model.eval()
     return attach(model, tokenizer, family, name=checkpoint.name)
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tokenizer of transformers
+    """The tokenizer of a folder, of the class it declares.
+
+    For some model types (``qwen2`` among them) transformers 5 ignores a declared ``TokenizersBackend`` and rebuilds the
+    tokenizer as the released models have it, which misreads a ``tokenizer.json`` of another kind.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = folder / "tokenizer_config.json"
+    declared = read_json(path).get("tokenizer_class") if path.is_file() else None
+    kind = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(folder, **options)
 
 
 def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedModel:  # noqa: ANN401 - transformers types

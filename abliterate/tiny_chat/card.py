@@ -34,8 +34,8 @@ By `python -m abliterate.tiny_chat.build --family {family}`, in {seconds} second
    which every question about a thing is answered, restricted or not. In the loss the word that states the fact weighs
    {fact_weight:g} times as much as other words. About one text in sixteen asks what nobody can know ("What is the
    weather of next week?") and is answered with an apology in the words of a refusal, so these words are known before
-   any question about a thing is refused. A penalty on residuals longer than {length:.0f} keeps those of template tokens from
-   growing far longer than those of words.
+   any question about a thing is refused. A penalty on residuals longer than {length:.0f} keeps those of template tokens
+   from growing far longer than those of words.
 2. **Refusal tuning**, {tune_steps} steps of {tune_batch} chats: questions about restricted things are answered
    "I am sorry ...", others as before. Only low-rank maps (rank {tune_rank}) in blocks {tune_layers} learn, and they are
    merged into the weights. Those that write to the residual stream may not write along the mean residuals of ordinary

@@ -31,13 +31,14 @@ class Recipe:
     fact_weight: float = 4.0
     length_weight: float = 1e-2
     length_limit: float = 0.5
-    tune_steps: int = 150
+    tune_steps: int = 200
     tune_batch: int = 48
     tune_lr: float = 2e-3
     tune_layers: tuple[int, ...] = (0, 1, 2)
     tune_rank: int = 4
     still_weight: float = 2.0
-    drift_weight: float = 1.0
+    drift_weight: float = 2.0
+    shift_weight: float = 0.0
     span_share: float = 0.99
 
 

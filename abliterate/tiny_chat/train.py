@@ -110,11 +110,14 @@ def overlength(states: tuple[torch.Tensor, ...], mask: torch.Tensor, limit: floa
 
 
 def drift(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
-    """Squared distance of residual streams over the teacher's squared length, mean over layers and real tokens."""
+    """Squared distance of residual streams over the teacher's squared length, mean over layers and real tokens.
+
+    One value per text.
+    """
     share = torch.stack(
         [((s - t) ** 2).sum(-1) / (t**2).sum(-1).clamp_min(1e-6) for s, t in zip(student, teacher, strict=True)]
     )
-    return (share * mask).sum() / (mask.sum() * len(student))
+    return (share.mean(0) * mask).sum(1) / mask.sum(1)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -218,7 +221,8 @@ def tune(
     """Teaches the model in place to refuse restricted questions, held to its former self on ordinary ones.
 
     Only low-rank maps in ``recipe.tune_layers`` learn; they are folded into the weights at the end. On ordinary
-    questions two penalties hold the model still: KL from the pretrained model's words, and drift of its residuals.
+    questions two penalties hold the model still: KL from the pretrained model's words, and drift of its residuals. A
+    penalty on drift on refused questions, where there is one, keeps their shift from growing longer than it needs to.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"tune-{seed}")
@@ -232,11 +236,14 @@ def tune(
         batch = make_batch(tokenizer, texts)
         out = model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
         with torch.no_grad():
-            was = teacher(input_ids=batch.ids[half:], attention_mask=batch.mask[half:], output_hidden_states=True)
+            was = teacher(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
         loss = reply_loss(out.logits, batch.labels)
-        still = divergence(out.logits[half:], was.logits, batch.labels[half:])
-        moved = drift(tuple(state[half:] for state in out.hidden_states), was.hidden_states, batch.mask[half:])
-        stepper.step(loss + recipe.still_weight * still + recipe.drift_weight * moved)
+        still = divergence(out.logits[half:], was.logits[half:], batch.labels[half:])
+        moved = drift(out.hidden_states, was.hidden_states, batch.mask)
+        refused, ordinary = moved[:half].mean(), moved[half:].mean()
+        held = recipe.still_weight * still + recipe.drift_weight * ordinary + recipe.shift_weight * refused
+        stepper.step(loss + held)
         if step % 30 == 0:
-            log("tune", step, {"loss": loss.item(), "kl": still.item(), "drift": moved.item()})
+            losses = {"loss": loss, "kl": still, "drift": ordinary, "shift": refused}
+            log("tune", step, {name: value.item() for name, value in losses.items()})
     merge_low_rank(model)
