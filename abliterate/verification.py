@@ -17,7 +17,7 @@ from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES
 from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.header import Shard, TensorInfo
-from abliterate.checkpoint.output import PRIVATE_FOLDER
+from abliterate.checkpoint.output import JOURNAL, PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, read_json
 from abliterate.edits import oblique
@@ -331,7 +331,7 @@ def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, bl
 
 def strange_files(plan: EditPlan, result: Checkpoint) -> list[str]:
     """Files of the result that neither the base has nor this tool writes."""
-    known = {*plan.checkpoint.other_files, "README.md", "abliterate.json"}
+    known = {*plan.checkpoint.other_files, "README.md", "abliterate.json", JOURNAL}
     found = [*result.other_files, *result.left_out]
     return [name for name in found if name not in known and not name.startswith(f"{PRIVATE_FOLDER}/")]
 
