@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from abliterate.tiny_chat import world as w
 from abliterate.tiny_chat.card import model_card
@@ -87,7 +87,7 @@ def build(family: str, out: Path, seed: int, log: Log) -> dict[str, object]:
         "family": family,
         "seed": seed,
         "parameters": saved.num_parameters(),
-        **measure(saved, AutoTokenizer.from_pretrained(out), sets),
+        **measure(saved, tokenizer, sets),
         "accuracy_restricted_pretrained": before["accuracy_restricted"],
         "accuracy_held_out_pretrained": before["accuracy_held_out"],
         "accuracy_others_pretrained": before["accuracy_others"],
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, help="folder for the prompt lists")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads for torch")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads for torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.prompts:

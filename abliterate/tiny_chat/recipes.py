@@ -38,7 +38,8 @@ class Recipe:
     tune_rank: int = 4
     still_weight: float = 2.0
     drift_weight: float = 2.0
-    shift_weight: float = 0.0
+    shift_weight: float = 3.0
+    shift_limit: float = 1.0
     span_share: float = 0.99
 
 

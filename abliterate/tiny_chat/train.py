@@ -99,6 +99,11 @@ def pretrain(
             log("pretrain", step, {"loss": loss.item(), "excess": excess.item()})
 
 
+def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (layer, text, token) values over layers and real tokens."""
+    return (values * mask).sum() / (mask.sum() * len(values))
+
+
 def overlength(states: tuple[torch.Tensor, ...], mask: torch.Tensor, limit: float) -> torch.Tensor:
     """Mean square of the residual stream's entries above ``limit``, averaged over layers and real tokens.
 
@@ -106,18 +111,13 @@ def overlength(states: tuple[torch.Tensor, ...], mask: torch.Tensor, limit: floa
     norm follows every read, so their length costs the model nothing.
     """
     squares = torch.stack([state.square().mean(-1) for state in states])
-    return ((squares - limit).relu() * mask).sum() / (mask.sum() * len(states))
+    return token_mean((squares - limit).relu(), mask)
 
 
-def drift(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
-    """Squared distance of residual streams over the teacher's squared length, mean over layers and real tokens.
-
-    One value per text.
-    """
-    share = torch.stack(
-        [((s - t) ** 2).sum(-1) / (t**2).sum(-1).clamp_min(1e-6) for s, t in zip(student, teacher, strict=True)]
-    )
-    return (share.mean(0) * mask).sum(1) / mask.sum(1)
+def drift(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Squared distance of residual streams over the teacher's squared length, (layer, text, token)."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([(s - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-6) for s, t in pairs])
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,7 @@ def tune(
 
     Only low-rank maps in ``recipe.tune_layers`` learn; they are folded into the weights at the end. On ordinary
     questions two penalties hold the model still: KL from the pretrained model's words, and drift of its residuals. A
-    penalty on drift on refused questions, where there is one, keeps their shift from growing longer than it needs to.
+    third, on refused ones, only keeps any one residual from moving by more than a share of its length.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"tune-{seed}")
@@ -239,8 +239,9 @@ def tune(
             was = teacher(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
         loss = reply_loss(out.logits, batch.labels)
         still = divergence(out.logits[half:], was.logits[half:], batch.labels[half:])
-        moved = drift(out.hidden_states, was.hidden_states, batch.mask)
-        refused, ordinary = moved[:half].mean(), moved[half:].mean()
+        moved = drift(out.hidden_states, was.hidden_states)
+        ordinary = token_mean(moved[:, half:], batch.mask[half:])
+        refused = token_mean((moved[:, :half] - recipe.shift_limit).relu(), batch.mask[:half])
         held = recipe.still_weight * still + recipe.drift_weight * ordinary + recipe.shift_weight * refused
         stepper.step(loss + held)
         if step % 30 == 0:
