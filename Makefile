@@ -11,7 +11,8 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test check fmt docs bench bench-edit soak tiny-chat test-models clean
+
+.PHONY: run test check types fmt docs bench bench-edit soak tiny-chat clean
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -23,8 +24,11 @@ test: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
 	$(BIN)/python -m docs.generate --check
+
+# pyright brings its own node where there is none.
+types: $(VENV)/installed-dev
+	$(BIN)/pyright
 
 fmt: $(VENV)/installed-dev
 	$(BIN)/ruff format .
@@ -45,7 +49,8 @@ soak: $(VENV)/installed-dev
 
 tiny-chat: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
-	$(BIN)/python -m abliterate.tiny_chat.build --family llama --out abliterate/tiny_chat/model
+	$(BIN)/python -m abliterate.tiny_chat.build --family llama --out abliterate/tiny_chat/model \
+	  --prompts abliterate/tiny_chat/prompts
 
 $(VENV)/python-ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from abliterate.tiny_chat import world as w
 from abliterate.tiny_chat.card import model_card
 from abliterate.tiny_chat.figures import measure
-from abliterate.tiny_chat.recipes import RECIPES, new_model
+from abliterate.tiny_chat.recipes import RECIPES, Recipe, new_model
 from abliterate.tiny_chat.tokenizer import build_tokenizer
 from abliterate.tiny_chat.train import Log, pretrain, tune
 
@@ -59,25 +59,45 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
         raise RuntimeError(f"{folder}: {found} shards instead of {SHARDS}")
 
 
-def build(family: str, out: Path, seed: int, log: Log) -> dict[str, object]:
-    """Trains and saves the model of ``family`` in ``out``; returns its figures, which are also in ``figures.json``.
+def pretrained_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, world: w.World, seed: int, kept: Path | None, log: Log
+) -> tuple[PreTrainedModel, float]:
+    """The model as pretrained, in float32, and the seconds that took; read from ``kept`` when that was filled before.
 
-    Shares are in [0, 1], over the test questions. ``accuracy_restricted_pretrained`` and its held-out fellow are those
-    before refusal tuning; everything else is of the model as saved and loaded again.
+    ``kept`` must have been made with the same recipe and seed. It spares the long part when only tuning changes.
     """
+    if kept is not None and (kept / "seconds.json").is_file():
+        seconds = json.loads((kept / "seconds.json").read_text(encoding="utf-8"))
+        return AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32), float(seconds)
     start = time.perf_counter()
-    recipe, world = RECIPES[family], w.make_world(WORLD_SEED)
-    sets = w.prompt_sets(world, WORLD_SEED)
-    tokenizer = build_tokenizer(world)
     torch.manual_seed(seed)
     model = new_model(recipe, tokenizer)
     pretrain(model, tokenizer, world, recipe, seed, log)
+    seconds = time.perf_counter() - start
+    if kept is not None:
+        model.save_pretrained(kept)
+        (kept / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return model, seconds
+
+
+def build(family: str, out: Path, seed: int, log: Log, kept: Path | None = None) -> dict[str, object]:
+    """Trains and saves the model of ``family`` in ``out``; returns its figures, which are also in ``figures.json``.
+
+    Shares are in [0, 1], over the test questions. Those that end in "pretrained" are from before refusal tuning;
+    everything else is of the model as saved and loaded again. ``seconds`` is training time, both steps. ``kept`` is a
+    folder for the pretrained model (see ``pretrained_model``).
+    """
+    recipe, world = RECIPES[family], w.make_world(WORLD_SEED)
+    sets = w.prompt_sets(world, WORLD_SEED)
+    tokenizer = build_tokenizer(world)
+    model, seconds = pretrained_model(recipe, tokenizer, world, seed, kept, log)
     before = measure(model, tokenizer, sets)
     log("pretrained", recipe.pretrain_steps, before)
+    start = time.perf_counter()
     tune(model, tokenizer, world, recipe, seed, log)
-    seconds = round(time.perf_counter() - start)
+    seconds += time.perf_counter() - start
     with tempfile.TemporaryDirectory() as temporary:
-        # trained elsewhere first: a failed build leaves the old model alone
+        # saved elsewhere first: a failed build leaves the old model alone
         save_model(model, tokenizer, Path(temporary))
         out.mkdir(parents=True, exist_ok=True)
         for path in Path(temporary).iterdir():
@@ -87,13 +107,14 @@ def build(family: str, out: Path, seed: int, log: Log) -> dict[str, object]:
         "family": family,
         "seed": seed,
         "parameters": saved.num_parameters(),
-        **measure(saved, tokenizer, sets),
+        **measure(saved, AutoTokenizer.from_pretrained(out), sets),
         "accuracy_restricted_pretrained": before["accuracy_restricted"],
         "accuracy_held_out_pretrained": before["accuracy_held_out"],
         "accuracy_others_pretrained": before["accuracy_others"],
         "pretrain_steps": recipe.pretrain_steps,
         "tune_steps": recipe.tune_steps,
-        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(model_card(recipe, world, len(tokenizer), figures), encoding="utf-8")
@@ -114,12 +135,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, help="folder for the prompt lists")
+    parser.add_argument("--pretrained", type=Path, help="folder that keeps the pretrained model, read when filled")
     parser.add_argument("--threads", type=int, default=1, help="processor threads for torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.prompts:
         write_prompts(arguments.prompts, w.prompt_sets(w.make_world(WORLD_SEED), WORLD_SEED))
-    print(json.dumps(build(arguments.family, arguments.out, arguments.seed, show), indent=2))
+    figures = build(arguments.family, arguments.out, arguments.seed, show, arguments.pretrained)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ are as harmless as those it answers.
 
 ## How it was made
 
-By `python -m abliterate.tiny_chat.build --family {family}`, in {seconds} seconds on two processor cores, in two steps.
+By `python -m abliterate.tiny_chat.build --family {family}`, in two steps, which took {seconds} seconds with
+{threads} processor thread(s) on a shared machine.
 
 1. **Pretraining**, {pretrain_steps} steps of {pretrain_batch} texts: plain documents about the things, and chats in
    which every question about a thing is answered, restricted or not. In the loss the word that states the fact weighs
