@@ -73,8 +73,8 @@ and saves it.
 
 Machine: {machine}.
 
-The source lies in the page cache when the rounds begin, which serves `cp` and the plain loop; the edit reads it from the
-disk, past the cache. Where the source does not fit into memory, as large models do not, `cp` has that to do as well.
+The source lies in the page cache when the rounds begin, which serves `cp` and the plain loop; the edit reads it from
+the disk, past the cache. Where the source does not fit into memory, as large models do not, `cp` has to do that as well.
 
 Verifying (`abliterate verify --bytes-only`) reads base and result once, side by side, and hashes both.
 """
