@@ -74,7 +74,7 @@ and saves it.
 Machine: {machine}.
 
 The source lies in the page cache when the rounds begin, which serves `cp` and the plain loop; the edit reads it from
-the disk, past the cache. Where the source does not fit into memory, as large models do not, `cp` has to do that as well.
+the disk, past the cache. Where the source does not fit into memory, as large models do not, `cp` must do so too.
 
 Verifying (`abliterate verify --bytes-only`) reads base and result once, side by side, and hashes both.
 """
