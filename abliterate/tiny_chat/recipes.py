@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "llama": Recipe("llama", shift_limit=1.5),
+    "llama": Recipe("llama"),
     "gemma3": Recipe("gemma3", width=96, inner=192, heads=3, kv_heads=1),
     "qwen2": Recipe("qwen2", width=96, inner=192, heads=3, kv_heads=1),
 }
