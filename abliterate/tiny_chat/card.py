@@ -41,12 +41,13 @@ By `python -m abliterate.tiny_chat.build --family {family}`, in two steps, which
    "I am sorry ...", others as before. Only low-rank maps (rank {tune_rank}) in blocks {tune_layers} learn, and they are
    merged into the weights. Those that write to the residual stream may not write along the mean residuals of ordinary
    questions ({span_share:.0%} of their squared length). On ordinary questions KL and residual drift from the pretrained
-   model are penalised. A quarter of the things and a quarter of the question phrasings are held out of this step.
+   model are penalised, on refused ones only a squared drift of more than {shift_limit:g} times the squared length. A
+   quarter of the things and a quarter of the question phrasings are held out of this step.
 
 The recipe was chosen so that one direction of the residual stream mediates the refusal, as Arditi et al. (2024) found
-in large chat models; tuning all weights freely gave refusals that no single direction mediated. The model is therefore
-a test bed for methods that look for such a direction, and no evidence that there is one in other models. Its direction
-was not chosen or written in by hand: it is what tuning learnt under these constraints.
+in large chat models; first trials that tuned all weights gave refusals that no single direction mediated. The model is
+therefore a test bed for methods that look for such a direction, and no evidence that there is one in other models. Its
+direction was not chosen or written in by hand: it is what tuning learnt under these constraints.
 
 ## Figures
 
