@@ -107,13 +107,13 @@ class TensorEdit:
         self.check(leak, "overflows its dtype when edited")
         rows[:, self.feedback] = self._round(held.T, leak.T).T
 
-    def edit_columns(self, matrix: Float[Tensor, "d n"], columns: "ColumnEdit | None" = None) -> None:
+    def edit_columns(self, matrix: Float[Tensor, "d n"]) -> None:
         """Edit stream vectors stored as columns (output projections), in place, the whole matrix at hand.
 
         Raises:
             NonFiniteError: an element is NaN or infinite, or becomes so.
         """
-        columns = columns or ColumnEdit(self, matrix.shape[1])
+        columns = ColumnEdit(self, matrix.shape[1])
         columns.gather(matrix, 0)
         columns.apply(matrix, 0)
         for row, values in columns.finish():

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from abliterate.linalg import orthonormal_basis
+from abliterate.linalg import orthonormal_basis, project_out
 from abliterate.model.load import LoadedModel
 
 Change = Callable[[Tensor], Tensor]
@@ -31,9 +31,7 @@ def ablated(loaded: LoadedModel, directions: Float[Tensor, "d k"]) -> Iterator[N
         key = (x.device, dtype)
         if key not in prepared:
             prepared[key] = basis.to(device=x.device, dtype=dtype)
-        q = prepared[key]
-        wide = x.to(dtype)
-        return (wide - (wide @ q) @ q.T).to(x.dtype)
+        return project_out(x.to(dtype), prepared[key]).to(x.dtype)
 
     handles = [_on_output(loaded.embedding, change)]
     handles += [_on_input(block, change) for block in loaded.blocks]
