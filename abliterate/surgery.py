@@ -24,11 +24,11 @@ from torch import Tensor
 from abliterate import edits
 from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, Rounding, TensorEdit, Workspace
-from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
+from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_json
 from abliterate.checkpoint.source import INDEX_NAME
-from abliterate.checkpoint.stream import Stretch, buffers, bytes_of, stream
+from abliterate.checkpoint.stream import Ring, Stretch, bytes_of, stream
 from abliterate.edits import Projector
 from abliterate.errors import CheckpointError, NonFiniteError, NotEnoughDiskError, PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
@@ -38,14 +38,14 @@ from abliterate.planning import EditPlan
 DEFAULT_MEMORY_BYTES = 512 * 2**20
 TASK = "edit"
 
-SLABS = 3
-"""One is read into, one is edited, one is written."""
+PIECES = 3
+"""Pieces of the largest size that the buffer holds: one is read into, one is edited, one is written."""
 
 RESERVED_BYTES = 64 * 2**20
 """Of the memory budget: float buffers, held rows, headers, threads."""
 
 COPY_BYTES = 32 * 2**20
-SMALLEST_SLAB = 2**16
+SMALLEST_PIECE = 2**16
 
 
 def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Projector]:
@@ -115,7 +115,7 @@ def edit_checkpoint(
         plan=plan,
         projectors=projectors(plan, directions),
         rounding=rounding,
-        slab_bytes=max(SMALLEST_SLAB, (memory_bytes - RESERVED_BYTES) // SLABS),
+        piece_bytes=max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES) // PIECES - slab_bytes(0)),
         direct=direct,
         on_event=on_event,
     )
@@ -167,11 +167,11 @@ class Editor:
     plan: EditPlan
     projectors: Mapping[str, Projector]
     rounding: Rounding
-    slab_bytes: int
+    piece_bytes: int
     direct: bool
     on_event: OnEvent
     work: Workspace = field(default_factory=Workspace)
-    _slabs: list[Slab] = field(default_factory=list)
+    _ring: Ring | None = None
 
     def write_shard(self, shard: Shard, target: Path) -> None:
         """Write one edited shard to ``target`` and flush it to disk."""
@@ -186,8 +186,7 @@ class Editor:
             if added is not None:
                 header = header_with(header, self.plan.added_head or "", added, shard.size_bytes - shard.data_start)
             out.append(bytes_of(header))
-            slabs = self._slabs_of(max((stretch.size for stretch in stretches), default=0))
-            stream(source, out, stretches, slabs, advance=self._advance)
+            stream(source, out, stretches, self._ring_for(stretches), advance=self._advance)
             out.finish()
             moved = len(header) - shard.data_start
             found = [(place + moved + offset, data) for place, late in patches for offset, data in late()]
@@ -217,7 +216,7 @@ class Editor:
         yield from self._copies(position, shard.size_bytes)
 
     def _copies(self, start: int, end: int) -> Iterator[Stretch]:
-        size = min(COPY_BYTES, self.slab_bytes)
+        size = min(COPY_BYTES, self.piece_bytes)
         for place in range(start, end, size):
             yield Stretch(start=place, size=min(size, end - place))
 
@@ -240,7 +239,7 @@ class Editor:
     ) -> Iterator[Stretch]:
         d, n = tensor.shape[-2:]
         matrix_bytes = d * n * edit.stored.itemsize
-        if matrix_bytes <= self.slab_bytes:
+        if matrix_bytes <= self.piece_bytes:
 
             def change(rows: Tensor) -> None:
                 for matrix in rows.view(-1, d, n):
@@ -279,13 +278,15 @@ class Editor:
     def _rows(self, width: int, row_bytes: int) -> int:
         """Rows for one stretch: as many as fit, but whole blocks of the arithmetic, and at least one of those."""
         step = self.work.rows(width)
-        return max(1, min(COPY_BYTES, self.slab_bytes) // (step * row_bytes)) * step
+        return max(1, min(COPY_BYTES, self.piece_bytes) // (step * row_bytes)) * step
 
-    def _slabs_of(self, size: int) -> list[Slab]:
-        if not self._slabs or self._slabs[0].bytes.numel() < size + 2 * PAGE:
-            self._slabs = []  # let go of the small ones first
-            self._slabs = buffers(SLABS, size)
-        return self._slabs
+    def _ring_for(self, stretches: list[Stretch]) -> Ring:
+        largest = max((stretch.size for stretch in stretches), default=0)
+        capacity = PIECES * slab_bytes(max(self.piece_bytes, largest))
+        if self._ring is None or self._ring.capacity < capacity:
+            self._ring = None  # let go of the small one first
+            self._ring = Ring(capacity)
+        return self._ring
 
     def _advance(self, amount: int) -> None:
         self.on_event(Advanced(task=TASK, amount=amount))

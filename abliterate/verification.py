@@ -28,7 +28,7 @@ from abliterate.surgery import (
     COPY_BYTES,
     DEFAULT_MEMORY_BYTES,
     RESERVED_BYTES,
-    SMALLEST_SLAB,
+    SMALLEST_PIECE,
     one_thread,
     read_gain,
     read_header,
@@ -108,7 +108,7 @@ def verify_bytes(
             equation=Equation.of(plan, directions),
             result=result,
             shard=shard,
-            slab_bytes=max(SMALLEST_SLAB, (memory_bytes - RESERVED_BYTES) // (2 * PAIRS)),
+            slab_bytes=max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES) // (2 * PAIRS)),
         )
         for shard in plan.checkpoint.shards
     ]

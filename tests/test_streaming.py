@@ -11,7 +11,7 @@ from abliterate import blocks
 from abliterate.checkpoint import directio
 from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
 from abliterate.checkpoint.output import prepare
-from abliterate.checkpoint.stream import Stretch, stream
+from abliterate.checkpoint.stream import Ring, StoppedError, Stretch, stream
 from abliterate.errors import CheckpointError
 from abliterate.planning import plan
 from abliterate.surgery import edit_checkpoint, header_with
@@ -99,7 +99,7 @@ def test_stream_changes_in_order(tmp_path, direct):
         Stretch(start=40000, size=10000),
     ]
     with SourceFile(tmp_path / "in", direct=direct) as source, TargetFile(tmp_path / "out", direct=direct) as out:
-        stream(source, out, stretches, [Slab(30000) for _ in range(3)], advance=lambda _: None)
+        stream(source, out, stretches, Ring(100000), advance=lambda _: None)
         out.finish()
     data[10000:40000] = ~data[10000:40000]
     assert (tmp_path / "out").read_bytes() == data.numpy().tobytes()
@@ -121,13 +121,12 @@ def test_a_failure_in_any_thread_is_raised_and_nothing_hangs(tmp_path, monkeypat
     monkeypatch.setattr(SourceFile, "read", lambda *args: (count("read"), real_read(*args))[1])
     monkeypatch.setattr(TargetFile, "append", lambda *args: (count("write"), real_append(*args))[1])
     stretches = [Stretch(start=n * 10000, size=10000, change=lambda raw: count("change")) for n in range(20)]
-    slabs = [Slab(10000) for _ in range(3)]
     with (
         SourceFile(tmp_path / "in") as file,
         TargetFile(tmp_path / "out") as out,
         pytest.raises(OSError, match="planted"),
     ):
-        stream(file, out, stretches, slabs, advance=lambda _: None)
+        stream(file, out, stretches, Ring(50000), advance=lambda _: None)
 
 
 def edited_bytes(base, out, **options):
@@ -144,7 +143,7 @@ def test_the_memory_budget_does_not_change_a_bit(tmp_path, monkeypatch, name, dt
     """Blocks of a few rows, matrices read twice and patched, or all at once: the same file."""
     base = factories.save(factories.build(name), tmp_path / "base", dtype=dtype)
     monkeypatch.setattr(blocks, "WORK_ELEMENTS", 256)
-    monkeypatch.setattr("abliterate.surgery.SMALLEST_SLAB", 1000)
+    monkeypatch.setattr("abliterate.surgery.SMALLEST_PIECE", 1000)
     small = edited_bytes(base, tmp_path / "small", memory_bytes=1)
     large = edited_bytes(base, tmp_path / "large", memory_bytes=2**30)
     buffered = edited_bytes(base, tmp_path / "buffered", memory_bytes=1, direct=False)

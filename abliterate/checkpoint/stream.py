@@ -1,6 +1,6 @@
-"""Read ahead, change, write behind: one file streamed into another through a few reused buffers."""
+"""Read ahead, change, write behind: one file streamed into another through one reused buffer."""
 
-import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile
+from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile, pages_of, slab_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,32 +23,68 @@ class Stretch:
     written: bool = True
 
 
-class SlabPool:
-    """The buffers in circulation.  ``stop`` wakes a reader that waits for one."""
+class Ring:
+    """One buffer handed out piece by piece and taken back in the same order, so that small pieces run far ahead.
 
-    def __init__(self, slabs: Sequence[Slab]) -> None:
-        self._free: queue.Queue[Slab | None] = queue.Queue()
-        for slab in slabs:
-            self._free.put(slab)
+    Its memory is not touched until used.
+    """
 
-    def take(self) -> Slab:
-        """A free buffer, as soon as there is one.
+    def __init__(self, capacity: int) -> None:
+        self._memory = pages_of(capacity)
+        self._out: deque[tuple[int, int]] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory."""
+        return len(self._memory)
+
+    def take(self, size: int) -> Slab:
+        """Room for ``size`` bytes, as soon as there is some.
 
         Raises:
+            ValueError: the ring can never hold that much.
             StoppedError: the work was given up.
         """
-        slab = self._free.get()
-        if slab is None:
-            raise StoppedError
-        return slab
+        needed = slab_bytes(size)
+        if needed > self.capacity:
+            raise ValueError(f"{size} bytes do not fit into a ring of {self.capacity}")
+        with self._changed:
+            while (start := self._place(needed)) is None and not self._stopped:
+                self._changed.wait()
+            if self._stopped or start is None:
+                raise StoppedError
+            self._out.append((start, start + needed))
+        return Slab.within(self._memory, start, size)
 
-    def give(self, slab: Slab) -> None:
-        """Put a buffer back."""
-        self._free.put(slab)
+    def give(self) -> None:
+        """Take the oldest piece back."""
+        with self._changed:
+            self._out.popleft()
+            self._changed.notify_all()
+
+    def start(self) -> None:
+        """Everything is free."""
+        self._out.clear()
+        self._stopped = False
 
     def stop(self) -> None:
-        """No more buffers: the work is given up."""
-        self._free.put(None)
+        """No more pieces: the work is given up."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _place(self, needed: int) -> int | None:
+        """Where ``needed`` bytes are free: behind the newest piece, or before the oldest."""
+        if not self._out:
+            return 0
+        oldest, newest = self._out[0][0], self._out[-1][1]
+        if newest <= oldest:
+            return newest if newest + needed <= oldest else None
+        if newest + needed <= self.capacity:
+            return newest
+        return 0 if needed <= oldest else None
 
 
 class StoppedError(Exception):
@@ -59,7 +95,7 @@ def stream(
     source: SourceFile,
     out: TargetFile,
     stretches: Sequence[Stretch],
-    slabs: Sequence[Slab],
+    ring: Ring,
     *,
     advance: Callable[[int], None],
 ) -> None:
@@ -67,33 +103,32 @@ def stream(
 
     ``advance`` is told the bytes handed to the writer.  Any failure, in any thread, stops all three and is raised here.
     """
-    pool = SlabPool(slabs)
+    ring.start()
 
-    def read(stretch: Stretch) -> tuple[Slab, Tensor]:
-        slab = pool.take()
-        return slab, source.read(slab, stretch.start, stretch.size)
+    def read(stretch: Stretch) -> Tensor:
+        return source.read(ring.take(stretch.size), stretch.start, stretch.size)
 
-    def write(slab: Slab, data: Tensor, *, written: bool) -> None:
+    def write(data: Tensor, *, written: bool) -> None:
         if written:
             out.append(data)
-        pool.give(slab)
+        ring.give()
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
         reads = [reader.submit(read, stretch) for stretch in stretches]
-        with _stopping(pool, reads):
+        with _stopping(ring, reads):
             writes: deque[Future[None]] = deque()
             for stretch, future in zip(stretches, reads, strict=True):
-                slab, data = _next(future, writes)
+                data = _next(future, writes)
                 if stretch.change is not None:
                     stretch.change(data)
-                writes.append(writer.submit(write, slab, data, written=stretch.written))
+                writes.append(writer.submit(write, data, written=stretch.written))
                 if stretch.written:
                     advance(stretch.size)
             for done in writes:
                 done.result()
 
 
-def _next(read: "Future[tuple[Slab, Tensor]]", writes: "deque[Future[None]]") -> tuple[Slab, Tensor]:
+def _next(read: "Future[Tensor]", writes: "deque[Future[None]]") -> Tensor:
     """The next buffer that was read.  A failed write is raised at once: it may be what the reader waits for."""
     while not read.done() and writes:
         writes.popleft().result()
@@ -101,19 +136,14 @@ def _next(read: "Future[tuple[Slab, Tensor]]", writes: "deque[Future[None]]") ->
 
 
 @contextmanager
-def _stopping(pool: SlabPool, reads: "list[Future[tuple[Slab, Tensor]]]") -> Iterator[None]:
+def _stopping(ring: Ring, reads: "list[Future[Tensor]]") -> Iterator[None]:
     try:
         yield
     except BaseException:
         for future in reads:
             future.cancel()
-        pool.stop()
+        ring.stop()
         raise
-
-
-def buffers(count: int, size: int) -> list[Slab]:
-    """``count`` buffers of ``size`` bytes; their memory is not touched until used."""
-    return [Slab(size) for _ in range(count)]
 
 
 def bytes_of(data: bytes) -> Tensor:
