@@ -24,9 +24,10 @@ from torch import Tensor
 from abliterate import edits
 from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, Rounding, TensorEdit, Workspace
-from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, slab_bytes
+from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_json
+from abliterate.checkpoint.reflink import SharedFile, share_blocks
 from abliterate.checkpoint.source import INDEX_NAME
 from abliterate.checkpoint.stream import Ring, Stretch, bytes_of, stream
 from abliterate.edits import Projector
@@ -181,17 +182,34 @@ class Editor:
         if added is not None:
             stretches += self._copies(added.start, added.end)
         path = self.plan.checkpoint.folder / shard.name
-        with SourceFile(path, direct=self.direct) as source, TargetFile(target, direct=self.direct) as out:
-            header = read_header(path, shard)
-            if added is not None:
-                header = header_with(header, self.plan.added_head or "", added, shard.size_bytes - shard.data_start)
+        with SourceFile(path, direct=self.direct) as source:
+            if added is None and share_blocks(path, target):
+                moved = 0
+                self._overwrite(source, target, stretches)
+            else:
+                header = read_header(path, shard)
+                if added is not None:
+                    header = header_with(header, self.plan.added_head or "", added, shard.size_bytes - shard.data_start)
+                moved = len(header) - shard.data_start
+                self._write(source, target, header, stretches)
+        found = [(place + moved + offset, data) for place, late in patches for offset, data in late()]
+        if found:
+            patch(target, found)
+
+    def _write(self, source: SourceFile, target: Path, header: bytes, stretches: list[Stretch]) -> None:
+        with TargetFile(target, direct=self.direct) as out:
             out.append(bytes_of(header))
-            stream(source, out, stretches, self._ring_for(stretches), advance=self._advance)
+            ring = self._ring_for(stretches)
+            stream(source, stretches, ring, write=lambda _, data: out.append(data), advance=self._advance)
             out.finish()
-            moved = len(header) - shard.data_start
-            found = [(place + moved + offset, data) for place, late in patches for offset, data in late()]
-            if found:
-                out.patch(found)
+
+    def _overwrite(self, source: SourceFile, target: Path, stretches: list[Stretch]) -> None:
+        """``target`` is the source already: only what changes is read and written."""
+        changing = [stretch for stretch in stretches if stretch.change is not None]
+        self._advance(sum(stretch.size for stretch in stretches if stretch.change is None))
+        with SharedFile(target, direct=self.direct) as out:
+            stream(source, changing, self._ring_for(changing), write=out.overwrite, advance=self._advance)
+            out.finish()
 
     def _added_head(self, shard: Shard) -> TensorInfo | None:
         embedding = self.plan.model_map.embedding.tensor

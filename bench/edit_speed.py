@@ -4,7 +4,8 @@
 
 Makes a checkpoint with the shapes of Llama-3-8B (fewer layers, random weights, several shards, at least 6 GB), then
 alternates, in one run and on one disk: ``cp -r`` + ``sync``, ``abliterate edit`` (as a whole process, fsync included),
-and a straightforward editor that reads, edits and saves shard by shard with the safetensors library.  Prints wall and
+and a straightforward editor that reads, edits and saves shard by shard with the safetensors library.  Before each of
+them the source is read into the page cache; the first two also run with the source dropped from it.  Prints wall and
 CPU seconds, peak resident memory above an interpreter with torch imported, and the ratios of medians.
 """
 
@@ -61,6 +62,11 @@ import torch
 EDIT = MARK + "from abliterate.cli.app import main\nmain()\n"
 
 
+Case = tuple[str, str]
+"""A command, and whether the source lay in the page cache."""
+
+CACHED, COLD = "cached", "cold"
+
 PAGE = """\
 # Performance
 
@@ -73,8 +79,9 @@ and saves it.
 
 Machine: {machine}.
 
-The source lies in the page cache when the rounds begin, which serves `cp` and the plain loop; the edit reads it from
-the disk, past the cache. Where the source does not fit into memory, as large models do not, `cp` must do so too.
+"Cached" rounds begin with the source read into the page cache, which suits `cp` best; "cold" ones with the source
+dropped from it, as after a reboot or where the model is larger than memory. (The system may reclaim some of the cache
+in between.) Ratios are to `cp` in the same state.
 
 Verifying (`abliterate verify --bytes-only`) reads base and result once, side by side, and hashes both.
 """
@@ -136,15 +143,19 @@ def main() -> None:
     }
     if not args.no_loop:
         commands["load, edit, save"] = [sys.executable, "-c", MARK + LOOP, str(base), str(out), str(direction)]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    cases = [(name, CACHED) for name in commands] + [(name, COLD) for name in list(commands)[:2]]
+    results: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     for round_number in range(args.rounds):
-        for name, command in commands.items():
+        for case in cases:
+            name, state = case
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            results[name].append(timed(command))
-            last = results[name][-1]
+            prepare(base, cached=state == CACHED)
+            results[case].append(timed(commands[name]))
+            last = results[case][-1]
             print(
-                f"round {round_number + 1}  {name:18s} {last['wall']:7.1f} s wall {last['cpu']:6.1f} s CPU", flush=True
+                f"round {round_number + 1}  {name:16s} {state:6s} {last['wall']:7.1f} s wall {last['cpu']:6.1f} s CPU",
+                flush=True,
             )
     shutil.rmtree(args.work)
     lines = report(results, size, edited, idle)
@@ -153,24 +164,35 @@ def main() -> None:
         args.write.write_text(PAGE.format(table="\n".join(lines), machine=machine(), rounds=args.rounds), "utf-8")
 
 
-def report(results: dict[str, list[dict[str, float]]], size: int, edited: int, idle: float) -> list[str]:
+def prepare(base: Path, *, cached: bool) -> None:
+    """Read every file of ``base`` into the page cache, or drop it from there."""
+    buffer = bytearray(2**24)
+    for path in base.iterdir():
+        with path.open("rb", buffering=0) as file:
+            if not cached:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cached and file.readinto(buffer):
+                pass
+
+
+def report(results: dict[Case, list[dict[str, float]]], size: int, edited: int, idle: float) -> list[str]:
     """The table of medians, as Markdown."""
-    copied = statistics.median(run["wall"] for run in results["cp -r + sync"])
     allowed = 0.15 * edited / 1e8 + 0.5 * size / 1e9
     lines = [
         f"{size / 1e9:.2f} GB, {edited / 1e9:.2f} billion parameters edited "
         f"(CPU budget: {allowed:.1f} s beyond starting Python)",
         "",
-        "| | wall, s | range | ratio to cp | CPU, s | peak memory above torch, MiB |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| | source | wall, s | range | ratio to cp | CPU, s | peak memory above torch, MiB |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for name, runs in results.items():
+    for (name, state), runs in results.items():
+        copied = statistics.median(run["wall"] for run in results["cp -r + sync", state])
         walls = [run["wall"] for run in runs]
         wall, cpu = statistics.median(walls), statistics.median(run["cpu"] for run in runs)
         peak = max(run["peak"] for run in runs)
         above = f"{(peak - idle) / 2**20:.0f}" if peak else "-"
         spread = f"{min(walls):.1f} to {max(walls):.1f}"
-        lines.append(f"| {name} | {wall:.1f} | {spread} | {wall / copied:.2f} | {cpu:.1f} | {above} |")
+        lines.append(f"| {name} | {state} | {wall:.1f} | {spread} | {wall / copied:.2f} | {cpu:.1f} | {above} |")
     return lines
 
 

@@ -1,16 +1,22 @@
 """Files past the page cache, three threads and a few buffers: the same bytes whatever the budget and the alignment."""
 
 import hashlib
+import itertools
 import json
 import os
+import shutil
+import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from abliterate import blocks
+from abliterate import blocks, surgery
 from abliterate.checkpoint import directio
-from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile
+from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
 from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.reflink import SharedFile, share_blocks
 from abliterate.checkpoint.stream import Ring, StoppedError, Stretch, stream
 from abliterate.errors import CheckpointError
 from abliterate.planning import plan
@@ -36,6 +42,60 @@ def test_read_any_stretch(tmp_path, direct, start, size):
         assert torch.equal(file.read(Slab(size), start, size), data[start : start + size])
 
 
+@pytest.mark.skipif(not directio.NO_WAIT, reason="needs RWF_NOWAIT")
+@pytest.mark.parametrize("cold", [(0, 0), (0, 64 * PAGE), (0, 20 * PAGE), (40 * PAGE, 24 * PAGE), (30 * PAGE, PAGE)])
+@pytest.mark.parametrize(("start", "size"), [(0, 64 * PAGE), (17, 50 * PAGE), (33 * PAGE + 5, 100)])
+def test_what_lies_in_the_page_cache_is_taken_from_there(tmp_path, cold, start, size):
+    """Whatever part of the file is cached, the bytes are right; and they do come from the cache where it has them."""
+    data = random_bytes(64 * PAGE + 100)
+    path = tmp_path / "f"
+    path.write_bytes(data.numpy().tobytes())
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        if cold[1]:
+            os.posix_fadvise(file.fileno(), *cold, os.POSIX_FADV_DONTNEED)
+    with SourceFile(path) as file:
+        assert torch.equal(file.read(Slab(size), start, size), data[start : start + size])
+        assert file.read(Slab(100), 64 * PAGE, 100).tolist() == data[64 * PAGE :].tolist()
+
+
+@pytest.mark.skipif(not directio.NO_WAIT, reason="needs RWF_NOWAIT")
+def test_cached_bytes_need_no_disk(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * 10000)
+    monkeypatch.setattr(SourceFile, "_fill", lambda *_, **__: pytest.fail("read from the disk"))
+    with SourceFile(path) as file:
+        assert file.direct == (file._cached is not None)
+        if file.direct:
+            assert bytes(file.read(Slab(9000), 500, 9000).tolist()) == b"x" * 9000
+
+
+@given(st.lists(st.integers(0, 5 * PAGE), max_size=60), st.randoms(use_true_random=False))
+def test_pieces_of_the_ring_never_overlap(sizes, random):
+    """Taken and given back in order, at random moments."""
+    ring = Ring(16 * PAGE)
+    held = []
+    for size in sizes:
+        while held and (len(held) > 12 or random.random() < 0.4 or ring._place(slab_bytes(size)) is None):
+            held.pop(0)
+            ring.give()
+        slab = ring.take(size)
+        held.append((slab.bytes.data_ptr(), slab.bytes.data_ptr() + len(slab.bytes)))
+        ordered = sorted(held)
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(ordered))
+        assert ordered[-1][1] - ring._memory.data_ptr() <= ring.capacity
+
+
+def test_the_ring_refuses_what_can_never_fit_and_wakes_who_waits():
+    ring = Ring(2 * PAGE)
+    with pytest.raises(ValueError, match="do not fit"):
+        ring.take(5 * PAGE)
+    ring.take(2 * PAGE)
+    threading.Timer(0.05, ring.stop).start()
+    with pytest.raises(StoppedError):
+        ring.take(PAGE)
+
+
 def test_reading_past_the_end_is_an_error(tmp_path, direct):
     (tmp_path / "f").write_bytes(b"x" * 5000)
     with SourceFile(tmp_path / "f", direct=direct) as file, pytest.raises(CheckpointError, match="ends too early"):
@@ -57,7 +117,7 @@ def test_patches_overwrite_in_place(tmp_path, direct):
     with TargetFile(tmp_path / "f", direct=direct) as file:
         file.append(data)
         file.finish()
-        file.patch([(4090, torch.zeros(20, dtype=torch.uint8)), (19999, torch.ones(1, dtype=torch.uint8))])
+    patch(tmp_path / "f", [(4090, torch.zeros(20, dtype=torch.uint8)), (19999, torch.ones(1, dtype=torch.uint8))])
     data[4090:4110] = 0
     data[19999] = 1
     assert (tmp_path / "f").read_bytes() == data.numpy().tobytes()
@@ -99,7 +159,7 @@ def test_stream_changes_in_order(tmp_path, direct):
         Stretch(start=40000, size=10000),
     ]
     with SourceFile(tmp_path / "in", direct=direct) as source, TargetFile(tmp_path / "out", direct=direct) as out:
-        stream(source, out, stretches, Ring(100000), advance=lambda _: None)
+        stream(source, stretches, Ring(100000), write=lambda _, data: out.append(data), advance=lambda _: None)
         out.finish()
     data[10000:40000] = ~data[10000:40000]
     assert (tmp_path / "out").read_bytes() == data.numpy().tobytes()
@@ -126,7 +186,7 @@ def test_a_failure_in_any_thread_is_raised_and_nothing_hangs(tmp_path, monkeypat
         TargetFile(tmp_path / "out") as out,
         pytest.raises(OSError, match="planted"),
     ):
-        stream(file, out, stretches, Ring(50000), advance=lambda _: None)
+        stream(file, stretches, Ring(50000), write=lambda _, data: out.append(data), advance=lambda _: None)
 
 
 def edited_bytes(base, out, **options):
@@ -148,6 +208,35 @@ def test_the_memory_budget_does_not_change_a_bit(tmp_path, monkeypatch, name, dt
     large = edited_bytes(base, tmp_path / "large", memory_bytes=2**30)
     buffered = edited_bytes(base, tmp_path / "buffered", memory_bytes=1, direct=False)
     assert small == large == buffered
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "llama-tied"])
+def test_shared_blocks_give_the_same_file(tmp_path, monkeypatch, name, direct):
+    """A file system that shares blocks is played by a plain copy: only what changes is written again."""
+    base = factories.save(factories.build(name), tmp_path / "base", dtype=torch.bfloat16)
+    plain = edited_bytes(base, tmp_path / "plain")
+    written = []
+    real = SharedFile.overwrite
+    monkeypatch.setattr(surgery, "share_blocks", lambda source, target: bool(shutil.copy(source, target)))
+    monkeypatch.setattr(SharedFile, "overwrite", lambda *args: (written.append(len(args[2])), real(*args))[1])
+    monkeypatch.setattr("abliterate.surgery.SMALLEST_PIECE", 1000)
+    shared = edited_bytes(base, tmp_path / "shared", memory_bytes=1, direct=direct)
+    assert shared == plain
+    edit_plan = plan(base)
+    # an added head moves the data, so the shard that gets it is written whole
+    whole = {edit_plan.model_map.embedding.tensor.shard} if edit_plan.added_head else set()
+    shared_writers = [writer.tensor for writer in edit_plan.writers if writer.tensor.shard not in whole]
+    assert shared_writers
+    assert sum(written) == sum(tensor.size_bytes for tensor in shared_writers)
+
+
+def test_blocks_are_shared_or_not_at_all(tmp_path):
+    """On this file system, whichever it is."""
+    (tmp_path / "a").write_bytes(b"x" * 10000)
+    if share_blocks(tmp_path / "a", tmp_path / "b"):
+        assert (tmp_path / "b").read_bytes() == b"x" * 10000
+    else:
+        assert (tmp_path / "b").read_bytes() == b""
 
 
 def test_an_added_header_entry_keeps_data_on_its_page_offset():

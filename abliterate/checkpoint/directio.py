@@ -2,8 +2,8 @@
 
 Copying a shard through the page cache costs several times what the disk itself needs, most of it system time.  Where
 the file system allows it (``O_DIRECT`` on Linux) bytes go straight between disk and a few large reused buffers; where
-it does not, plain reads and writes are used and the cache is told to forget.  What of a source already lies in the cache
-is taken from there (``RWF_NOWAIT``): that is faster than any disk, and nothing is added to the cache.
+it does not, plain reads and writes are used and the cache is told to forget.  What of a source already lies in the
+cache is taken from there (``RWF_NOWAIT``): that is faster than any disk, and nothing is added to the cache.
 
 Direct transfers need the address in memory, the offset in the file and the length to be multiples of the page.  A
 ``Slab`` therefore holds a stretch of a file at the same offset modulo the page as the file does, so that what was read
@@ -14,7 +14,6 @@ import errno
 import mmap
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -55,12 +54,8 @@ def slab_bytes(capacity: int) -> int:
 
 
 def pages_of(capacity: int) -> Tensor:
-    """Fresh memory on a page boundary, in large pages where the system has them; untouched until used."""
-    memory = mmap.mmap(-1, slab_bytes(capacity))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    """Fresh memory on a page boundary; untouched until used."""
+    return torch.frombuffer(mmap.mmap(-1, slab_bytes(capacity)), dtype=torch.uint8)
 
 
 class SourceFile:
@@ -68,7 +63,7 @@ class SourceFile:
 
     def __init__(self, path: Path, *, direct: bool = True) -> None:
         self.path = path
-        self._file, self.direct = _open_direct(path, os.O_RDONLY, direct=direct)
+        self._file, self.direct = open_direct(path, os.O_RDONLY, direct=direct)
         self._cached = _open_cached(path) if self.direct else None
 
     def read(self, slab: Slab, start: int, size: int) -> Tensor:
@@ -93,7 +88,7 @@ class SourceFile:
             if error.errno not in _NOT_DIRECT:
                 raise
             os.close(self._file)
-            self._file, self.direct = _open_direct(self.path, os.O_RDONLY, direct=False)
+            self._file, self.direct = open_direct(self.path, os.O_RDONLY, direct=False)
             return self.read(slab, start, size)
         return target
 
@@ -152,7 +147,7 @@ class TargetFile:
         self.position = 0
         self._waiting = Slab(PAGE)
         self._bounce: Slab | None = None
-        self._file, self.direct = _open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=direct)
+        self._file, self.direct = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=direct)
 
     def append(self, data: Tensor) -> None:
         """Write ``data`` (uint8) at the end."""
@@ -165,16 +160,6 @@ class TargetFile:
             self._write_pages(data[:whole])
         if whole < len(data):
             self._wait(data[whole:])
-
-    def patch(self, patches: list[tuple[int, Tensor]]) -> None:
-        """Overwrite some bytes of the finished file, each patch a place and its bytes."""
-        plain = _open(self.path, os.O_WRONLY, direct=False)
-        try:
-            for place, data in patches:
-                _write_all(plain, view_of(data), place)
-            os.fsync(plain)
-        finally:
-            os.close(plain)
 
     def finish(self) -> None:
         """Write what still waits, cut the file to its length, and flush it to the disk."""
@@ -219,14 +204,25 @@ class TargetFile:
 
     def _put(self, data: Tensor, place: int) -> None:
         try:
-            _write_all(self._file, view_of(data), place)
+            write_all(self._file, view_of(data), place)
         except OSError as error:
             if not self.direct or error.errno not in _NOT_DIRECT:
                 raise
             os.close(self._file)
             self.direct = False
             self._file = _open(self.path, os.O_WRONLY, direct=False)
-            _write_all(self._file, view_of(data), place)
+            write_all(self._file, view_of(data), place)
+
+
+def patch(path: Path, patches: list[tuple[int, Tensor]]) -> None:
+    """Overwrite some bytes of a finished file, each patch a place and its bytes, and flush it to the disk."""
+    file, _ = open_direct(path, os.O_WRONLY, direct=False)
+    try:
+        for place, data in patches:
+            write_all(file, view_of(data), place)
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def view_of(tensor: Tensor) -> memoryview:
@@ -246,7 +242,7 @@ def _open(path: Path, flags: int, *, direct: bool) -> int:
     return descriptor
 
 
-def _open_direct(path: Path, flags: int, *, direct: bool) -> tuple[int, bool]:
+def open_direct(path: Path, flags: int, *, direct: bool) -> tuple[int, bool]:
     """The file, opened to bypass the page cache if asked and possible, and whether it does."""
     if direct and O_DIRECT:
         try:
@@ -275,7 +271,8 @@ def _read_at(file: int, view: memoryview, place: int) -> int:
     return len(data)
 
 
-def _write_all(file: int, view: memoryview, place: int) -> None:
+def write_all(file: int, view: memoryview, place: int) -> None:
+    """Write all of ``view`` at ``place`` of an open file."""
     while len(view):
         if POSITIONAL:
             count = os.pwritev(file, [view], place)

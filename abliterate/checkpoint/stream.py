@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile, pages_of, slab_bytes
+from abliterate.checkpoint.directio import Slab, SourceFile, pages_of, slab_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Some bytes of a file: read, changed by ``change`` (in place) if there is one, and appended if ``written``."""
+    """Some bytes of a file: read, changed by ``change`` (in place) if there is one, and written if ``written``."""
 
     start: int
     size: int
@@ -93,24 +93,25 @@ class StoppedError(Exception):
 
 def stream(
     source: SourceFile,
-    out: TargetFile,
     stretches: Sequence[Stretch],
     ring: Ring,
     *,
+    write: Callable[[int, Tensor], None],
     advance: Callable[[int], None],
 ) -> None:
     """Run ``stretches`` in order: one thread reads ahead, this one changes, one writes behind.
 
-    ``advance`` is told the bytes handed to the writer.  Any failure, in any thread, stops all three and is raised here.
+    ``write`` takes where the stretch began in the source, and its bytes.  ``advance`` is told the bytes handed to the
+    writer.  Any failure, in any thread, stops all three and is raised here.
     """
     ring.start()
 
     def read(stretch: Stretch) -> Tensor:
         return source.read(ring.take(stretch.size), stretch.start, stretch.size)
 
-    def write(data: Tensor, *, written: bool) -> None:
-        if written:
-            out.append(data)
+    def put(stretch: Stretch, data: Tensor) -> None:
+        if stretch.written:
+            write(stretch.start, data)
         ring.give()
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
@@ -121,7 +122,7 @@ def stream(
                 data = _next(future, writes)
                 if stretch.change is not None:
                     stretch.change(data)
-                writes.append(writer.submit(write, data, written=stretch.written))
+                writes.append(writer.submit(put, stretch, data))
                 if stretch.written:
                     advance(stretch.size)
             for done in writes:
