@@ -42,7 +42,7 @@ TASK = "edit"
 PIECES = 3
 """Pieces of the largest size that the buffer holds: one is read into, one is edited, one is written."""
 
-RESERVED_BYTES = 64 * 2**20
+RESERVED_BYTES = 96 * 2**20
 """Of the memory budget: float buffers, held rows, headers, threads."""
 
 COPY_BYTES = 32 * 2**20

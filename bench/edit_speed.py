@@ -79,9 +79,10 @@ and saves it.
 
 Machine: {machine}.
 
-"Cached" rounds begin with the source read into the page cache, which suits `cp` best; "cold" ones with the source
-dropped from it, as after a reboot or where the model is larger than memory. (The system may reclaim some of the cache
-in between.) Ratios are to `cp` in the same state.
+"Cached" rounds begin with the source read into the page cache, as after a download; "cold" ones with the source dropped
+from it, as after a reboot or where the model is larger than memory. Ratios are to `cp` in the same state. In the cold
+rounds both wait for the disk. That `cp` is slower with its source cached is this virtual machine: memory it has not
+used before is slow to get, and dropping a cached source leaves it memory to use.
 
 Verifying (`abliterate verify --bytes-only`) reads base and result once, side by side, and hashes both.
 """
@@ -106,7 +107,7 @@ def timed(command: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Run the benchmark and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Is editing a checkpoint faster than copying it?")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("out/bench"))
