@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: run test check types fmt docs bench bench-edit soak tiny-chat clean
+.PHONY: run test check types fmt docs measured bench bench-edit soak tiny-chat clean
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -35,6 +35,11 @@ fmt: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/installed-dev
+	$(BIN)/python -m docs.generate
+
+# What the equivalence tests measure, for the table of architectures.
+measured: $(VENV)/installed-dev
+	ABLITERATE_WRITE_MEASURED=1 $(BIN)/python -m pytest tests/test_equivalence.py
 	$(BIN)/python -m docs.generate
 
 # Measures; run when nothing else does.  Writes docs/performance.md.

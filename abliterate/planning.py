@@ -87,7 +87,7 @@ class EditPlan:
                     "shape": list(writer.tensor.shape),
                     "dtype": writer.tensor.dtype,
                     "residual_axis": writer.axis,
-                    "norm": writer.norm.name if writer.norm else None,
+                    "norms": [norm.name for norm in writer.norms],
                 }
                 for writer in self.writers
             ],
@@ -99,13 +99,14 @@ def plan(
     *,
     revision: str | None = None,
     tied: TiedPolicy = "untie",
+    drafts: bool = True,
     allow_partial: bool = False,
 ) -> EditPlan:
     """Plan the edit of ``model`` (a folder or a Hub name) from its headers; no tensor byte is read.
 
     ``tied`` decides what happens to a tied head: "untie" writes the unedited embedding as a head of its own (exact),
     "shared" edits the shared matrix in place (the head changes too), "keep" leaves the embedding unedited (it still
-    writes the direction).
+    writes the direction).  ``drafts`` False leaves next-token blocks (MTP) as they are.
 
     Raises:
         PlanRefusedError: unknown architecture, tensors without a role, or a format that cannot be edited.
@@ -115,11 +116,15 @@ def plan(
     model_map = map_model(checkpoint, allow_partial=allow_partial)
     keep_embedding = model_map.tied and tied == "keep"
     untie = model_map.tied and tied == "untie"
-    writers = tuple(writer for writer in model_map.writers if not (keep_embedding and writer.role == "embedding"))
+    writers = tuple(
+        writer
+        for writer in model_map.writers
+        if not (keep_embedding and writer.role == "embedding") and (drafts or not writer.drafts)
+    )
     if model_map.tied and tied == "shared" and model_map.head is not None:
         copy = replace(model_map.embedding, tensor=model_map.head, role="stored copy of the tied head")
         writers = (*writers, copy)
-    inexact = not model_map.complete or (model_map.tied and not untie)
+    inexact = not model_map.complete or (model_map.tied and not untie) or bool(model_map.reason)
     return EditPlan(
         checkpoint=checkpoint,
         model_map=model_map,
@@ -128,28 +133,43 @@ def plan(
         added_head=model_map.head_name if untie and model_map.head is None else None,
         sets_untied=untie,
         exactness="C" if inexact else model_map.family.exactness,
-        notes=tuple(_notes(checkpoint, model_map, tied)),
+        notes=tuple(_notes(checkpoint, model_map, tied, drafts=drafts)),
     )
 
 
-def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy) -> list[str]:
+def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, drafts: bool) -> list[str]:
+    notes = [*_head_notes(model_map, tied), *_exactness_notes(model_map)]
+    for tower, count in model_map.towers.items():
+        where = tower.partition("{")[0].rstrip(".")
+        notes.append(f"{count} tensors of {where} stay as they are: they meet the stream at a projector only")
+    if not drafts and any(writer.drafts for writer in model_map.writers):
+        notes.append("the next-token block stays as it is: it may draft tokens that the edited model rejects")
+    if checkpoint.left_out:
+        notes.append(f"not copied, as these hold unedited weights: {', '.join(checkpoint.left_out)}")
+    return notes
+
+
+def _head_notes(model_map: ModelMap, tied: TiedPolicy) -> list[str]:
+    if not model_map.tied:
+        return []
+    if tied == "shared":
+        return ["the tied head is edited together with the embedding: not equal to inference-time ablation"]
+    if tied == "keep":
+        return ["the tied embedding is left alone: it still writes the direction into the stream"]
+    size = model_map.embedding.tensor.size_bytes
+    stored = "is stored already and stays as it is" if model_map.head else f"is added ({size / 1e6:,.1f} MB)"
+    notes = [f"the head is tied to the embedding: the unedited head {stored}, and tie_word_embeddings becomes false"]
+    if model_map.model_type in ("gemma", "gemma2"):
+        notes.append("llama.cpp's converter drops the separate head of Gemma 1 and 2 and so ties it again")
+    return notes
+
+
+def _exactness_notes(model_map: ModelMap) -> list[str]:
     notes = []
-    if model_map.tied and tied == "untie":
-        size = model_map.embedding.tensor.size_bytes
-        stored = "is stored already and stays as it is" if model_map.head else f"is added ({size / 1e6:,.1f} MB)"
-        notes.append(
-            f"the head is tied to the embedding: the unedited head {stored}, and tie_word_embeddings becomes false"
-        )
-        if model_map.model_type in ("gemma", "gemma2"):
-            notes.append("llama.cpp's converter drops the separate head of Gemma 1 and 2 and so ties it again")
-    if model_map.tied and tied == "shared":
-        notes.append("the tied head is edited together with the embedding: not equal to inference-time ablation")
-    if model_map.tied and tied == "keep":
-        notes.append("the tied embedding is left alone: it still writes the direction into the stream")
+    if model_map.reason:
+        notes.append(f"PARTIAL: the direction cannot be removed: {model_map.reason}")
     if model_map.family.exactness == "B":
         notes.append("norms stand between writers and stream: the result holds no r, but is not equal to the hook")
     if not model_map.complete:
         notes.append(f"PARTIAL: {len(model_map.unknown)} unknown and {len(model_map.missing)} missing tensors")
-    if checkpoint.left_out:
-        notes.append(f"not copied, as these hold unedited weights: {', '.join(checkpoint.left_out)}")
     return notes

@@ -45,6 +45,9 @@ PIECES = 3
 RESERVED_BYTES = 96 * 2**20
 """Of the memory budget: float buffers, held rows, headers, threads."""
 
+HELD_BYTES = 256
+"""Of the memory budget, for each column of the widest matrix: its feedback rows, held until its last row is known."""
+
 COPY_BYTES = 32 * 2**20
 SMALLEST_PIECE = 2**16
 
@@ -67,7 +70,7 @@ def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Pr
     found = {}
     for writer in plan.writers:
         try:
-            found[writer.tensor.name] = plain if writer.norm is None else edits.oblique(basis, read_gain(plan, writer))
+            found[writer.tensor.name] = plain if not writer.norms else edits.oblique(basis, read_gain(plan, writer))
         except ValueError as error:
             raise PlanRefusedError(
                 f"{writer.tensor.shard}: '{writer.tensor.name}' cannot be edited: {error}",
@@ -77,13 +80,19 @@ def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Pr
 
 
 def read_gain(plan: EditPlan, writer: Writer) -> Float[Tensor, " d"]:
-    """The per-channel gain of the norm behind ``writer``, in float64."""
-    if writer.norm is None:
+    """The per-channel gain of the norms behind ``writer``, in float64.
+
+    Of several in a row it is the product of their gains: the root mean square of an inner one is a scalar.
+    """
+    if not writer.norms:
         raise ValueError(f"{writer.tensor.name} has no norm behind it")
-    weight = read_tensor(plan.checkpoint.folder, writer.norm).to(torch.float64)
-    if not torch.isfinite(weight).all():
-        raise NonFiniteError(f"{writer.norm.shard}: '{writer.norm.name}' holds NaN or infinity", NAN_HINT)
-    return weight + 1 if writer.gain == "1+w" else weight
+    product = torch.ones((), dtype=torch.float64)
+    for norm in writer.norms:
+        weight = read_tensor(plan.checkpoint.folder, norm).to(torch.float64)
+        if not torch.isfinite(weight).all():
+            raise NonFiniteError(f"{norm.shard}: '{norm.name}' holds NaN or infinity", NAN_HINT)
+        product = product * (weight + 1 if writer.gain == "1+w" else weight)
+    return product
 
 
 def read_tensor(root: Path, info: TensorInfo) -> Tensor:
@@ -116,7 +125,7 @@ def edit_checkpoint(
         plan=plan,
         projectors=projectors(plan, directions),
         rounding=rounding,
-        piece_bytes=max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES) // PIECES - slab_bytes(0)),
+        piece_bytes=piece_bytes(plan, memory_bytes),
         direct=direct,
         on_event=on_event,
     )
@@ -144,6 +153,13 @@ def edit_checkpoint(
             ) from error
         raise CheckpointError(f"{error.filename or source.folder}: {error.strerror}", "check the file") from error
     on_event(Finished(task=TASK))
+
+
+def piece_bytes(plan: EditPlan, memory_bytes: int) -> int:
+    """The largest piece of a file that the budget lets the ring hold ``PIECES`` times."""
+    shapes = [writer.tensor.shape for writer in plan.writers if writer.axis < len(writer.tensor.shape) - 1]
+    held = HELD_BYTES * max((shape[-1] for shape in shapes), default=0)
+    return max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES - held) // PIECES - slab_bytes(0))
 
 
 @contextmanager

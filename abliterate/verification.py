@@ -57,7 +57,7 @@ class Equation:
 
     def vectors(self, writer: Writer) -> tuple[Float[Tensor, "d k"], Float[Tensor, "d k"]]:
         """``(u, a)`` of one writer, in float64."""
-        if writer.norm is None:
+        if not writer.norms:
             return self.basis, self.basis
         gain = read_gain(self.plan, writer)
         return gain[:, None] * self.basis, oblique(self.basis, gain).write

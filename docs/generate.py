@@ -43,11 +43,10 @@ def architectures_page() -> str:
         )
         parts.append("| writer | role | axes on disk | norm behind |\n|---|---|---|---|")
         for writer in family.writer:
-            norm = "-" if writer.norm is None else f"`{writer.norm}`, gain {writer.gain}"
+            norm = ", ".join(f"`{name}`" for name in writer.norms) + f", gain {writer.gain}" if writer.norms else "-"
             optional = " (where present)" if writer.optional else ""
-            parts.append(
-                f"| `{writer.name}`{optional} | {writer.role} | `[{', '.join(writer.axes.split())}]` | {norm} |"
-            )
+            axes = "] or [".join(", ".join(layout) for layout in writer.layouts)
+            parts.append(f"| `{writer.name}`{optional} | {writer.role} | `[{axes}]` | {norm} |")
         parts.append("")
     return "\n".join(parts)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from abliterate.model.load import quiet_transformers
+from tests import measured
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,3 +20,4 @@ def _quiet():
     undo = quiet_transformers()
     yield
     undo()
+    measured.write()

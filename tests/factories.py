@@ -2,104 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from tests.qwen1 import QWenConfig, QWenLMHeadModel
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def _text(config: str, model: str, **changes: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        return getattr(transformers, model)(getattr(transformers, config)(**{**SIZES, **changes}))
-
-    return build
-
-
-def _gemma3_vision() -> nn.Module:
-    text = {**SIZES, "sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-    vision = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 16, "patch_size": 4,
-    }  # fmt: skip
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4,
-        image_token_index=90, boi_token_index=91, eoi_token_index=92,
-    )  # fmt: skip
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "llama": _text("LlamaConfig", "LlamaForCausalLM"),
-    "llama-biases": _text("LlamaConfig", "LlamaForCausalLM", attention_bias=True, mlp_bias=True),
-    "llama-tied": _text("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True),
-    # heads * head_dim == hidden_size: a square o_proj, where a wrong axis passes every shape check
-    "llama-square": _text("LlamaConfig", "LlamaForCausalLM", head_dim=12, intermediate_size=48),
-    "mistral": _text("MistralConfig", "MistralForCausalLM"),
-    "qwen": lambda: QWenLMHeadModel(QWenConfig()),
-    "qwen2": _text("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen2-tied": _text("Qwen2Config", "Qwen2ForCausalLM", tie_word_embeddings=True),
-    "qwen3": _text("Qwen3Config", "Qwen3ForCausalLM", attention_bias=True),
-    "qwen3-tied": _text("Qwen3Config", "Qwen3ForCausalLM", tie_word_embeddings=True),
-    "qwen2-moe": _text(
-        "Qwen2MoeConfig",
-        "Qwen2MoeForCausalLM",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=40,
-        mlp_only_layers=[1],
-    ),
-    "qwen3-moe": _text(
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        mlp_only_layers=[0],
-    ),
-    "mixtral": _text("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
-    "qwen3-next": _text(
-        "Qwen3NextConfig",
-        "Qwen3NextForCausalLM",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=40,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-    ),
-    "gemma": _text("GemmaConfig", "GemmaForCausalLM"),
-    "gemma2": _text("Gemma2Config", "Gemma2ForCausalLM", query_pre_attn_scalar=16, sliding_window=8),
-    "gemma3-text": _text("Gemma3TextConfig", "Gemma3ForCausalLM", sliding_window=8),
-    "gemma3-vision": _gemma3_vision,
-}
-EXACT = tuple(name for name in BUILDERS if not name.startswith(("gemma2", "gemma3")))
-R_FREE = tuple(name for name in BUILDERS if name not in EXACT)
-ROUTED = tuple(name for name in BUILDERS if "moe" in name or name in ("mixtral", "qwen3-next"))
-TIED = tuple(name for name in BUILDERS if "tied" in name or name.startswith("gemma"))
+from tests.qwen1 import QWenLMHeadModel
+from tests.zoo import BUILDERS
 
 
 def build(name: str, *, seed: int = 0) -> nn.Module:
@@ -119,13 +31,21 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
                 p.copy_(0.25 * noise)
             else:
                 p.copy_(noise / math.sqrt(min(p.shape)))
-    return model.to(torch.float64).eval()
+    return cast(model, torch.float64).eval()
 
 
-def save(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.float64, shard: str = "60KB") -> Path:
-    """Save with transformers: several shards, real names."""
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """All real parameters and buffers to ``dtype``; complex tables of rotations stay as they are."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def save(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = torch.float64, shard: str = "60KB") -> Path:
+    """Save with transformers: several shards, real names; ``dtype`` None keeps that of the model."""
     with without_bars():
-        model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        (cast(model, dtype) if dtype else model).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

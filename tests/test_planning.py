@@ -73,7 +73,7 @@ def test_the_plan_as_json_is_json_and_complete(tmp_path):
 def test_norms_behind_writers_are_found_and_the_class_is_b(tmp_path):
     config = llama_config(**GEMMA2)
     made = plan(write_changed(tmp_path / "base", config=GEMMA2, add=gemma_norms(config)))
-    norms = {writer.tensor.name: writer.norm.name for writer in made.writers if writer.norm}
+    norms = {writer.tensor.name: writer.norms[0].name for writer in made.writers if writer.norms}
     assert norms[OUT] == "model.layers.1.post_attention_layernorm.weight"
     assert norms["model.layers.0.mlp.down_proj.weight"] == "model.layers.0.post_feedforward_layernorm.weight"
     assert (made.exactness, len(norms)) == ("B", 4)

@@ -6,31 +6,35 @@ block must hold every writer that is not optional.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from abliterate.arch.registry import family_of
 from abliterate.arch.spec import RESIDUAL_AXIS, Family, Matcher, WriterSpec
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.errors import UnknownTensorError, UnsupportedFormatError
+from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
 
 EDITABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+DRAFTS = "next-token block"
+"""The role of all writers in blocks that only draft tokens for the main model (MTP)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
     """One tensor that writes to the residual stream.
 
-    ``axis`` is its residual axis on disk.  ``norm`` is the norm weight between it and the stream, if any.
+    ``axis`` is its residual axis on disk.  ``norms`` are the norm weights between it and the stream, if any.
+    ``drafts`` says that it belongs to a next-token block, which only drafts for the main model.
     """
 
     tensor: TensorInfo
     axis: int
     role: str
     layer: int | None
-    norm: TensorInfo | None
+    norms: tuple[TensorInfo, ...]
     gain: Literal["w", "1+w"]
+    drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,8 @@ class ModelMap:
 
     ``head`` is the stored unembedding, None when only the embedding is stored.  ``tied`` says whether the model loads
     the embedding as its head.  ``expected`` counts the writers the family and configuration call for, ``unknown`` and
-    ``missing`` name what keeps coverage from being complete.
+    ``missing`` name what keeps coverage from being complete.  ``towers`` counts the tensors of each encoder that is
+    left alone.  ``reason`` says why no edit can be exact (class C), and is empty where one can.
     """
 
     family: Family
@@ -53,6 +58,8 @@ class ModelMap:
     expected: int
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
+    towers: Mapping[str, int]
+    reason: str
 
     @property
     def complete(self) -> bool:
@@ -80,8 +87,16 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
             f"{checkpoint.name}: the weights are quantised",
             "edit the original bf16 or fp16 checkpoint and quantise the result",
         )
-    sizes = {axis: config_size(text, key, checkpoint.name) for axis, key in family.sizes.items()}
-    writers, unknown, prefix, head = _sort_tensors(checkpoint, family, sizes)
+    reason = family.class_c_reason(text)
+    if reason and not allow_partial:
+        raise PlanRefusedError(
+            f"{checkpoint.name}: no edit of {checkpoint.model_type} weights can remove a direction: {reason}",
+            "--allow-partial edits what can be edited, brands the result and reports what is left",
+        )
+    sizes = config_sizes(text, family, checkpoint.name)
+    family = family.for_config(text)
+    found = _sort_tensors(checkpoint, family, sizes)
+    writers, prefix, head = found.writers, found.prefix, found.head
     missing = _missing(family, writers, sizes, prefix)
     model_map = ModelMap(
         family=family,
@@ -93,8 +108,10 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
         head_name=head.name if head else _head_name(family, prefix),
         tied=is_tied(checkpoint.config, family),
         expected=len(writers) + len(missing),
-        unknown=tuple(unknown),
+        unknown=tuple(found.unknown),
         missing=tuple(missing),
+        towers=found.towers,
+        reason=reason,
     )
     if not model_map.complete and not allow_partial:
         raise UnknownTensorError(_incomplete(checkpoint, model_map), _INCOMPLETE_HINT)
@@ -113,13 +130,36 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("text_config") or config
 
 
+def config_sizes(config: Mapping[str, Any], family: Family, where: str) -> dict[str, int]:
+    """The sizes that ``family`` names, by axis; those marked "?" only where the configuration has them.
+
+    Raises:
+        UnknownTensorError: one is absent or not a positive integer.
+    """
+    sizes = {}
+    for axis, key in family.sizes.items():
+        names = key.removesuffix("?").split("|")
+        if key.endswith("?") and not any(config.get(name.removeprefix("len ")) for name in names):
+            continue
+        sizes[axis] = config_size(config, key.removesuffix("?"), where)
+    return sizes
+
+
 def config_size(config: Mapping[str, Any], key: str, where: str) -> int:
-    """A positive integer of a configuration; ``key`` may name alternatives, separated by bars.
+    """A positive integer of a configuration.
+
+    ``key`` may name alternatives, separated by bars; of one behind "len", a list or a pattern with a letter for each
+    block, it is the length.
 
     Raises:
         UnknownTensorError: absent or not a positive integer.
     """
-    value = next((config[name] for name in key.split("|") if name in config), None)
+    value = None
+    for name in key.split("|"):
+        found = config.get(name.removeprefix("len "))
+        if found is not None:
+            value = len(found) if name.startswith("len ") else found
+            break
     if not isinstance(value, int) or value <= 0:
         raise UnknownTensorError(f"{where}/config.json: {key} is {value!r}", "the configuration must give this size")
     return value
@@ -133,28 +173,43 @@ def is_tied(config: Mapping[str, Any], family: Family) -> bool:
     return config.get("model_type") in family.tied_by_default
 
 
-def _sort_tensors(
-    checkpoint: Checkpoint, family: Family, sizes: Mapping[str, int]
-) -> tuple[list[Writer], list[str], str, TensorInfo | None]:
-    writers, unknown = [], []
-    prefix, head = family.prefixes[0], None
+@dataclass(slots=True, kw_only=True)
+class _Sorted:
+    """The tensors of a checkpoint by role, as far as they have one."""
+
+    writers: list[Writer]
+    unknown: list[str]
+    prefix: str
+    head: TensorInfo | None
+    towers: dict[str, int]
+
+
+def _sort_tensors(checkpoint: Checkpoint, family: Family, sizes: Mapping[str, int]) -> _Sorted:
+    found = _Sorted(writers=[], unknown=[], prefix=family.prefixes[0], head=None, towers={})
     matchers = _MatcherCache(family)
     heads = {_head_name(family, prefix) for prefix in family.prefixes}
+    head_biases = {name.removesuffix("weight") + "bias" for name in heads}
+    n_layers, drafting = sizes["n_layers"], sizes.get("n_mtp", 0)
     for tensor in checkpoint.tensors.values():
         if tensor.name in heads:
-            head = tensor
+            found.head = tensor
             continue
-        match, spec, known = matchers.role(tensor.name)
+        if tensor.name in head_biases:
+            continue
+        match, matcher = matchers.role(tensor.name)
         layer, expert = _number(match, "layer"), _number(match, "expert")
-        beyond = (layer or 0) >= sizes["n_layers"] or (expert or 0) >= sizes.get("n_experts", 1)
-        if not known or match is None or beyond:
-            unknown.append(tensor.name)
-        elif spec is not None:
-            _check(tensor, spec, sizes)
-            writers.append(_writer(checkpoint, tensor, spec, layer, match["prefix"]))
-            if spec.role == "embedding":
-                prefix = match["prefix"]
-    return writers, unknown, prefix, head
+        beyond = (layer or 0) >= n_layers + drafting or (expert or 0) >= sizes.get("n_experts", 1)
+        if matcher is None or match is None or beyond:
+            found.unknown.append(tensor.name)
+        elif matcher.writer is not None:
+            drafts = (layer or 0) >= n_layers or matcher.writer.role == DRAFTS
+            writer = _writer(checkpoint, tensor, matcher.writer, sizes, layer, match["prefix"])
+            found.writers.append(replace(writer, drafts=drafts, role=DRAFTS if drafts else writer.role))
+            if writer.role == "embedding" and not drafts:
+                found.prefix = match["prefix"]
+        elif matcher.tower is not None:
+            found.towers[matcher.tower] = found.towers.get(matcher.tower, 0) + 1
+    return found
 
 
 class _MatcherCache:
@@ -164,19 +219,19 @@ class _MatcherCache:
         self._family = family
         self._last: dict[str, Matcher] = {}
 
-    def role(self, name: str) -> tuple["re.Match[str] | None", WriterSpec | None, bool]:
-        """The match, the writer if it is one, and whether the name is known at all."""
+    def role(self, name: str) -> tuple["re.Match[str] | None", Matcher | None]:
+        """The pattern that ``name`` matches, if any."""
         form = _NUMBER.sub("0", name)
         guess = self._last.get(form)
         match = guess.regex.fullmatch(name) if guess else None
         if guess is not None and match is not None:
-            return match, guess.writer, True
+            return match, guess
         for matcher in self._family.matchers:
             match = matcher.regex.fullmatch(name)
             if match is not None:
                 self._last[form] = matcher
-                return match, matcher.writer, True
-        return None, None, False
+                return match, matcher
+        return None, None
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -186,44 +241,65 @@ def _number(match: "re.Match[str] | None", name: str) -> int | None:
     return int(match[name]) if match and match.groupdict().get(name) else None
 
 
-def _check(tensor: TensorInfo, spec: WriterSpec, sizes: Mapping[str, int]) -> None:
+def _axes(tensor: TensorInfo, spec: WriterSpec, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The one layout of ``spec`` that ``tensor`` has."""
     if tensor.dtype not in EDITABLE_DTYPES:
         raise UnsupportedFormatError(
             f"{tensor.shard}: '{tensor.name}' is stored as {tensor.dtype}, which cannot be edited",
             f"use a checkpoint stored as one of {', '.join(EDITABLE_DTYPES)}",
         )
-    axes = spec.axes.split()
+    problems = {axes: _misfit(tensor, axes, sizes) for axes in spec.layouts}
+    fitting = [axes for axes, problem in problems.items() if not problem]
+    if len(fitting) == 1:
+        return fitting[0]
+    problem = next(iter(problems.values())) or "fits several layouts, and nothing tells which it is"
+    raise UnknownTensorError(
+        f"{tensor.shard}: '{tensor.name}' has shape {list(tensor.shape)}: {problem}",
+        "the registry entry or the configuration does not fit this checkpoint; nothing was changed",
+    )
+
+
+def _misfit(tensor: TensorInfo, axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
     if len(tensor.shape) != len(axes):
-        raise UnknownTensorError(
-            f"{tensor.shard}: '{tensor.name}' has shape {list(tensor.shape)}, expected axes ({spec.axes})",
-            "the registry entry does not fit this checkpoint; nothing was changed",
-        )
+        return f"expected axes ({' '.join(axes)})"
     for axis, extent in zip(axes, tensor.shape, strict=True):
         if axis in sizes and sizes[axis] != extent:
-            raise UnknownTensorError(
-                f"{tensor.shard}: '{tensor.name}' has shape {list(tensor.shape)}: "
-                f"axis {axis} is {extent} there and {sizes[axis]} in config.json",
-                "the registry entry or the configuration does not fit this checkpoint; nothing was changed",
-            )
+            return f"axis {axis} is {extent} there and {sizes[axis]} in config.json"
+    return ""
 
 
-def _writer(checkpoint: Checkpoint, tensor: TensorInfo, spec: WriterSpec, layer: int | None, prefix: str) -> Writer:
-    norm = None
-    if spec.norm is not None:
-        norm_name = prefix + spec.norm.replace("{layer}", str(layer))
-        norm = checkpoint.tensors.get(norm_name)
-        if norm is None:
-            raise UnknownTensorError(
-                f"{checkpoint.name}: '{norm_name}', the norm behind '{tensor.name}', is missing",
-                "give a complete checkpoint; nothing was changed",
-            )
-        if norm.shape != (tensor.shape[spec.axis],) or norm.dtype not in EDITABLE_DTYPES:
-            raise UnknownTensorError(
-                f"{norm.shard}: '{norm_name}' has shape {list(norm.shape)} {norm.dtype}, "
-                f"expected one gain for each of the {tensor.shape[spec.axis]} channels of '{tensor.name}'",
-                "the registry entry does not fit this checkpoint; nothing was changed",
-            )
-    return Writer(tensor=tensor, axis=spec.axis, role=spec.role, layer=layer, norm=norm, gain=spec.gain)
+def _writer(
+    checkpoint: Checkpoint,
+    tensor: TensorInfo,
+    spec: WriterSpec,
+    sizes: Mapping[str, int],
+    layer: int | None,
+    prefix: str,
+) -> Writer:
+    axis = _axes(tensor, spec, sizes).index(RESIDUAL_AXIS)
+    names = [prefix + name.replace("{layer}", str(layer)) for name in spec.norms]
+    norms = tuple(
+        _norm(checkpoint, tensor, axis, name.removesuffix("?"))
+        for name in names
+        if not name.endswith("?") or name.removesuffix("?") in checkpoint.tensors
+    )
+    return Writer(tensor=tensor, axis=axis, role=spec.role, layer=layer, norms=norms, gain=spec.gain)
+
+
+def _norm(checkpoint: Checkpoint, tensor: TensorInfo, axis: int, name: str) -> TensorInfo:
+    norm = checkpoint.tensors.get(name)
+    if norm is None:
+        raise UnknownTensorError(
+            f"{checkpoint.name}: '{name}', the norm behind '{tensor.name}', is missing",
+            "give a complete checkpoint; nothing was changed",
+        )
+    if norm.shape != (tensor.shape[axis],) or norm.dtype not in EDITABLE_DTYPES:
+        raise UnknownTensorError(
+            f"{norm.shard}: '{name}' has shape {list(norm.shape)} {norm.dtype}, "
+            f"expected one gain for each of the {tensor.shape[axis]} channels of '{tensor.name}'",
+            "the registry entry does not fit this checkpoint; nothing was changed",
+        )
+    return norm
 
 
 def _missing(family: Family, writers: list[Writer], sizes: Mapping[str, int], prefix: str) -> list[str]:
@@ -250,7 +326,7 @@ def _names(spec: WriterSpec, layer: int, sizes: Mapping[str, int], prefix: str) 
     name = ("" if spec.absolute else prefix) + spec.name.replace("{layer}", str(layer))
     if not spec.per_expert:
         return [name]
-    return [name.replace("{expert}", str(expert)) for expert in range(sizes["n_experts"])]
+    return [name.replace("{expert}", str(expert)) for expert in range(sizes.get("n_experts", 0))]
 
 
 def _head_name(family: Family, prefix: str) -> str:

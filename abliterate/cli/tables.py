@@ -59,7 +59,7 @@ def show_plan(plan: "EditPlan") -> None:
             str(len(group)),
             ", ".join(sorted(shapes)),
             str(first.axis),
-            "-" if first.norm is None else f"gain {first.gain}",
+            f"gain {first.gain}" if first.norms else "-",
         )
     out.print(writers)
     out.print(f"head: {'tied, ' + plan.tied if model_map.tied else 'its own'}")

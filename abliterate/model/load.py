@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from abliterate.arch.model_map import DRAFTS
 from abliterate.arch.registry import family_of
 from abliterate.arch.spec import Family, WriterSpec
 from abliterate.checkpoint.source import Checkpoint, read_json
@@ -105,14 +106,16 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
     Raises:
         CheckpointError: the modules do not have the names of the registry entry.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    per_layer = [spec for spec in family.writer if spec.per_layer and not spec.name.endswith("bias")]
+    per_layer = [
+        spec for spec in family.writer if spec.per_layer and not spec.name.endswith("bias") and spec.role != DRAFTS
+    ]
     stem = per_layer[0].name.split(".{layer}.")[0]
     embedding_spec = next(spec for spec in family.writer if spec.role == "embedding")
     try:
+        decoder = _decoder(model, stem)
         blocks = tuple(decoder.get_submodule(stem))
         sites = tuple(_sites_of(decoder, per_layer, layer) for layer in range(len(blocks)))
-        embedding = decoder.get_submodule(embedding_spec.name.removesuffix(".weight"))
+        embedding = decoder.get_submodule(embedding_spec.site_name)
     except AttributeError as error:
         raise CheckpointError(
             f"{name}: {error}", "the installed transformers names this model's modules differently"
@@ -121,6 +124,12 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
     return LoadedModel(
         name=name, model=model, tokenizer=tokenizer, blocks=blocks, embedding=embedding, sites=sites, d_model=d_model
     )
+
+
+def _decoder(model: Any, stem: str) -> nn.Module:  # noqa: ANN401 - transformers types
+    """The module that holds the blocks; some wrappers give back themselves when asked for it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder if hasattr(decoder, stem) else decoder.get_submodule("model")
 
 
 def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> tuple[nn.Module, ...]:
@@ -133,7 +142,7 @@ def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> tuple[
         if name in modules:
             found[name] = modules[name]
             empty.discard(spec.slot)
-        elif not spec.slot:
+        elif not spec.slot and not spec.optional:
             raise AttributeError(f"has no module '{name}'")
     if empty:
         raise AttributeError(f"block {layer} has no module for its {', '.join(map(str, sorted(map(str, empty))))}")
