@@ -74,7 +74,7 @@ def edit(
     """
     recipe = recipe or Recipe()
     checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
-    made = plan(checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    made = plan(checkpoint, **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -104,7 +104,7 @@ def verify(
     source = document["source"]
     revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
     session = open_session(base or source["name"], recipe, revision=revision)
-    made = plan(session.checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    made = plan(session.checkpoint, **recipe.plan_options)
     has_prompts = bool(session.recipe.harmful and session.recipe.harmless)
     return pipeline.verify(session, made, directions, folder, behaviour=behaviour and has_prompts, on_event=on_event)
 

@@ -260,7 +260,7 @@ def run(
         AbliterateError: see ``errors`` for everything that can go wrong.
     """
     session = open_session(model, recipe, revision=revision)
-    edit_plan = plan(session.checkpoint, tied=recipe.tied, allow_partial=recipe.allow_partial)
+    edit_plan = plan(session.checkpoint, **recipe.plan_options)
     recipe = session.recipe
     contrast = session.contrast  # bad prompts fail here, before minutes of work
     output = prepare(

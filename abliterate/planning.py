@@ -99,14 +99,14 @@ def plan(
     *,
     revision: str | None = None,
     tied: TiedPolicy = "untie",
-    drafts: bool = True,
+    mtp: bool = True,
     allow_partial: bool = False,
 ) -> EditPlan:
     """Plan the edit of ``model`` (a folder or a Hub name) from its headers; no tensor byte is read.
 
     ``tied`` decides what happens to a tied head: "untie" writes the unedited embedding as a head of its own (exact),
     "shared" edits the shared matrix in place (the head changes too), "keep" leaves the embedding unedited (it still
-    writes the direction).  ``drafts`` False leaves next-token blocks (MTP) as they are.
+    writes the direction).  ``mtp`` False leaves next-token blocks as they are.
 
     Raises:
         PlanRefusedError: unknown architecture, tensors without a role, or a format that cannot be edited.
@@ -119,7 +119,7 @@ def plan(
     writers = tuple(
         writer
         for writer in model_map.writers
-        if not (keep_embedding and writer.role == "embedding") and (drafts or not writer.drafts)
+        if not (keep_embedding and writer.role == "embedding") and (mtp or not writer.drafts)
     )
     if model_map.tied and tied == "shared" and model_map.head is not None:
         copy = replace(model_map.embedding, tensor=model_map.head, role="stored copy of the tied head")
@@ -133,16 +133,16 @@ def plan(
         added_head=model_map.head_name if untie and model_map.head is None else None,
         sets_untied=untie,
         exactness="C" if inexact else model_map.family.exactness,
-        notes=tuple(_notes(checkpoint, model_map, tied, drafts=drafts)),
+        notes=tuple(_notes(checkpoint, model_map, tied, mtp=mtp)),
     )
 
 
-def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, drafts: bool) -> list[str]:
+def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, mtp: bool) -> list[str]:
     notes = [*_head_notes(model_map, tied), *_exactness_notes(model_map)]
     for tower, count in model_map.towers.items():
         where = tower.partition("{")[0].rstrip(".")
         notes.append(f"{count} tensors of {where} stay as they are: they meet the stream at a projector only")
-    if not drafts and any(writer.drafts for writer in model_map.writers):
+    if not mtp and any(writer.drafts for writer in model_map.writers):
         notes.append("the next-token block stays as it is: it may draft tokens that the edited model rejects")
     if checkpoint.left_out:
         notes.append(f"not copied, as these hold unedited weights: {', '.join(checkpoint.left_out)}")

@@ -33,6 +33,7 @@ class Recipe(BaseModel):
     # edit
     tied: Literal["untie", "shared", "keep"] = "untie"
     rounding: Literal["direction", "nearest"] = "direction"
+    mtp: bool = True
     allow_partial: bool = False
     memory_bytes: int = Field(default=512 * 2**20, ge=2**20)
     # running the model
@@ -42,6 +43,11 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     # evaluation
     max_new_tokens: int = Field(default=128, ge=1)
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        """What ``planning.plan`` takes of a recipe."""
+        return {"tied": self.tied, "mtp": self.mtp, "allow_partial": self.allow_partial}
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Recipe":
         """A copy with the values of ``changes`` that are not None.

@@ -120,9 +120,20 @@ def test_no_partial_edit_without_an_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "Llama", "", None, 3])
-def test_an_unknown_model_type_is_refused_with_the_known_ones(model_type, tmp_path):
+def test_an_unknown_model_type_is_refused_with_what_to_do(model_type, tmp_path):
     folder = write_changed(tmp_path / "base", config={"model_type": model_type})
-    assert "llama" in refused(folder, "is not in the registry", UnknownArchitectureError).hint
+    error = refused(folder, "is not in the registry", UnknownArchitectureError)
+    assert "plan --guess" in error.hint
+    assert ("like mamba2" in str(error)) == (model_type == "mamba")
+
+
+@pytest.mark.parametrize(
+    ("method", "says"), [("gptq", "run GPTQ"), ("awq", "run AWQ"), ("bitsandbytes", "16-bit"), ("x", "original bf16")]
+)
+def test_quantised_weights_are_refused_with_the_way_out(method, says, tmp_path):
+    config = {"quantization_config": {"quant_method": method}}
+    error = refused(write_changed(tmp_path / "base", config=config), rf"quantised \({method}\)", UnsupportedFormatError)
+    assert says in error.hint
 
 
 @pytest.mark.parametrize(

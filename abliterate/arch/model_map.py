@@ -83,10 +83,7 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
     family = family_of(checkpoint.config, where=checkpoint.name)
     text = text_config(checkpoint.config)
     if checkpoint.config.get("quantization_config") or text.get("quantization_config"):
-        raise UnsupportedFormatError(
-            f"{checkpoint.name}: the weights are quantised",
-            "edit the original bf16 or fp16 checkpoint and quantise the result",
-        )
+        raise UnsupportedFormatError(*quantised(checkpoint, text))
     reason = family.class_c_reason(text)
     if reason and not allow_partial:
         raise PlanRefusedError(
@@ -123,6 +120,19 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
             "give a complete checkpoint, or set tie_word_embeddings in its config.json",
         )
     return model_map
+
+
+def quantised(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[str, str]:
+    """What to say of a checkpoint whose weights are quantised, and what to do."""
+    settings = checkpoint.config.get("quantization_config") or text["quantization_config"]
+    method = str(settings.get("quant_method", "unknown")) if isinstance(settings, Mapping) else "unknown"
+    ways = {
+        "gptq": "edit the checkpoint it was made from, and run GPTQ on the result",
+        "awq": "edit the checkpoint it was made from, and run AWQ on the result",
+        "bitsandbytes": "edit the 16-bit checkpoint; bitsandbytes quantises that when it is loaded",
+    }
+    way = ways.get(method, "edit the original bf16 or fp16 checkpoint and quantise the result")
+    return f"{checkpoint.name}: the weights are quantised ({method})", way
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """The registry: all family files, found by ``model_type``."""
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -28,8 +29,10 @@ def family_of(config: Mapping[str, Any], *, where: str) -> Family:
     for family in families():
         if model_type in family.model_types:
             return family
-    known = sorted(name for family in families() for name in family.model_types)
+    known = [name for family in families() for name in family.model_types]
+    close = difflib.get_close_matches(str(model_type), known, n=3)
+    like = f" (like {', '.join(close)}?)" if close else ""
     raise UnknownArchitectureError(
-        f"{where}: model_type {model_type!r} is not in the registry",
-        f"nothing was changed; known types: {', '.join(known)}",
+        f"{where}: model_type {model_type!r} is not in the registry{like}",
+        "nothing was changed; see abliterate architectures for those known, abliterate plan --guess for a first look",
     )

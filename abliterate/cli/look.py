@@ -13,7 +13,11 @@ def plan(
     model: opt.OptionalModel = None,
     tied: opt.Tied = None,
     revision: opt.Revision = None,
+    mtp: opt.Mtp = None,
     allow_partial: opt.AllowPartial = None,
+    guess: Annotated[
+        bool, typer.Option("--guess", help="Of an unknown model type, say what its tensors look like; edits nothing.")
+    ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every writer.")] = False,
     json: opt.Json = False,
 ) -> None:
@@ -21,12 +25,16 @@ def plan(
 
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
-    settings = opt.make_recipe(None, tied=tied, allow_partial=allow_partial)
+    settings = opt.make_recipe(None, tied=tied, mtp=mtp, allow_partial=allow_partial)
     from abliterate.bundled import resolve_model
+
+    if guess:
+        show_guess(resolve_model(model), revision, as_json=json)
+        return
     from abliterate.cli.tables import show_plan
     from abliterate.planning import plan as make_plan
 
-    made = make_plan(resolve_model(model), revision=revision, tied=settings.tied, allow_partial=settings.allow_partial)
+    made = make_plan(resolve_model(model), revision=revision, **settings.plan_options)
     if json:
         show_json(made.to_json())
         return
@@ -35,6 +43,28 @@ def plan(
         for writer in made.writers:
             line = f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}"
             out.print(line, markup=False)
+
+
+def show_guess(model: str, revision: str | None, *, as_json: bool) -> None:
+    """What the tensors of ``model`` look like, and a draft of a registry entry."""
+    from dataclasses import asdict
+
+    from abliterate.arch.guess import draft, guess
+    from abliterate.checkpoint.source import open_checkpoint
+    from abliterate.cli.tables import table
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    guesses = guess(checkpoint)
+    if as_json:
+        show_json([asdict(one) for one in guesses])
+        return
+    shown = table("a guess from names and shapes", "tensors", "count", "shape", "looks like", "evidence", right=(1,))
+    for one in guesses:
+        shape = "x".join(map(str, one.shape))
+        shown.add_row(one.pattern, str(one.count), shape, one.role or "reader", one.evidence)
+    out.print(shown)
+    out.print("\nA draft of a registry entry. It is not applied: check it against the model's code, and prove it.\n")
+    out.print(draft(checkpoint, guesses), markup=False, highlight=False, soft_wrap=True)
 
 
 @guarded
@@ -68,18 +98,28 @@ def architectures(json: opt.Json = False) -> None:
 
     Example: abliterate architectures
     """
+    from abliterate.arch.measured import measured
     from abliterate.arch.registry import families
 
+    found = measured()
     if json:
-        show_json([family.model_dump() for family in families()])
+        show_json(
+            [
+                {**family.model_dump(), "measured": found[family.family].to_json() if family.family in found else None}
+                for family in families()
+            ]
+        )
         return
     from abliterate.cli.tables import EXACTNESS, table
 
-    shown = table("architectures", "family", "model types", "writers", "class")
+    shown = table("architectures", "family", "model types", "writers", "class", "max difference", right=(4,))
     for family in families():
-        writers = [writer.name.replace(".{layer}.", ".N.") for writer in family.writer]
-        shown.add_row(family.title, ", ".join(family.model_types), "\n".join(writers), family.exactness)
+        roles = dict.fromkeys(writer.role for writer in family.writer if not writer.name.endswith("bias"))
+        figures = str(found.get(family.family, "-"))
+        shown.add_row(family.title, ", ".join(family.model_types), ", ".join(roles), family.exactness, figures)
     out.print(shown)
+    out.print("max difference: largest difference of logits to inference-time ablation (A), or KL (B), in float64 on")
+    out.print("tiny models of each type; and the largest share of the direction left in the stream")
     for name, meaning in EXACTNESS.items():
         out.print(f"class {name}: {meaning}")
 

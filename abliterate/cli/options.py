@@ -38,6 +38,7 @@ Rounding = Annotated[str | None, typer.Option(help="direction: leave nothing alo
 AllowPartial = Annotated[
     bool | None, typer.Option("--allow-partial", help="Edit what is known of an incomplete map, and brand the result.")
 ]
+Mtp = Annotated[bool | None, typer.Option("--mtp/--no-mtp", help="Edit next-token blocks (MTP) as well. Default: yes.")]
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")
 ]

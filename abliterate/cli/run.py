@@ -40,6 +40,7 @@ def run(
     system: opt.System = None,
     refusal_token: opt.RefusalToken = None,
     revision: opt.Revision = None,
+    mtp: opt.Mtp = None,
     allow_partial: opt.AllowPartial = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure replies before and after.")] = True,
@@ -55,7 +56,7 @@ def run(
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, tied=tied, rounding=rounding, device=device, dtype=dtype,
         batch_size=batch_size, memory=memory, max_new_tokens=max_new_tokens, system=system, refusal_token=refusal_token,
-        allow_partial=allow_partial, trust_remote_code=trust_remote_code,
+        mtp=mtp, allow_partial=allow_partial, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     target = out_folder or opt.default_out(model)
     from abliterate.cli import tables
@@ -99,7 +100,7 @@ def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: s
     from abliterate.session import prompts_of, with_bundled_prompts
 
     checkpoint = open_checkpoint(resolve_model(model), revision=revision)
-    made = plan(checkpoint, tied=settings.tied, allow_partial=settings.allow_partial)
+    made = plan(checkpoint, **settings.plan_options)
     if checkpoint.root is not None:
         check_place(target, checkpoint.root)
     check_space(target.absolute(), made.output_bytes)

@@ -117,6 +117,7 @@ def edit(
     rounding: opt.Rounding = None,
     memory: opt.Memory = None,
     revision: opt.Revision = None,
+    mtp: opt.Mtp = None,
     allow_partial: opt.AllowPartial = None,
     json: opt.Json = False,
 ) -> None:
@@ -124,7 +125,7 @@ def edit(
 
     Example: abliterate edit tiny-chat direction.safetensors --out tiny-chat-abl
     """
-    settings = opt.make_recipe(None, tied=tied, rounding=rounding, memory=memory, allow_partial=allow_partial)
+    settings = opt.make_recipe(None, tied=tied, rounding=rounding, memory=memory, mtp=mtp, allow_partial=allow_partial)
     from abliterate import api
 
     chosen = read_direction(direction, position, layer)

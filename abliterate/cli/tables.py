@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXACTNESS = {
     "A": "equal to inference-time ablation",
     "B": "holds no r; a norm keeps it from being equal to the hook",
-    "C": "inexact by request",
+    "C": "inexact: by request, or because the stream itself is scaled channel by channel",
 }
 
 

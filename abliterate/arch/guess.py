@@ -1,0 +1,119 @@
+"""What the tensors of an unknown model look like.  A guess to start a registry entry from; nothing ever applies it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from abliterate.arch.model_map import config_size, text_config
+from abliterate.arch.registry import families
+from abliterate.arch.spec import RESIDUAL_AXIS
+from abliterate.checkpoint.source import Checkpoint
+
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "embeddings")
+TOWERS = re.compile(r"(^|\.)(vision|visual|audio|vit)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guess:
+    """Tensors whose names differ in numbers only.
+
+    ``role`` is None for what looks like a reader.  ``axes`` is what the role means for the axes on disk.
+    """
+
+    pattern: str
+    count: int
+    shape: tuple[int, ...]
+    role: str | None
+    axes: str
+    evidence: str
+
+
+def guess(checkpoint: Checkpoint) -> list[Guess]:
+    """One guess for each pattern of names, writers first.
+
+    Raises:
+        UnknownTensorError: the configuration gives no width.
+    """
+    width = config_size(text_config(checkpoint.config), "hidden_size|n_embd|d_model|dim", checkpoint.name)
+    groups: dict[tuple[str, tuple[int, ...]], int] = {}
+    for tensor in checkpoint.tensors.values():
+        key = (_pattern(tensor.name), tensor.shape)
+        groups[key] = groups.get(key, 0) + 1
+    guesses = [_guess(pattern, shape, count, width) for (pattern, shape), count in groups.items()]
+    return sorted(guesses, key=lambda one: (one.role is None, one.pattern))
+
+
+def draft(checkpoint: Checkpoint, guesses: Iterable[Guess]) -> str:
+    """A registry entry to start from, as TOML."""
+    found = list(guesses)
+    writers = [
+        f'  {{ name = "{one.pattern}", axes = "{one.axes}", role = "{one.role}" }},' for one in found if one.role
+    ]
+    readers = [f'  "{one.pattern}",' for one in found if not one.role and not TOWERS.search(one.pattern)]
+    towers = sorted({one.pattern.split(".")[0] for one in found if TOWERS.search(one.pattern)})
+    lines = [
+        f'family = "{checkpoint.model_type}"', f'title = "{checkpoint.model_type}"',
+        f'model_types = ["{checkpoint.model_type}"]', 'exactness = "A"  # "B" if a norm stands behind a writer',
+        'prefixes = [""]', 'head = "lm_head.weight"', "writer = [", *writers, "]", "", "[sizes]",
+        'd_model = "hidden_size"', 'n_layers = "num_hidden_layers"', "", "[readers]", "names = [", *readers, "]",
+    ]  # fmt: skip
+    return "\n".join([*lines, *([f"towers = {[f'{name}.**' for name in towers]}".replace("'", '"')] if towers else [])])
+
+
+def _pattern(name: str) -> str:
+    parts = re.split(r"\.(\d+)(?=\.)", name)
+    kinds = iter(("{layer}", "{expert}", "{n}", "{n}"))
+    return "".join(part if place % 2 == 0 else "." + next(kinds, "{n}") for place, part in enumerate(parts))
+
+
+@cache
+def _known_modules() -> Mapping[str, tuple[str, str]]:
+    """Role and a family by the last part of a writer's module name, from the whole registry."""
+    found: dict[str, tuple[str, str]] = {}
+    for family in families():
+        for spec in family.writer:
+            module = spec.name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if "{" not in module and spec.per_layer and not spec.name.endswith("bias"):
+                found.setdefault(module, (spec.role, family.title))
+    return found
+
+
+def _guess(pattern: str, shape: tuple[int, ...], count: int, width: int) -> Guess:
+    role, evidence, axis = _look(pattern, shape, width)
+    axes = " ".join(RESIDUAL_AXIS if place == axis else f"axis{place}" for place in range(len(shape)))
+    return Guess(pattern=pattern, count=count, shape=shape, role=role, axes=axes, evidence=evidence)
+
+
+def _look(pattern: str, shape: tuple[int, ...], width: int) -> tuple[str | None, str, int | None]:
+    """Role, evidence, and residual axis."""
+    module = pattern.removesuffix(".weight").removesuffix(".bias")
+    last = module.rsplit(".", 1)[-1]
+    places = [place for place, extent in enumerate(shape) if extent == width]
+    if TOWERS.search(pattern):
+        return None, "an encoder of another kind of input", None
+    if not places:
+        return None, "no axis has the width of the stream", None
+    if "norm" in last or last.startswith("ln_"):
+        behind = ": CHECK whether it stands behind a writer (class B)" if "post" in last else ""
+        return None, f"a norm{behind}", None
+    if last in EMBEDDINGS:
+        return "embedding", f"named {last}, last axis is the stream", len(shape) - 1
+    if last in _known_modules():
+        return _like_a_known_writer(last, shape, places, bias=pattern.endswith(".bias"))
+    if len(shape) == 1:
+        return None, "a vector of the width of the stream: CHECK whether it is added to it", None
+    if "embed" in last or "pos" in last or last == "wpe":
+        return None, "an embedding of the width of the stream: CHECK whether it is added to it", None
+    if places == [len(shape) - 1]:
+        return None, "last axis is the stream: looks like a reader ([out, in])", None
+    return None, "first axis has the width of the stream: CHECK whether it writes", None
+
+
+def _like_a_known_writer(last: str, shape: tuple[int, ...], places: list[int], *, bias: bool) -> tuple[str, str, int]:
+    role, title = _known_modules()[last]
+    if bias:
+        return f"{role} bias", f"the bias of {last}, which writes in {title}", len(shape) - 1
+    if len(places) == 1:
+        return role, f"{last} writes in {title}; one axis has the width of the stream", places[0]
+    return role, f"{last} writes in {title}; SEVERAL axes have that width: read the code", len(shape) - 2
