@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 CLASSES = """\
 Class **A**: the edited checkpoint equals inference-time ablation up to rounding. Class **B**: a norm with a gain stands
 between each writer and the stream, so the result holds none of the direction but is not equal to the hook; see
-[concepts](concepts.md#norms-behind-the-writers). Class **C**: the stream itself is scaled channel by channel, so no
+[norms behind the writers](post-norm.md). Class **C**: the stream itself is scaled channel by channel, so no
 edit of writers removes the direction; refused unless `--allow-partial` is given.
 
 Figures are measured in float64 by the tests (`make measured`) on tiny random models of each type, gains and biases far

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from abliterate import directions
+from abliterate.directions import Choice, DirectionSet
 from tests.qwen1 import QWenLMHeadModel
 from tests.zoo import BUILDERS
 
@@ -103,3 +105,11 @@ def token_ids(*, batch: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor
 def random_directions(d: int, k: int = 1, *, seed: int = 7) -> torch.Tensor:
     """Random directions of any length."""
     return torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+def save_direction(d: int, path: Path) -> Path:
+    """A direction file as ``select`` writes it, with a random direction."""
+    vector = torch.randn(1, 1, d, generator=torch.Generator().manual_seed(7))
+    choice = Choice(position=-1, layer=0, rule="given")
+    made = DirectionSet(candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,), choice=choice)
+    return directions.save(made, path)

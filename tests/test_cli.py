@@ -15,7 +15,7 @@ from abliterate import __version__
 from abliterate.cli.app import app
 from abliterate.cli.options import default_out, parse_size
 from abliterate.errors import UsageError
-from tests import checkpoints
+from tests import checkpoints, factories
 from tests.checkpoints import INDEX, write_llama
 
 COMMANDS = [command.name for command in app.registered_commands]
@@ -288,3 +288,20 @@ def test_what_is_no_size(text):
 )
 def test_the_default_output_is_named_after_the_model(model, expected):
     assert str(default_out(model)) == f"{expected}-abliterated"
+
+
+def test_a_guess_shows_a_draft_and_changes_nothing(here):
+    result = run("plan", "unknown", "--guess")
+    assert "It is not applied" in result.stdout
+    assert 'role = "attention out"' in result.stdout
+    assert run("plan", "unknown").exit_code == 3
+
+
+def test_a_plan_with_a_direction_shows_how_close_the_edit_comes_behind_norms(tmp_path):
+    gemma = factories.save(factories.build("gemma2"), tmp_path / "gemma")
+    llama = factories.save(factories.build("llama"), tmp_path / "llama")
+    file = factories.save_direction(48, tmp_path / "r.safetensors")
+    shown = run("plan", str(gemma), "--direction", str(file)).stdout
+    assert "predicted error" in shown
+    assert shown.count("MLP out") == 1 + 3
+    assert "exact whatever the direction" in run("plan", str(llama), "--direction", str(file)).stdout

@@ -1,11 +1,15 @@
 """Commands that look and change nothing: plan, diff, architectures, recipes."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+
+if TYPE_CHECKING:
+    from abliterate.planning import EditPlan
 
 
 @guarded
@@ -18,6 +22,9 @@ def plan(
     guess: Annotated[
         bool, typer.Option("--guess", help="Of an unknown model type, say what its tensors look like; edits nothing.")
     ] = False,
+    direction: Annotated[
+        Path | None, typer.Option(help="With a direction: how close the edit comes behind norms, block by block.")
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every writer.")] = False,
     json: opt.Json = False,
 ) -> None:
@@ -39,10 +46,35 @@ def plan(
         show_json(made.to_json())
         return
     show_plan(made)
+    if direction is not None:
+        show_behind_norms(made, direction)
     if tensors:
         for writer in made.writers:
             line = f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}"
             out.print(line, markup=False)
+
+
+def show_behind_norms(plan: "EditPlan", file: Path) -> None:
+    """What ``docs/post-norm.md`` calls J and |a|, for each writer behind a norm; reads the norms."""
+    from dataclasses import replace
+
+    from abliterate import directions
+    from abliterate.checkpoint.hub import fetch
+    from abliterate.cli.tables import table
+    from abliterate.surgery import projectors
+
+    behind = [writer for writer in plan.writers if writer.norms]
+    if not behind:
+        out.print("no norm stands behind a writer: the edit is exact whatever the direction")
+        return
+    plan = replace(plan, checkpoint=fetch(plan.checkpoint))
+    found = projectors(plan, directions.load(file).direction[:, None].double())
+    shown = table("behind norms", "block", "writer", "J, predicted error", "|a|", "t", right=(0, 2, 3, 4))
+    for writer in behind:
+        made = found[writer.tensor.name]
+        length = f"{float(made.write.norm()):.2f}"
+        shown.add_row(str(writer.layer), writer.role, f"{made.predicted_error:.1e}", length, f"{made.ridge:g}")
+    out.print(shown)
 
 
 def show_guess(model: str, revision: str | None, *, as_json: bool) -> None:
