@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,10 +29,40 @@ SOAK = bool(os.environ.get("ABLITERATE_SOAK"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """One block whose experts lie in one tensor of half a gigabyte: [experts, in, out], or [experts, out, in]."""
+
+    d_model: int
+    d_expert: int
+    experts: int
+    in_out: bool
+    shards: int = 1
+
+    def config(self):
+        return {
+            "model_type": "gpt_oss" if self.in_out else "qwen3_5_moe_text", "hidden_size": self.d_model,
+            "intermediate_size": self.d_expert, "moe_intermediate_size": self.d_expert, "num_hidden_layers": 1,
+            "num_local_experts": self.experts, "num_experts": self.experts, "tie_word_embeddings": False,
+        }  # fmt: skip
+
+    def tensors(self):
+        shape = (self.d_expert, self.d_model) if self.in_out else (self.d_model, self.d_expert)
+        yield "model.embed_tokens.weight", (1024, self.d_model)
+        yield "model.layers.0.self_attn.o_proj.weight", (self.d_model, 4096)
+        yield "model.layers.0.mlp.experts.down_proj", (self.experts, *shape)
+        if self.in_out:
+            yield "model.layers.0.mlp.experts.down_proj_bias", (self.experts, self.d_model)
+        yield "lm_head.weight", (1024, self.d_model)
+
+
 SHAPES = {
     "8b": replace(KNOWN["llama-3-8b"], layers=1, vocab=32768, shards=1),
     # one matrix of 512 MiB (with ABLITERATE_SOAK, of 4 GiB), which no buffer of the budget holds
     "wide": replace(KNOWN["llama-3-8b"], layers=1, vocab=1024, d_model=2048, d_ff=2**20 if SOAK else 2**17, shards=1),
+    "fused-in-out": Fused(d_model=2880, d_expert=2880, experts=32, in_out=True),
+    "fused-out-in": Fused(d_model=2048, d_expert=1024, experts=128, in_out=False),
     "two-million-rows": replace(KNOWN["llama-3-8b"], layers=1, vocab=2_000_000, d_model=256, d_ff=512, shards=1),
 }
 

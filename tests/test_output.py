@@ -224,7 +224,7 @@ def test_what_is_done_already_needs_no_room(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_is_said_and_the_edit_continues(code, after, tmp_path, monkeypatch):
     base = write_llama(tmp_path / "base", shards=4)
     made, folder = plan(base), ready(tmp_path / "out", base)
-    real, count = directio._write_all, iter(range(10**6))
+    real, count = directio.write_all, iter(range(10**6))
 
     def full(*args):
         if next(count) >= after:
@@ -232,7 +232,7 @@ def test_a_disk_that_fills_up_is_said_and_the_edit_continues(code, after, tmp_pa
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(directio, "_write_all", full)
+        patch.setattr(directio, "write_all", full)
         with pytest.raises(NotEnoughDiskError, match="the disk is full") as caught:
             edit_checkpoint(made, directions(), folder, memory_bytes=1)
     assert caught.value.exit_code == 3

@@ -49,7 +49,7 @@ def sources(tmp_path_factory):
 def plan_of_all_layouts(source):
     made = plan(source, allow_partial=True)
     writers = [
-        Writer(tensor=made.checkpoint.tensors[name], axis=axis, role="test", layer=None, norm=None, gain="w")
+        Writer(tensor=made.checkpoint.tensors[name], axis=axis, role="test", layer=None, norms=(), gain="w")
         for name, (_, axis) in CASES.items()
     ]
     return dataclasses.replace(made, writers=tuple(writers))
@@ -87,7 +87,7 @@ def test_behind_a_gain_blocks_equal_the_whole_matrix(sources, memory, tmp_path):
     """The gain is ``1 + w``, read from the checkpoint itself."""
     made = plan_of_all_layouts(sources[torch.float64])
     norm = made.checkpoint.tensors["vector"]
-    writers = [dataclasses.replace(writer, norm=norm, gain="1+w") for writer in made.writers[1:]]
+    writers = [dataclasses.replace(writer, norms=(norm,), gain="1+w") for writer in made.writers[1:]]
     edited = checkpoints.edit(dataclasses.replace(made, writers=tuple(writers)), tmp_path / "out", memory_bytes=memory)
     basis = orthonormal_basis(checkpoints.directions(D))
     gain = 1 + checkpoints.read(sources[torch.float64], "vector")
@@ -137,6 +137,6 @@ def test_a_writer_behind_a_gain_of_zero_is_refused_by_name(sources, tmp_path):
     checkpoints.overwrite(source, "vector", -torch.ones(D))
     made = plan_of_all_layouts(source)
     norm = made.checkpoint.tensors["vector"]
-    writers = [dataclasses.replace(made.writers[2], norm=norm, gain="1+w")]
+    writers = [dataclasses.replace(made.writers[2], norms=(norm,), gain="1+w")]
     with pytest.raises(PlanRefusedError, match="cannot be edited"):
         checkpoints.edit(dataclasses.replace(made, writers=tuple(writers)), tmp_path / "out")
