@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -156,6 +157,24 @@ class HybridShapes:
             yield start + f"mlp.{expert}.up_proj.weight", (ff, d)
 
 
+@runtime_checkable
+class CheckpointShapes(Protocol):
+    """What ``make`` needs to know of a checkpoint."""
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        ...
+
+    def config(self) -> dict[str, object]:
+        """The ``config.json``."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes in file order."""
+        ...
+
+
 KNOWN: dict[str, Shapes | HybridShapes] = {
     "llama-3-8b": Shapes(
         d_model=4096, d_ff=14336, layers=32, vocab=128256, heads=32, kv_heads=8, head_dim=128, shards=4
@@ -183,7 +202,7 @@ KNOWN: dict[str, Shapes | HybridShapes] = {
 }
 
 
-def make(shapes: Shapes | HybridShapes, folder: Path, *, fill: bool = False) -> Path:
+def make(shapes: CheckpointShapes, folder: Path, *, fill: bool = False) -> Path:
     """Write a checkpoint of ``shapes`` into the new ``folder``; holes, or with ``fill`` random bfloat16 weights."""
     folder.mkdir(parents=True)
     write_json(folder / "config.json", shapes.config())
