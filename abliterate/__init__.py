@@ -53,6 +53,7 @@ __version__ = "0.1.0"
 _API = (
     "Recipe",
     "chat",
+    "dequantize",
     "diff",
     "edit",
     "eval",

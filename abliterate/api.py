@@ -13,6 +13,7 @@ from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import open_checkpoint
 from abliterate.comparison import diff
+from abliterate.dequantising import dequantise
 from abliterate.directions import DirectionSet
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import OnEvent, ignore
@@ -25,8 +26,8 @@ from abliterate.recipe import Recipe, load_recipe
 from abliterate.session import Session, open_session
 
 __all__ = [
-    "Recipe", "chat", "diff", "edit", "eval", "load_recipe", "measure", "open_session", "plan", "reply", "run",
-    "select", "verify",
+    "Recipe", "chat", "dequantize", "diff", "edit", "eval", "load_recipe", "measure", "open_session", "plan", "reply",
+    "run", "select", "verify",
 ]  # fmt: skip
 
 Mode = Literal["ablate", "add"]
@@ -80,6 +81,16 @@ def edit(
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
     manifest.finish(output, made, manifest.build(made, direction, recipe))
     return EditResult(out=output.finish(), plan=made)
+
+
+def dequantize(model: str | Path, out: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Path:
+    """Write an FP8 or MXFP4 checkpoint as bfloat16 to ``out``; gives back the folder.
+
+    Raises:
+        AbliterateError: it is not quantised in a format known here, or reading or writing fails.
+    """
+    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
+    return dequantise(checkpoint, Path(out), on_event=on_event)
 
 
 def verify(

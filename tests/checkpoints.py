@@ -12,7 +12,11 @@ from abliterate.checkpoint.output import prepare
 from abliterate.planning import EditPlan, plan
 from abliterate.surgery import DTYPES, edit_checkpoint
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8", torch.int64: "I64"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.uint8: "U8",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 INDEX = "model.safetensors.index.json"
 

@@ -131,6 +131,8 @@ def quantised(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[str, str
         "awq": "edit the checkpoint it was made from, and run AWQ on the result",
         "bitsandbytes": "edit the 16-bit checkpoint; bitsandbytes quantises that when it is loaded",
     }
+    widen = "abliterate dequantize MODEL --out FOLDER writes it as bfloat16: edit that, and quantise the result"
+    ways |= dict.fromkeys(("fp8", "mxfp4", "compressed-tensors", "modelopt"), widen)
     way = ways.get(method, "edit the original bf16 or fp16 checkpoint and quantise the result")
     return f"{checkpoint.name}: the weights are quantised ({method})", way
 

@@ -10,7 +10,7 @@ from abliterate import __version__
 from abliterate.cli.chat import chat
 from abliterate.cli.look import architectures, diff, plan, recipes
 from abliterate.cli.run import run
-from abliterate.cli.stages import edit, evaluate, measure, select, verify
+from abliterate.cli.stages import dequantize, edit, evaluate, measure, select, verify
 
 app = typer.Typer(
     name="abliterate",
@@ -46,6 +46,7 @@ for _name, _command in {
     "measure": measure,
     "select": select,
     "edit": edit,
+    "dequantize": dequantize,
     "verify": verify,
     "eval": evaluate,
     "diff": diff,

@@ -76,7 +76,7 @@ def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 -
     return recipe.with_changes(changes)
 
 
-def default_out(model: str | None) -> Path:
-    """``NAME-abliterated`` in the current folder."""
+def default_out(model: str | None, *, suffix: str = "abliterated") -> Path:
+    """``NAME-abliterated`` (or another suffix) in the current folder."""
     name = (model or "tiny-chat").rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    return Path(f"{name}-abliterated")
+    return Path(f"{name}-{suffix}")

@@ -145,6 +145,28 @@ def edit(
 
 
 @guarded
+def dequantize(
+    model: opt.Model,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-bf16.")] = None,
+    revision: opt.Revision = None,
+    json: opt.Json = False,
+) -> None:
+    """Write an FP8 or MXFP4 checkpoint as bfloat16, shard by shard, so that it can be edited.
+
+    Example: abliterate dequantize openai/gpt-oss-20b --out gpt-oss-20b-bf16
+    """
+    from abliterate import api
+
+    target = out_folder or opt.default_out(model, suffix="bf16")
+    with progress() as listen:
+        written = api.dequantize(model, target, revision=revision, on_event=listen)
+    if json:
+        show_json({"out": str(written)})
+        return
+    out.print(f"written: {written}", markup=False, soft_wrap=True)
+
+
+@guarded
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
     base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,

@@ -139,7 +139,7 @@ def stream_share(
 
         def see(_: int, x: Tensor, real: Tensor = real) -> None:
             nonlocal worst
-            h = x[real.to(x.device)].to(device="cpu", dtype=torch.float64)
+            h = x[..., real.to(x.device), :].to(device="cpu", dtype=torch.float64)
             share = torch.linalg.vector_norm(h @ basis, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
             worst = max(worst, float(share.nan_to_num(nan=float("inf")).max()))
 

@@ -1,0 +1,173 @@
+"""A quantised checkpoint written as bfloat16, shard by shard, so that it can be edited; the model is never loaded.
+
+Each value is its stored one times its scale, rounded once.  Everything else is copied byte for byte.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate import __version__
+from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile
+from abliterate.checkpoint.header import Shard, TensorInfo
+from abliterate.checkpoint.output import OutputFolder, copy_file, flush, prepare, write_atomically, write_json
+from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
+from abliterate.checkpoint.stream import bytes_of
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.quantised import FP8, SCALES, Packed, fp8_rows, mxfp4_matrix, packed_tensors, quantisation
+from abliterate.surgery import one_thread
+
+TASK = "dequantize"
+PIECE_BYTES = 8 * 2**20
+BF16_BYTES = 2
+
+
+def dequantise(checkpoint: Checkpoint, out: Path, *, on_event: OnEvent = ignore) -> Path:
+    """Write ``checkpoint`` with all its FP8 and MXFP4 weights as bfloat16.  A run that was stopped continues.
+
+    Raises:
+        UnsupportedFormatError: it is not quantised, or not in a format known here.
+        OutputError: ``out`` exists or is in the way of the source.
+        NotEnoughDiskError: it will not fit.
+    """
+    writer = _Writer(checkpoint)
+    needed = sum(len(header) + size for header, size in map(writer.header, checkpoint.shards))
+    output = prepare(out, source=checkpoint.folder, fingerprint=_fingerprint(checkpoint), needed_bytes=needed)
+    on_event(Started(task=TASK, total=checkpoint.size_bytes, unit="bytes"))
+    with one_thread():
+        for shard in checkpoint.shards:
+            if not output.is_done(shard.name):
+                unfinished = output.path / (shard.name + ".tmp")
+                writer.write(shard, unfinished)
+                unfinished.replace(output.path / shard.name)
+                flush(output.path)
+                output.mark_done(shard.name)
+            on_event(Advanced(task=TASK, amount=shard.size_bytes))
+    writer.finish(output)
+    on_event(Finished(task=TASK))
+    return output.finish()
+
+
+class _Writer:
+    """Writes shards; knows what becomes of every tensor."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.packed, self.dropped = packed_tensors(checkpoint)
+        widest = max((packed.shape[-1] for packed in self.packed.values()), default=0)
+        self._slab = Slab(max(PIECE_BYTES, widest))
+
+    def header(self, shard: Shard) -> tuple[bytes, int]:
+        """The new header of ``shard`` and the size of its data."""
+        entries: dict[str, Any] = {} if shard.metadata is None else {"__metadata__": dict(shard.metadata)}
+        end = 0
+        for tensor in self._kept(shard):
+            packed = self.packed.get(tensor.name)
+            name, dtype, shape, size = tensor.name, tensor.dtype, tensor.shape, tensor.size_bytes
+            if packed is not None:
+                name, dtype, shape = packed.name, "BF16", packed.shape
+                size = torch.Size(shape).numel() * BF16_BYTES
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text, end
+
+    def write(self, shard: Shard, target: Path) -> None:
+        """Write one shard to ``target`` and flush it to disk."""
+        header, _ = self.header(shard)
+        with SourceFile(self.checkpoint.folder / shard.name) as source, TargetFile(target) as out:
+            out.append(bytes_of(header))
+            for tensor in self._kept(shard):
+                packed = self.packed.get(tensor.name)
+                parts = self._copied(source, tensor) if packed is None else self._widened(source, packed)
+                for part in parts:
+                    out.append(part.contiguous().reshape(-1).view(torch.uint8))
+            out.finish()
+
+    def finish(self, output: OutputFolder) -> None:
+        """Write the index, the configuration, the card and every other file."""
+        source = self.checkpoint
+        if source.index is not None:
+            kept = {t.name: shard.name for shard in source.shards for t in self._kept(shard)}
+            weight_map = {self.packed[name].name if name in self.packed else name: at for name, at in kept.items()}
+            size = sum(self.header(shard)[1] for shard in source.shards)
+            metadata = {**(source.index.get("metadata") or {}), "total_size": size}
+            write_json(output.path / INDEX_NAME, {**source.index, "metadata": metadata, "weight_map": weight_map})
+        write_json(output.path / "config.json", bf16_config(source.config))
+        for name in source.other_files:
+            if name not in ("config.json", "README.md"):
+                copy_file(source.folder / name, output.path / name)
+        readme = source.folder / "README.md"
+        write_atomically(output.path / "README.md", self._card(readme.read_text("utf-8") if readme.is_file() else ""))
+
+    def _kept(self, shard: Shard) -> Iterator[TensorInfo]:
+        return (tensor for tensor in shard.tensors if tensor.name not in self.dropped)
+
+    def _copied(self, source: SourceFile, tensor: TensorInfo) -> Iterator[Tensor]:
+        for start in range(tensor.start, tensor.end, PIECE_BYTES):
+            yield source.read(self._slab, start, min(PIECE_BYTES, tensor.end - start))
+
+    def _widened(self, source: SourceFile, packed: Packed) -> Iterator[Tensor]:
+        scales = self._scales(packed)
+        if packed.kind == "mxfp4":
+            size = packed.values.size_bytes // packed.shape[0]
+            slab = Slab(size)
+            for expert in range(packed.shape[0]):
+                raw = source.read(slab, packed.values.start + expert * size, size)
+                matrix = mxfp4_matrix(raw.view(*packed.values.shape[1:]), scales[expert])
+                yield matrix.T.to(torch.bfloat16)
+            return
+        rows, n = packed.shape[-2:]
+        at_once = max(1, PIECE_BYTES // n)
+        matrices = packed.values.numel // (rows * n)
+        for place in range(matrices):
+            own = scales.reshape(matrices, *scales.shape[-2:])[place] if _one_each(packed, scales) else scales
+            for first in range(0, rows, at_once):
+                count = min(at_once, rows - first)
+                raw = source.read(self._slab, packed.values.start + (place * rows + first) * n, count * n)
+                values = raw.view(FP8[packed.values.dtype]).view(count, n)
+                yield fp8_rows(values, own, packed.block, first).to(torch.bfloat16)
+
+    def _scales(self, packed: Packed) -> Tensor:
+        info = packed.scales
+        with SourceFile(self.checkpoint.folder / info.shard, direct=False) as file:
+            raw = file.read(Slab(info.size_bytes), info.start, info.size_bytes).clone()
+        return raw.view(torch.uint8 if packed.kind == "mxfp4" else SCALES[info.dtype]).reshape(info.shape)
+
+    def _card(self, readme: str) -> bytes:
+        method = (quantisation(self.checkpoint.config) or {}).get("quant_method")
+        line = (
+            f"> The {method} weights of {self.checkpoint.name} were written as bfloat16 by abliterate {__version__}; "
+            "nothing else was changed.\n\n"
+        )
+        front, closing, rest = readme.partition("\n---\n") if readme.startswith("---\n") else ("", "", readme)
+        return f"{front}{closing}\n{line}{rest.lstrip()}".lstrip().encode()
+
+
+def _one_each(packed: Packed, scales: Tensor) -> bool:
+    """Whether each matrix of a stack has scales of its own."""
+    return len(packed.shape) > 2 and scales.numel() > 1
+
+
+def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without quantisation, stored as bfloat16."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    for key in ("dtype", "torch_dtype"):
+        if key in plain:
+            plain[key] = "bfloat16"
+    if isinstance(plain.get("text_config"), Mapping):
+        plain["text_config"] = bf16_config(plain["text_config"])
+    return plain
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    changed = [(checkpoint.folder / shard.name).stat().st_mtime_ns for shard in checkpoint.shards]
+    tensors = [[t.name, t.shard, t.dtype, t.shape, t.start] for t in checkpoint.tensors.values()]
+    document = [__version__, "dequantize", changed, tensors, dict(checkpoint.config)]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
