@@ -1,7 +1,8 @@
 """Quantised weights on disk: which tensors hold them, and what they mean.
 
 - FP8 (``F8_E4M3``, ``F8_E5M2``): the weight times a scale: one for the tensor, for each row, or for each block
-  (DeepSeek and Qwen: ``weight_scale_inv``, 128 x 128; compressed-tensors: ``weight_scale``).  A stack has them for each matrix.
+  (DeepSeek and Qwen: ``weight_scale_inv``, 128 x 128; compressed-tensors: ``weight_scale``).  Each matrix of a stack
+  has its own.
 - MXFP4 (gpt-oss): two 4-bit floats a byte, low nibble first, 32 values along the input axis sharing an exponent
   (OCP Microscaling Formats 1.0, section 5.3): ``NAME_blocks`` and ``NAME_scales``.
 """
