@@ -9,9 +9,13 @@ from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import Checkpoint, open_checkpoint
 from abliterate.errors import PromptError
 from abliterate.model.chat import ChatFormat
+from abliterate.model.forward import padding_is_harmless
 from abliterate.model.load import LoadedModel, load_model
 from abliterate.model.prompts import ContrastSet, SplitSizes, bundled_sets, contrast_set
 from abliterate.recipe import Recipe
+
+PROBE = "What is the capital of France?"
+"""Any prompt: run alone and beside a longer one."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,10 @@ class Session:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """The model's chat template."""
-        return ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+        """The model's chat template, and whether the model bears padding."""
+        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+        chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
+        return chat
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when next asked for."""

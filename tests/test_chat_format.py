@@ -186,3 +186,16 @@ def test_a_padding_token_inside_the_text_is_not_padding():
 def test_an_empty_row_is_seen():
     with pytest.raises(AssertionError, match="ends in padding"):
         list(left_padded([[1, 2], []], 2, 0))
+
+
+def test_without_padding_only_prompts_of_one_length_share_a_batch():
+    chat = ChatFormat(tokenizer(CHATML))
+    encoded = [[5] * length for length in (3, 7, 3, 4, 7, 3)]
+    chat.pads = False
+    batches = list(chat.pack(encoded, 2))
+    assert all(batch.attention_mask.all() for batch in batches)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(6))
+    assert all(len(encoded[row]) == batch.input_ids.shape[1] for batch in batches for row in batch.rows)
+    assert max(len(batch.rows) for batch in batches) == 2
+    chat.pads = True
+    assert len(list(chat.pack(encoded, 6))) == 1

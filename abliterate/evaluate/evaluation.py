@@ -10,7 +10,7 @@ from torch import Tensor
 from abliterate.evaluate.replies import holds_answer, is_refusal, shares
 from abliterate.evaluate.statistics import Rate, exact_kl_nats
 from abliterate.events import OnEvent, ignore
-from abliterate.model.chat import ChatFormat, left_padded
+from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, run_batch
 from abliterate.model.load import LoadedModel
 from abliterate.model.prompts import Prompt, PromptSet
@@ -137,7 +137,7 @@ def cross_entropy(
             encoded.append(chat.encode(prompt) + tail)
             lengths.append(len(tail))
     losses: list[float] = []
-    for batch in left_padded(encoded, batch_size, chat.pad_id):
+    for batch in chat.pack(encoded, batch_size):
         logits = run_batch(loaded, batch, last_only=False)
         for place, row in enumerate(batch.rows):
             n = lengths[row]

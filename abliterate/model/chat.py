@@ -7,7 +7,7 @@ template: the tokens that every prompt ends with).
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Batch:
 class ChatFormat:
     """A tokenizer's chat template, checked once.
 
+    ``pads`` says that prompts of different lengths may share a batch; see ``forward.padding_is_harmless``.
+
     Raises:
         PromptError: the tokenizer has no chat template, or rendering it fails.
     """
@@ -50,6 +52,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.name = name
+        self.pads = True
         self.suffix = self._common_suffix()
 
     @property
@@ -105,8 +108,17 @@ class ChatFormat:
 
     def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[Batch]:
         """Encode ``prompts`` and pad them on the left, in batches of similar length."""
-        encoded = [self.encode(prompt) for prompt in prompts]
-        yield from left_padded(encoded, batch_size, self.pad_id)
+        yield from self.pack([self.encode(prompt) for prompt in prompts], batch_size)
+
+    def pack(self, encoded: Sequence[list[int]], batch_size: int) -> Iterator[Batch]:
+        """Batches of token ids: padded on the left or, for a model that sees the padding, of equal length."""
+        if self.pads:
+            yield from left_padded(encoded, batch_size, self.pad_id)
+            return
+        for length in sorted({len(ids) for ids in encoded}):
+            rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
+            for batch in left_padded([encoded[row] for row in rows], batch_size, self.pad_id):
+                yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
 
     def _check_bos(self, ids: list[int]) -> None:
         bos = self.tokenizer.bos_token_id

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from abliterate.errors import NonFiniteError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.model.chat import Batch, ChatFormat
+from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 
 DEFAULT_BATCH_SIZE = 32
+PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
+"""Divergence below which a difference is rounding, by the bytes of a logit: batches of other sizes round otherwise."""
 
 
 def run_batch(loaded: LoadedModel, batch: Batch, *, last_only: bool = True) -> Float[Tensor, "batch tokens vocab"]:
@@ -32,6 +34,20 @@ def run_batch(loaded: LoadedModel, batch: Batch, *, last_only: bool = True) -> F
             use_cache=False,
             **options,
         ).logits
+
+
+def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:
+    """Whether a prompt gives the same next token behind padding as alone.
+
+    Some models see what the attention mask hides (a short convolution with a bias lets padding into its window).
+    """
+    (alone,) = left_padded([ids], 1, pad_id)
+    (beside,) = left_padded([ids, ids + ids], 2, pad_id)
+    logits = run_batch(loaded, alone)[0, -1]
+    one = logits.double().log_softmax(-1)
+    other = run_batch(loaded, beside)[beside.rows.index(0), -1].double().log_softmax(-1)
+    divergence = float((one.exp() * (one - other)).sum())
+    return divergence < PADDING_NATS[logits.dtype.itemsize]
 
 
 def last_log_probs(
