@@ -41,9 +41,9 @@ def logits_and_share(folder, model, directions, *, hooks, tokens=None):
         return model(tokens).logits, max(shares)
 
 
-def run_case(name, tmp_path, directions, *, change_plan=lambda p: p, tied="untie"):
+def run_case(name, tmp_path, directions, *, change_plan=lambda p: p, tied="untie", tie=False):
     """Edit a saved model and return (edited logits, hooked logits, share left in the stream)."""
-    base = factories.save(factories.build(name), tmp_path / "base")
+    base = factories.save(factories.build(name, tied=tie), tmp_path / "base")
     edit_plan = change_plan(plan(base, tied=tied))
     edited = edit(edit_plan, directions, tmp_path / "edited")
     hooked, _ = logits_and_share(base, factories.load(base), directions, hooks=True)

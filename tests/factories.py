@@ -16,8 +16,8 @@ from tests.qwen1 import QWenLMHeadModel
 from tests.zoo import BUILDERS
 
 
-def build(name: str, *, seed: int = 0) -> nn.Module:
-    """A random model whose gains are far from 1 and whose biases are not 0, in float64."""
+def build(name: str, *, seed: int = 0, tied: bool = False) -> nn.Module:
+    """A random model whose gains are far from 1 and whose biases are not 0, in float64; ``tied`` ties its head."""
     with without_bars():
         model = BUILDERS[name]()
     generator = torch.Generator().manual_seed(seed)
@@ -33,6 +33,10 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
                 p.copy_(0.25 * noise)
             else:
                 p.copy_(noise / math.sqrt(min(p.shape)))
+    if tied:
+        for config in (model.config, getattr(model.config, "text_config", model.config)):
+            config.tie_word_embeddings = True
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return cast(model, torch.float64).eval()
 
 

@@ -71,7 +71,7 @@ class WriterSpec(BaseModel):
     @property
     def site_name(self) -> str:
         """The module whose output is added to the stream: the last norm behind the writer, or the writer itself."""
-        return self.site or (self.norms[-1] if self.norms else self.name).removesuffix(".weight")
+        return self.site or (self.norms[-1].removesuffix("?") if self.norms else self.name).removesuffix(".weight")
 
     def with_bias(self) -> tuple["WriterSpec", ...]:
         """This writer and, if it may have one, its bias."""

@@ -77,7 +77,7 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     out.print(shown)
 
 
-def show_guess(model: str, revision: str | None, *, as_json: bool) -> None:
+def show_guess(model: str | Path, revision: str | None, *, as_json: bool) -> None:
     """What the tensors of ``model`` look like, and a draft of a registry entry."""
     from dataclasses import asdict
 

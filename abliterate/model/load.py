@@ -113,7 +113,7 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
     embedding_spec = next(spec for spec in family.writer if spec.role == "embedding")
     try:
         decoder = _decoder(model, stem)
-        blocks = tuple(decoder.get_submodule(stem))
+        blocks = tuple(decoder.get_submodule(stem))  # type: ignore[arg-type] - a ModuleList
         sites = tuple(_sites_of(decoder, per_layer, layer) for layer in range(len(blocks)))
         embedding = decoder.get_submodule(embedding_spec.site_name)
     except AttributeError as error:
