@@ -18,7 +18,7 @@ from abliterate.blocks import DTYPES
 from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import JOURNAL, PRIVATE_FOLDER
-from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs
+from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs, same_content
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, read_json
 from abliterate.edits import oblique
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
@@ -207,7 +207,7 @@ class ShardCheck:
 
     def _identical(self, start: int, end: int, what: str, changed: set[str]) -> Iterator[PairStretch]:
         def see(old: Tensor, new: Tensor) -> None:
-            if not torch.equal(old, new):
+            if not same_content(old, new):
                 changed.add(what)
 
         size = min(COPY_BYTES, self.slab_bytes)
@@ -324,7 +324,7 @@ def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, bl
         for start in range(0, tensor.size_bytes, block_bytes):
             count = min(block_bytes, tensor.size_bytes - start)
             block = a.read(slabs[0], tensor.start + start, count)
-            if not torch.equal(block, b.read(slabs[1], ours.start + start, count)):
+            if not same_content(block, b.read(slabs[1], ours.start + start, count)):
                 return False
     return True
 

@@ -16,6 +16,7 @@ from abliterate import blocks, surgery
 from abliterate.checkpoint import directio
 from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
 from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
 from abliterate.checkpoint.stream import Ring, StoppedError, Stretch, stream
 from abliterate.errors import CheckpointError
@@ -269,3 +270,21 @@ def test_rounding_along_the_direction_leaves_far_less_than_rounding_to_nearest(t
     for nearest, ours in zip(proofs["nearest"], proofs["direction"], strict=True):
         if "bias" not in nearest.name:  # one vector: its leak may be small by chance
             assert ours.left < nearest.left / 14
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (8, 16), (3, 3), (1, 0)])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000, 4096])
+def test_content_is_compared_to_the_last_byte(offsets, size):
+    data = random_bytes(size)
+    sides = []
+    for offset in offsets:
+        room = torch.zeros(size + 64, dtype=torch.uint8)
+        start = -room.data_ptr() % 8 + offset
+        room[start : start + size] = data
+        sides.append(room[start : start + size])
+    assert same_content(*sides)
+    assert not same_content(sides[0], torch.cat((sides[1], sides[1].new_zeros(1))))
+    for place in {0, size // 2, size - 1} if size else ():
+        sides[1][place] ^= 1
+        assert not same_content(*sides)
+        sides[1][place] ^= 1

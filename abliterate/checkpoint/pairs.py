@@ -15,6 +15,15 @@ PAIRS = 2
 """One pair of buffers is looked at while the next is read."""
 
 
+def same_content(first: Tensor, second: Tensor) -> bool:
+    """Whether two stretches of bytes are equal, eight bytes at a time where their addresses allow it."""
+    if len(first) != len(second):
+        return False
+    words = len(first) // 8 * 8 if first.data_ptr() % 8 == second.data_ptr() % 8 == 0 else 0
+    whole = torch.equal(first[:words].view(torch.int64), second[:words].view(torch.int64)) if words else True
+    return whole and torch.equal(first[words:], second[words:])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairStretch:
     """The same stretch of both files, at ``start`` in the first one, shown to ``see``; ``hashed`` once only."""
