@@ -293,6 +293,8 @@ def test_the_default_output_is_named_after_the_model(model, expected):
 def test_a_guess_shows_a_draft_and_changes_nothing(here):
     result = run("plan", "unknown", "--guess")
     assert "It is not applied" in result.stdout
+    assert "o_proj writes in" in result.stdout
+    assert "q_proj reads in" in result.stdout
     assert 'role = "attention out"' in result.stdout
     assert run("plan", "unknown").exit_code == 3
 

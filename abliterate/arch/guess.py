@@ -1,9 +1,10 @@
 """What the tensors of an unknown model look like.  A guess to start a registry entry from; nothing ever applies it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 from abliterate.arch.model_map import config_size, text_config
 from abliterate.arch.registry import families
@@ -68,15 +69,30 @@ def _pattern(name: str) -> str:
 
 
 @cache
-def _known_modules() -> Mapping[str, tuple[str, str]]:
-    """Role and a family by the last part of a writer's module name, from the whole registry."""
-    found: dict[str, tuple[str, str]] = {}
+def _known_modules() -> tuple[Mapping[str, tuple[str, int]], Mapping[str, int]]:
+    """By the last part of a module's name: what it writes as and in how many families, and in how many it reads."""
+    writing: dict[str, tuple[str, int]] = {}
+    reading: dict[str, int] = {}
     for family in families():
-        for spec in family.writer:
-            module = spec.name.removesuffix(".weight").rsplit(".", 1)[-1]
-            if "{" not in module and spec.per_layer and not spec.name.endswith("bias"):
-                found.setdefault(module, (spec.role, family.title))
-    return found
+        specs = [spec for spec in family.writer if spec.per_layer and not spec.name.endswith("bias")]
+        for module, role in {
+            _last(name): spec.role for spec in reversed(specs) for name in _spelled_out(spec.name)
+        }.items():
+            known, count = writing.get(module, (role, 0))
+            writing[module] = (known, count + 1)
+        for module in {_last(name) for pattern in family.readers.names for name in _spelled_out(pattern)}:
+            reading[module] = reading.get(module, 0) + 1
+    return writing, reading
+
+
+def _spelled_out(pattern: str) -> Iterator[str]:
+    """Every name that the alternatives of a pattern stand for."""
+    parts = [part.split("|") for part in re.split(r"[{}]", pattern)]
+    return ("".join(choice) for choice in product(*parts))
+
+
+def _last(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
 
 
 def _guess(pattern: str, shape: tuple[int, ...], count: int, width: int) -> Guess:
@@ -87,8 +103,8 @@ def _guess(pattern: str, shape: tuple[int, ...], count: int, width: int) -> Gues
 
 def _look(pattern: str, shape: tuple[int, ...], width: int) -> tuple[str | None, str, int | None]:
     """Role, evidence, and residual axis."""
-    module = pattern.removesuffix(".weight").removesuffix(".bias")
-    last = module.rsplit(".", 1)[-1]
+    last = _last(pattern)
+    writing, reading = _known_modules()
     places = [place for place, extent in enumerate(shape) if extent == width]
     if TOWERS.search(pattern):
         return None, "an encoder of another kind of input", None
@@ -99,8 +115,10 @@ def _look(pattern: str, shape: tuple[int, ...], width: int) -> tuple[str | None,
         return None, f"a norm{behind}", None
     if last in EMBEDDINGS:
         return "embedding", f"named {last}, last axis is the stream", len(shape) - 1
-    if last in _known_modules():
+    if last in writing and writing[last][1] > reading.get(last, 0):
         return _like_a_known_writer(last, shape, places, bias=pattern.endswith(".bias"))
+    if last in reading:
+        return None, f"{last} reads in {reading[last]} known families", None
     if len(shape) == 1:
         return None, "a vector of the width of the stream: CHECK whether it is added to it", None
     if "embed" in last or "pos" in last or last == "wpe":
@@ -111,9 +129,10 @@ def _look(pattern: str, shape: tuple[int, ...], width: int) -> tuple[str | None,
 
 
 def _like_a_known_writer(last: str, shape: tuple[int, ...], places: list[int], *, bias: bool) -> tuple[str, str, int]:
-    role, title = _known_modules()[last]
+    role, count = _known_modules()[0][last]
+    known = f"{last} writes in {count} known families"
     if bias:
-        return f"{role} bias", f"the bias of {last}, which writes in {title}", len(shape) - 1
+        return f"{role} bias", f"the bias of a writer: {known}", len(shape) - 1
     if len(places) == 1:
-        return role, f"{last} writes in {title}; one axis has the width of the stream", places[0]
-    return role, f"{last} writes in {title}; SEVERAL axes have that width: read the code", len(shape) - 2
+        return role, f"{known}; one axis has the width of the stream", places[0]
+    return role, f"{known}; SEVERAL axes have that width: read the code", len(shape) - 2

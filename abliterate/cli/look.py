@@ -81,6 +81,8 @@ def show_guess(model: str | Path, revision: str | None, *, as_json: bool) -> Non
     """What the tensors of ``model`` look like, and a draft of a registry entry."""
     from dataclasses import asdict
 
+    from rich.markup import escape
+
     from abliterate.arch.guess import draft, guess
     from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli.tables import table
@@ -93,7 +95,7 @@ def show_guess(model: str | Path, revision: str | None, *, as_json: bool) -> Non
     shown = table("a guess from names and shapes", "tensors", "count", "shape", "looks like", "evidence", right=(1,))
     for one in guesses:
         shape = "x".join(map(str, one.shape))
-        shown.add_row(one.pattern, str(one.count), shape, one.role or "reader", one.evidence)
+        shown.add_row(one.pattern, str(one.count), shape, one.role or "reader", escape(one.evidence))
     out.print(shown)
     out.print("\nA draft of a registry entry. It is not applied: check it against the model's code, and prove it.\n")
     out.print(draft(checkpoint, guesses), markup=False, highlight=False, soft_wrap=True)
