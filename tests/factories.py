@@ -13,13 +13,13 @@ from torch import nn
 from abliterate import directions
 from abliterate.directions import Choice, DirectionSet
 from tests.qwen1 import QWenLMHeadModel
-from tests.zoo import BUILDERS
+from tests.zoo import BUILDERS, CLASS_C
 
 
 def build(name: str, *, seed: int = 0, tied: bool = False) -> nn.Module:
     """A random model whose gains are far from 1 and whose biases are not 0, in float64; ``tied`` ties its head."""
     with without_bars():
-        model = BUILDERS[name]()
+        model = {**BUILDERS, **CLASS_C}[name]()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
