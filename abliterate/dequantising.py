@@ -6,6 +6,7 @@ Each value is its stored one times its scale, rounded once.  Everything else is 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from abliterate import __version__
-from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile
+from abliterate.arch.model_map import quantisation
+from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile, read_stretch
 from abliterate.checkpoint.header import Shard, TensorInfo
-from abliterate.checkpoint.output import OutputFolder, copy_file, flush, prepare, write_atomically, write_json
+from abliterate.checkpoint.output import OutputFolder, copy_file, prepare, write_atomically, write_json
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
 from abliterate.checkpoint.stream import bytes_of
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.quantised import FP8, SCALES, Packed, fp8_rows, mxfp4_matrix, packed_tensors, quantisation
+from abliterate.quantised import FP8, SCALES, Packed, fp8_rows, mxfp4_matrix, packed_tensors
 from abliterate.surgery import one_thread
 
 TASK = "dequantize"
@@ -42,11 +44,7 @@ def dequantise(checkpoint: Checkpoint, out: Path, *, on_event: OnEvent = ignore)
     with one_thread():
         for shard in checkpoint.shards:
             if not output.is_done(shard.name):
-                unfinished = output.path / (shard.name + ".tmp")
-                writer.write(shard, unfinished)
-                unfinished.replace(output.path / shard.name)
-                flush(output.path)
-                output.mark_done(shard.name)
+                output.complete(shard.name, partial(writer.write, shard))
             on_event(Advanced(task=TASK, amount=shard.size_bytes))
     writer.finish(output)
     on_event(Finished(task=TASK))
@@ -136,8 +134,7 @@ class _Writer:
 
     def _scales(self, packed: Packed) -> Tensor:
         info = packed.scales
-        with SourceFile(self.checkpoint.folder / info.shard, direct=False) as file:
-            raw = file.read(Slab(info.size_bytes), info.start, info.size_bytes).clone()
+        raw = read_stretch(self.checkpoint.folder / info.shard, info.start, info.size_bytes)
         return raw.view(torch.uint8 if packed.kind == "mxfp4" else SCALES[info.dtype]).reshape(info.shape)
 
     def _card(self, readme: str) -> bytes:
@@ -167,7 +164,5 @@ def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    changed = [(checkpoint.folder / shard.name).stat().st_mtime_ns for shard in checkpoint.shards]
-    tensors = [[t.name, t.shard, t.dtype, t.shape, t.start] for t in checkpoint.tensors.values()]
-    document = [__version__, "dequantize", changed, tensors, dict(checkpoint.config)]
+    document = {**checkpoint.identity(), "version": __version__, "task": TASK}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

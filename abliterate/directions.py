@@ -4,6 +4,7 @@ Layer ``l`` is always the residual *entering* block ``l`` (``resid_pre``, ``hidd
 ``-1`` is the last token of the prompt.  The state after the final norm is never a candidate.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -86,6 +87,11 @@ class DirectionSet:
                 f"positions are {list(self.positions)}, layers 0 to {self.n_layers - 1}",
             )
         return self.candidates[self.positions.index(position), layer]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes of ``direction``, as hexadecimal."""
+        return hashlib.sha256(self.direction.contiguous().numpy().tobytes()).hexdigest()
 
     @property
     def direction(self) -> Float[Tensor, " d"]:

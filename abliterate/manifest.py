@@ -1,6 +1,5 @@
 """``abliterate.json``: everything needed to say what a checkpoint is, to check it, and to make it again."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -56,7 +55,7 @@ def build(
         "edit": {key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},
         "direction": {
             "file": "abliterate/direction.safetensors",
-            "sha256": hashlib.sha256(vector.contiguous().numpy().tobytes()).hexdigest(),
+            "sha256": directions.sha256,
             "norm": float(vector.double().norm()),
             "choice": asdict(directions.choice) if directions.choice else None,
             "scores": [asdict(score) for score in directions.scores[:5]],

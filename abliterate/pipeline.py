@@ -314,16 +314,11 @@ def require_verified(report: VerifyReport, output: OutputFolder) -> None:
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
     free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
-    checkpoint = edit_plan.checkpoint
     document: Mapping[str, Any] = {
+        **edit_plan.checkpoint.identity(),
         "version": __version__,
-        "changed": [(checkpoint.folder / shard.name).stat().st_mtime_ns for shard in checkpoint.shards],
-        "source": [[t.name, t.shard, t.dtype, t.shape, t.start] for t in checkpoint.tensors.values()],
-        "config": dict(checkpoint.config),
         "recipe": recipe.model_dump(exclude=free),
-        "direction": None
-        if direction is None
-        else hashlib.sha256(direction.direction.contiguous().numpy().tobytes()).hexdigest(),
+        "direction": None if direction is None else direction.sha256,
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -8,14 +8,14 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from abliterate.arch.model_map import DEQUANTISED_METHODS, quantisation
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError
@@ -25,9 +25,8 @@ SCALES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4")
 PACKED_INTEGERS = (".qweight", ".weight_packed", ".g_idx", ".qzeros", ".absmax")
-SCALE_NAMES = ("{0}_scale_inv", "{0}_scale")
+SCALE_SUFFIXES = ("_scale_inv", "_scale")
 INPUT_SCALES = (".input_scale", ".activation_scale", ".input_global_scale")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = 32
@@ -50,13 +49,6 @@ class Packed:
     block: tuple[int, int] | None = None
 
 
-def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantisation settings of a configuration, at its top or in its text model."""
-    text = config.get("text_config") or {}
-    found = config.get("quantization_config") or text.get("quantization_config")
-    return found if isinstance(found, Mapping) else None
-
-
 def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]:
     """The quantised tensors of ``checkpoint`` by the name of their values, and the names that belong to them.
 
@@ -66,11 +58,12 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
     settings = quantisation(checkpoint.config) or {}
     method = settings.get("quant_method")
     strange = next((name for name in checkpoint.tensors if name.endswith(PACKED_INTEGERS)), None)
-    if method not in METHODS or strange:
+    if method not in DEQUANTISED_METHODS or strange:
         raise UnsupportedFormatError(
             f"{checkpoint.name}: weights quantised by {method or 'no method'} cannot be dequantised here"
             + (f" ('{strange}')" if strange else ""),
-            f"known are {', '.join(METHODS)} with FP8 or MXFP4 values; take the checkpoint it was made from",
+            f"known are {', '.join(DEQUANTISED_METHODS)} with FP8 or MXFP4 values; "
+            "take the checkpoint it was made from",
         )
     block = settings.get("weight_block_size")
     grid = (int(block[0]), int(block[1])) if block else DEFAULT_BLOCK
@@ -116,7 +109,8 @@ def mxfp4_matrix(blocks: UInt8[Tensor, "out groups 16"], scales: UInt8[Tensor, "
 
 
 def _fp8(checkpoint: Checkpoint, tensor: TensorInfo, grid: tuple[int, int]) -> Packed:
-    scales = next((found for name in _scale_names(tensor.name) if (found := checkpoint.tensors.get(name))), None)
+    named = (checkpoint.tensors.get(tensor.name + suffix) for suffix in SCALE_SUFFIXES)
+    scales = next((found for found in named if found), None)
     if scales is None or scales.dtype not in SCALES or len(tensor.shape) < 2:
         raise UnsupportedFormatError(
             f"{tensor.shard}: '{tensor.name}' is stored as {tensor.dtype} and has no scale beside it",
@@ -137,11 +131,6 @@ def _fp8(checkpoint: Checkpoint, tensor: TensorInfo, grid: tuple[int, int]) -> P
         if scales.shape[len(stack) :] == blocks and blocks != (1, 1):
             block = grid
     return Packed(name=tensor.name, shape=tensor.shape, kind="fp8", values=tensor, scales=scales, block=block)
-
-
-def _scale_names(name: str) -> Iterator[str]:
-    for pattern in SCALE_NAMES:
-        yield pattern.format(name)
 
 
 def _mxfp4(checkpoint: Checkpoint, tensor: TensorInfo) -> Packed | None:

@@ -39,20 +39,8 @@ class Shapes:
 
     def config(self) -> dict[str, object]:
         """The ``config.json`` of such a checkpoint."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.d_model,
-            "intermediate_size": self.d_ff,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": self.tied,
-            "dtype": "bfloat16",
-        }
+        own = {"intermediate_size": self.d_ff, "max_position_embeddings": 8192, "tie_word_embeddings": self.tied}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_common_config(self), **own}
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes, in the order of the released files."""
@@ -93,21 +81,13 @@ class HybridShapes:
 
     def config(self) -> dict[str, object]:
         """The ``config.json`` of such a checkpoint."""
-        return {
-            "architectures": ["Qwen3NextForCausalLM"],
-            "model_type": "qwen3_next",
-            "hidden_size": self.d_model,
+        own = {
             "moe_intermediate_size": self.d_expert,
             "shared_expert_intermediate_size": self.d_expert,
-            "num_hidden_layers": self.layers,
             "num_experts": self.experts,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
             "tie_word_embeddings": False,
-            "dtype": "bfloat16",
         }
+        return {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", **_common_config(self), **own}
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes, the next-token block included."""
@@ -155,6 +135,18 @@ class HybridShapes:
             yield start + f"mlp.{expert}.down_proj.weight", (d, ff)
             yield start + f"mlp.{expert}.gate_proj.weight", (ff, d)
             yield start + f"mlp.{expert}.up_proj.weight", (ff, d)
+
+
+def _common_config(shapes: Shapes | HybridShapes) -> dict[str, object]:
+    return {
+        "hidden_size": shapes.d_model,
+        "num_hidden_layers": shapes.layers,
+        "num_attention_heads": shapes.heads,
+        "num_key_value_heads": shapes.kv_heads,
+        "head_dim": shapes.head_dim,
+        "vocab_size": shapes.vocab,
+        "dtype": "bfloat16",
+    }
 
 
 @runtime_checkable

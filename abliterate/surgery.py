@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 from abliterate import edits
 from abliterate.arch.model_map import Writer
 from abliterate.blocks import DTYPES, NAN_HINT, ColumnEdit, Rounding, TensorEdit, Workspace
-from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
+from abliterate.checkpoint.directio import PAGE, SourceFile, TargetFile, patch, read_stretch, slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo
-from abliterate.checkpoint.output import OutputFolder, copy_file, flush, write_json
+from abliterate.checkpoint.output import OutputFolder, copy_file, write_json
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
 from abliterate.checkpoint.source import INDEX_NAME
 from abliterate.checkpoint.stream import Ring, Stretch, bytes_of, stream
@@ -97,8 +98,7 @@ def read_gain(plan: EditPlan, writer: Writer) -> Float[Tensor, " d"]:
 
 def read_tensor(root: Path, info: TensorInfo) -> Tensor:
     """One small tensor, whole."""
-    with SourceFile(root / info.shard, direct=False) as file:
-        raw = file.read(Slab(info.size_bytes), info.start, info.size_bytes).clone()
+    raw = read_stretch(root / info.shard, info.start, info.size_bytes)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
@@ -136,11 +136,7 @@ def edit_checkpoint(
                 if output.is_done(shard.name):
                     on_event(Advanced(task=TASK, amount=shard.size_bytes))
                     continue
-                unfinished = output.path / (shard.name + ".tmp")
-                editor.write_shard(shard, unfinished)
-                unfinished.replace(output.path / shard.name)
-                flush(output.path)
-                output.mark_done(shard.name)
+                output.complete(shard.name, partial(editor.write_shard, shard))
         _write_index(plan, output)
         _write_config(plan, output)
         for name in source.other_files:

@@ -65,8 +65,13 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float64) -> nn.Module:
         auto = transformers.AutoModelForImageTextToText
     with without_bars():
         model = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    if hasattr(model, "set_experts_implementation") and "expert" in str(config):
-        model.set_experts_implementation("eager")  # the default kernel has no float64
+    return with_eager_experts(model)
+
+
+def with_eager_experts(model: nn.Module) -> nn.Module:
+    """The default kernel of experts has no float64."""
+    if hasattr(model, "set_experts_implementation") and "expert" in str(model.config):
+        model.set_experts_implementation("eager")
     return model
 
 

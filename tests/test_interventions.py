@@ -227,9 +227,7 @@ def test_left_padding_does_not_change_the_last_position(name, zoo_model):
 @pytest.fixture(scope="module")
 def zoo_model():
     def get(name):
-        model = factories.build(name)
-        if hasattr(model, "set_experts_implementation") and "expert" in str(model.config):
-            model.set_experts_implementation("eager")  # the default kernel has no float64
+        model = factories.with_eager_experts(factories.build(name))
         return attach(model, None, family_of({"model_type": zoo.model_type(name)}, where=name), name=name)
 
     return get

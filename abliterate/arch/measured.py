@@ -1,7 +1,7 @@
 """What the equivalence tests measured for each family: ``measured.json``, written by ``make measured``."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -18,10 +18,6 @@ class Measured:
     difference: float
     share: float
     kl_nats: float | None
-
-    def to_json(self) -> dict[str, int | float | None]:
-        """The figures as plain data."""
-        return asdict(self)
 
     def __str__(self) -> str:
         agreement = f"{self.difference:.0e}" if self.kl_nats is None else f"KL {self.kl_nats:.0e}"

@@ -16,6 +16,8 @@ from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
 
 EDITABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+DEQUANTISED_METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4")
+"""Quantisation methods whose weights ``dequantize`` may know."""
 DRAFTS = "next-token block"
 """The role of all writers in blocks that only draft tokens for the main model (MTP)."""
 
@@ -82,8 +84,8 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
     """
     family = family_of(checkpoint.config, where=checkpoint.name)
     text = text_config(checkpoint.config)
-    if checkpoint.config.get("quantization_config") or text.get("quantization_config"):
-        raise UnsupportedFormatError(*quantised(checkpoint, text))
+    if quantisation(checkpoint.config) is not None:
+        raise UnsupportedFormatError(*quantised(checkpoint))
     reason = family.class_c_reason(text)
     if reason and not allow_partial:
         raise PlanRefusedError(
@@ -122,17 +124,24 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
     return model_map
 
 
-def quantised(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[str, str]:
+def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantisation settings of a configuration, at its top or in its text model; None where there are none."""
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if not found:
+        return None
+    return found if isinstance(found, Mapping) else {}
+
+
+def quantised(checkpoint: Checkpoint) -> tuple[str, str]:
     """What to say of a checkpoint whose weights are quantised, and what to do."""
-    settings = checkpoint.config.get("quantization_config") or text["quantization_config"]
-    method = str(settings.get("quant_method", "unknown")) if isinstance(settings, Mapping) else "unknown"
+    method = str((quantisation(checkpoint.config) or {}).get("quant_method", "unknown"))
     ways = {
         "gptq": "edit the checkpoint it was made from, and run GPTQ on the result",
         "awq": "edit the checkpoint it was made from, and run AWQ on the result",
         "bitsandbytes": "edit the 16-bit checkpoint; bitsandbytes quantises that when it is loaded",
     }
     widen = "abliterate dequantize MODEL --out FOLDER writes it as bfloat16: edit that, and quantise the result"
-    ways |= dict.fromkeys(("fp8", "mxfp4", "compressed-tensors", "modelopt"), widen)
+    ways |= dict.fromkeys(DEQUANTISED_METHODS, widen)
     way = ways.get(method, "edit the original bf16 or fp16 checkpoint and quantise the result")
     return f"{checkpoint.name}: the weights are quantised ({method})", way
 

@@ -31,17 +31,13 @@ NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 class Slab:
-    """A page-aligned buffer that holds up to ``capacity`` bytes at any offset modulo the page."""
+    """A buffer that holds up to ``capacity`` bytes at any offset modulo the page.
 
-    def __init__(self, capacity: int) -> None:
-        self.bytes = pages_of(capacity)
+    It lies at the beginning of ``memory``, which begins a page; by default in memory of its own.
+    """
 
-    @classmethod
-    def within(cls, memory: Tensor, start: int, capacity: int) -> "Slab":
-        """A slab in ``memory`` from the page boundary ``start`` on."""
-        slab = cls.__new__(cls)
-        slab.bytes = memory[start : start + slab_bytes(capacity)]
-        return slab
+    def __init__(self, capacity: int, memory: Tensor | None = None) -> None:
+        self.bytes = pages_of(capacity) if memory is None else memory[: slab_bytes(capacity)]
 
     def stretch(self, offset: int, size: int) -> Tensor:
         """``size`` bytes whose address is ``offset`` modulo the page."""
@@ -212,6 +208,16 @@ class TargetFile:
             self.direct = False
             self._file = _open(self.path, os.O_WRONLY, direct=False)
             write_all(self._file, view_of(data), place)
+
+
+def read_stretch(path: Path, start: int, size: int) -> Tensor:
+    """A small part of a file, through the page cache, in memory of its own.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
+    with SourceFile(path, direct=False) as file:
+        return file.read(Slab(size), start, size).clone()
 
 
 def patch(path: Path, patches: list[tuple[int, Tensor]]) -> None:

@@ -7,7 +7,7 @@ are complete and on disk (fsync) already.  The same command continues from there
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ class OutputFolder:
         """Whether an earlier run completed this file, and it still has its size."""
         path = self.path / name
         return name in self.done and path.is_file() and path.stat().st_size == self.done[name]
+
+    def complete(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have ``write`` make a file under a temporary name (flushed), give it its own, and record it."""
+        unfinished = self.path / (name + ".tmp")
+        write(unfinished)
+        unfinished.replace(self.path / name)
+        flush(self.path)
+        self.mark_done(name)
 
     def mark_done(self, name: str) -> None:
         """Record that a file is complete and on disk."""

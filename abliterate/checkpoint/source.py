@@ -60,6 +60,14 @@ class Checkpoint:
         """Bytes of all shards."""
         return sum(shard.size_bytes for shard in self.shards)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another, or from itself after a change, as plain data."""
+        return {
+            "changed": [(self.folder / shard.name).stat().st_mtime_ns for shard in self.shards],
+            "source": [[t.name, t.shard, t.dtype, t.shape, t.start] for t in self.tensors.values()],
+            "config": dict(self.config),
+        }
+
     @property
     def folder(self) -> Path:
         """``root``, for stages that need the bytes.

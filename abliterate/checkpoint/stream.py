@@ -56,7 +56,7 @@ class Ring:
             if self._stopped or start is None:
                 raise StoppedError
             self._out.append((start, start + needed))
-        return Slab.within(self._memory, start, size)
+        return Slab(size, self._memory[start:])
 
     def give(self) -> None:
         """Take the oldest piece back."""

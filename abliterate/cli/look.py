@@ -132,6 +132,8 @@ def architectures(json: opt.Json = False) -> None:
 
     Example: abliterate architectures
     """
+    from dataclasses import asdict
+
     from abliterate.arch.measured import measured
     from abliterate.arch.registry import families
 
@@ -139,7 +141,7 @@ def architectures(json: opt.Json = False) -> None:
     if json:
         show_json(
             [
-                {**family.model_dump(), "measured": found[family.family].to_json() if family.family in found else None}
+                {**family.model_dump(), "measured": asdict(found[family.family]) if family.family in found else None}
                 for family in families()
             ]
         )
