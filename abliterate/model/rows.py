@@ -12,9 +12,6 @@ from abliterate.checkpoint.directio import read_into
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.model.weights import STORED, empty
 
-ROWS_BYTES = 2**26
-"""About as many bytes of rows are held at a time."""
-
 DESCRIBES = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__"}
 """Functions of a tensor that ask nothing about its numbers."""
 
@@ -23,14 +20,15 @@ class Rows:
     """The rows of one stored matrix, as far as they were asked for.
 
     ``memory`` has the shape of the whole matrix but takes up only the pages of the rows that were filled in, so the
-    lookup itself is the unmodified one of torch.
+    lookup itself is the unmodified one of torch.  About ``most_bytes`` of rows are held at a time.
     """
 
-    def __init__(self, folder: Path, stored: TensorInfo, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, stored: TensorInfo, dtype: torch.dtype, *, most_bytes: int) -> None:
         self.path = folder / stored.shard
         self.stored = stored
         self.dtype = dtype
         self.bytes_read = 0
+        self._most_bytes = most_bytes
         self._forget()
 
     def holding(self, ids: Int[Tensor, "*any"]) -> Tensor:
@@ -40,7 +38,7 @@ class Rows:
             CheckpointError: the shard ends too early.
         """
         count, width = self.stored.shape
-        if self._n_held * width * self.dtype.itemsize > ROWS_BYTES:
+        if self._n_held * width * self.dtype.itemsize > self._most_bytes:
             self._forget()
         wanted = ids.flatten().unique()
         wanted = wanted[(wanted >= 0) & (wanted < count)]  # the lookup itself refuses others

@@ -111,12 +111,12 @@ def make(
     read = ((pattern, read_tensor(folder, tensor, dtype, device)) for pattern, tensor in recipe.sources)
     made = _convert(model, recipe.targets[0], recipe.transform, read)
     own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
-    _give_back()
+    give_back()
     return own
 
 
-def _give_back() -> None:
-    """Have malloc return what the conversion has freed, where it can be asked (glibc)."""
+def give_back() -> None:
+    """Have malloc return what was freed, where it can be asked (glibc): it keeps holes between what is still used."""
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
