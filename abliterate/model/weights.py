@@ -5,9 +5,7 @@ as ``Recipe`` values from its own tables and carried out whenever the parameters
 fused tensor is made anew from the stored ones each time.
 """
 
-import ctypes
 import mmap
-import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch import Tensor
 from abliterate.checkpoint.directio import PAGE, read_into
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.errors import UnsupportedFormatError
+from abliterate.model.malloc import give_back
 
 STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
@@ -113,16 +112,6 @@ def make(
     own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
     give_back()
     return own
-
-
-def give_back() -> None:
-    """Have malloc return what was freed, where it can be asked (glibc): it keeps holes between what is still used."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
