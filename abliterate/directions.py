@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
+from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError, UsageError
 
 FORMAT = "abliterate-direction-1"
@@ -134,14 +135,8 @@ def save(directions: DirectionSet, path: Path) -> Path:
         "choice": None if directions.choice is None else asdict(directions.choice),
         "measurement": dict(directions.metadata),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()},
-        partial,
-        metadata={"abliterate": json.dumps(document, sort_keys=True)},
-    )
-    partial.replace(path)
+    stored = {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, serialise(stored, metadata={"abliterate": json.dumps(document, sort_keys=True)}))
     return path
 
 

@@ -214,6 +214,7 @@ def verify(
     on_bytes = verify_bytes(edit_plan, directions.direction[:, None], written, on_event=on_event)
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
+    say_cost(session, passes_of(session.recipe, ["verify"]))
     edited = open_folder(written, name=str(written))
     proof = Proof(plan=edit_plan, directions=directions)
     compared, _ = side_by_side(session, [(EDITED, edited)], proof=proof, with_replies=False, on_event=on_event)
@@ -235,6 +236,7 @@ def evaluate(
         SourceError: one of them cannot be loaded.
     """
     controls = session.recipe.controls and directions is not None
+    say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
     if evaluated is None:
         raise AssertionError("replies were asked for")
@@ -270,7 +272,8 @@ def run(
     )
     directions = direction or _resume_direction(output)
     measuring_first = directions is None
-    passes = passes_of(recipe, with_evaluation=with_evaluation, direction_given=not measuring_first)
+    stages = [*(("measure", "select") if measuring_first else ()), "verify", *(("replies",) if with_evaluation else ())]
+    passes = passes_of(recipe, stages)
     if directions is None:
         say_cost(session, passes)
         try:
@@ -331,7 +334,7 @@ def require_verified(report: VerifyReport, output: OutputFolder) -> None:
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
-    free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
+    free = {"memory_bytes", "device_memory_bytes", "device", "dtype", "batch_size", "title"}
     options = recipe.model_dump(exclude=free)
     given = None if direction is None else direction.sha256
     return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
@@ -339,7 +342,7 @@ def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet 
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
-    free = {"memory_bytes", "batch_size", "title"}
+    free = {"memory_bytes", "device_memory_bytes", "batch_size", "title"}
     return fingerprint({**session.checkpoint.identity(), "recipe": session.recipe.model_dump(exclude=free)})
 
 

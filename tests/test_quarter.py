@@ -11,11 +11,12 @@ from bench.quarter import enlarged, run, weight_bytes
 RECIPE = """
 harmful = "bundled:tiny-chat"
 harmless = "bundled:tiny-chat"
-n_train = 12
-n_val = 3
+n_train = 8
+n_val = 2
 n_test = 4
 batch_size = 4
-max_new_tokens = 6
+max_new_tokens = 5
+refusal_tokens = ["I"]
 """
 
 

@@ -61,6 +61,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_bytes: int | None = None,
+    device_bytes: int | None = None,
     on_event: OnEvent = ignore,
 ) -> LoadedModel:
     """Load ``checkpoint`` (whose files must be local) with its tokenizer.
@@ -68,7 +69,8 @@ def load_model(
     ``device`` "auto" takes CUDA, then MPS, then the CPU; on several GPUs, or when the model exceeds one, accelerate
     spreads it.  ``dtype`` "auto" is the stored dtype on an accelerator and float32 on the CPU, where it is both
     faster and closer to the maths.  With ``memory_bytes``, a model whose weights need more stays on disk and is read
-    block by block (see ``offload`` and ``lockstep``).
+    block by block (see ``offload`` and ``lockstep``).  On GPUs it is their memory that counts: what is free, and of
+    each at most ``device_bytes``.
 
     Raises:
         CheckpointError: transformers cannot load the checkpoint.
@@ -80,7 +82,8 @@ def load_model(
     place = resolve_device(device)
     wanted = _dtype(dtype, place)
     widened = quantisation(checkpoint.config) is not None and place.type == "cpu"
-    budget = _offload_budget(checkpoint, family, wanted, place, memory_bytes, on_event)
+    rooms = _rooms(device, place, device_bytes)
+    budget = _offload_budget(checkpoint, family, wanted, rooms, memory_bytes, on_event)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
@@ -89,6 +92,7 @@ def load_model(
                 checkpoint.folder,
                 dtype="auto" if widened else wanted,
                 device_map=_device_map(device, place),
+                max_memory=rooms or None,
                 use_safetensors=True,
                 **options,
             )
@@ -100,25 +104,35 @@ def load_model(
     loaded = attach(model, tokenizer, family, name=checkpoint.name)
     if budget is None:
         return loaded
-    weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget)
+    weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget, on_event=on_event)
     return replace(loaded, offload=weights)
+
+
+def _rooms(device: Device, place: torch.device, device_bytes: int | None) -> dict[int, int]:
+    """Bytes that may be used of each GPU, by its number; of the one asked for or, with "auto", of all."""
+    if place.type != "cuda":
+        return {}
+    numbers = range(torch.cuda.device_count()) if device == "auto" else [place.index or 0]
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in numbers}
+    return {number: size if device_bytes is None else min(size, device_bytes) for number, size in free.items()}
 
 
 def _offload_budget(
     checkpoint: Checkpoint,
     family: Family,
     dtype: torch.dtype | str,
-    place: torch.device,
+    rooms: dict[int, int],
     memory_bytes: int | None,
     on_event: OnEvent,
 ) -> int | None:
-    """The memory that the weights are to pass through, or None where they are held."""
+    """The memory that the weights are to pass through, or None where they are held: by the GPUs of ``rooms`` together,
+    while out of core the first one computes."""
     if memory_bytes is None:
         return None
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
-    plan = plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=free)
-    if plan.mode == "resident":
+    whole, first = (sum(rooms.values()), next(iter(rooms.values()))) if rooms else (None, None)
+    if plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=whole).mode == "resident":
         return None
+    plan = plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=first)
     check_runs_offloaded(checkpoint)
     on_event(Noted(text=plan.text))
     return plan.budget_bytes

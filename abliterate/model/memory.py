@@ -129,15 +129,19 @@ def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:
     if memory_bytes is None:
         return True
     room = memory_bytes - working_bytes(memory_bytes)
-    smallest = sizes.passing_bytes(prefetch=False)
-    if smallest > room:
-        needed = max(smallest + WORKING_BYTES, smallest * WORKING_SHARE // (WORKING_SHARE - 1))
+    if sizes.passing_bytes(prefetch=False) > room:
         raise UsageError(
-            f"one layer of this model needs {needed / 2**20:,.0f} MiB of memory, "
+            f"one layer of this model needs {least_bytes(sizes) / 2**20:,.0f} MiB of memory, "
             f"more than the {memory_bytes / 2**20:,.0f} MiB given",
             "give more memory, or --dtype bfloat16, which halves what is needed",
         )
     return sizes.passing_bytes(prefetch=True) <= room
+
+
+def least_bytes(sizes: Sizes) -> int:
+    """The smallest memory in which a model runs: its largest unit and the working bytes."""
+    smallest = sizes.passing_bytes(prefetch=False)
+    return max(smallest + WORKING_BYTES, -(-smallest * WORKING_SHARE // (WORKING_SHARE - 1)))
 
 
 def can_keep(kept_bytes: int, passing: Sizes, memory_bytes: int | None, *, prefetch: bool) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError
+from abliterate.events import OnEvent, WeightsRead, ignore
 from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
@@ -79,8 +80,10 @@ class Offloaded:
         *,
         device: torch.device,
         memory_bytes: int | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
         self.device = device
+        self.on_event = on_event
         self.loads: Counter[str] = Counter()
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
@@ -88,6 +91,8 @@ class Offloaded:
         self._model = model
         self._folder = checkpoint.folder
         self._unit_bytes_read = 0
+        self._readings = 1
+        self._in_reading: set[Unit] = set()
         self._loaded: dict[Unit, dict[Place, Tensor]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         recipes = recipes_of(model, checkpoint.tensors)
@@ -151,6 +156,7 @@ class Offloaded:
             place: _put(place, values[name]) for name, places in unit.places.items() for place in places
         }
         self.loads[unit.name] += 1
+        self._tell(unit)
 
     def release(self, unit: Unit) -> None:
         """Take the parameters of ``unit`` out of its module, unless it is one that stays."""
@@ -162,6 +168,16 @@ class Offloaded:
         """Release every unit but those that stay."""
         for unit in self.loaded:
             self.release(unit)
+
+    def _tell(self, unit: Unit) -> None:
+        """Say how far the weights have passed; a reading ends where one of its units comes again."""
+        if unit in self._in_reading:
+            self._in_reading.clear()
+            self._readings += 1
+        self._in_reading.add(unit)
+        done = sum(each.stored_bytes for each in self._in_reading)
+        total = sum(each.stored_bytes for each in self.units if each not in self._staying and not self._by_rows(each))
+        self.on_event(WeightsRead(reading=self._readings, part=unit.name, done=done, total=max(done, total)))
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
