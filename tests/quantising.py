@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import torch
 from safetensors.torch import load_file
 
 from abliterate.codecs import Mxfp4, fp8_codec
-from tests import factories, zoo
+from abliterate.tiny_chat import model_path
+from tests import checkpoints, factories, zoo
 from tests.checkpoints import llama_config, llama_shapes, random_tensors, write
 
 GRID = (16, 16)
@@ -94,3 +96,36 @@ def quantised_gpt_oss(folder, width=64):
     config = json.loads((saved / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     return write(folder, config, tensors, shards=3)
+
+
+def quantised_zoo(name, folder):
+    """A case of the zoo with everything that is called a projection in FP8."""
+    saved = factories.save(factories.build(name), folder.with_name("saved"), dtype=torch.bfloat16)
+    tensors = values(saved)
+    for key in [key for key, w in tensors.items() if "proj" in key and w.ndim > 1]:
+        w = tensors[key].float()
+        parts = [to_blocks(matrix, GRID) for matrix in w.view(-1, *w.shape[-2:])]
+        grid = parts[0][1].shape
+        tensors[key] = torch.stack([q for q, _ in parts]).view(w.shape)
+        tensors[f"{key}_scale_inv"] = torch.stack([scales for _, scales in parts]).view(*w.shape[:-2], *grid)
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(GRID)}
+    return write(folder, config, tensors, shards=3)
+
+
+def quantised_tiny_chat(folder):
+    """The bundled model in FP8 with blocks of 128."""
+    shutil.copytree(model_path(), folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    config, tensors = json.loads((folder / "config.json").read_text()), values(model_path())
+    for name in [name for name in tensors if "proj" in name]:
+        q, scales = to_blocks(tensors[name].float(), (128, 128))
+        tensors |= {name: q, f"{name}_scale_inv": scales}
+    config["quantization_config"] = {
+        "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(checkpoints.pack(tensors))
+    return folder
