@@ -99,10 +99,10 @@ def quantised_gpt_oss(folder, width=64):
 
 
 def quantised_zoo(name, folder):
-    """A case of the zoo with everything that is called a projection in FP8."""
+    """A case of the zoo with everything that is called a projection, and its experts, in FP8."""
     saved = factories.save(factories.build(name), folder.with_name("saved"), dtype=torch.bfloat16)
     tensors = values(saved)
-    for key in [key for key, w in tensors.items() if "proj" in key and w.ndim > 1]:
+    for key in [key for key, w in tensors.items() if ("proj" in key or ".experts." in key) and w.ndim > 1]:
         w = tensors[key].float()
         parts = [to_blocks(matrix, GRID) for matrix in w.view(-1, *w.shape[-2:])]
         grid = parts[0][1].shape
