@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,20 +15,24 @@ from abliterate.arch.registry import family_of
 from abliterate.checkpoint.source import open_folder
 from abliterate.codecs import Fp8, Mxfp4
 from abliterate.model.load import empty_model
-from abliterate.model.memory import plan_memory
+from abliterate.model.memory import plan_memory, sizes_of
 from abliterate.model.offload import hold
 from abliterate.model.stored import stored_tensors
 from abliterate.recipe import Recipe
+from abliterate.tiny_chat import model_path
+from bench.lockstep import SHAPES, Experts, in_a_process, make_model
 from tests.checkpoints import write
 from tests.offloading import CPU, all_equal, attached, batches, block_loads, load, logits, offloaded, together
 from tests.quantising import (
     GRID,
+    in_fp8,
     quantised_gpt_oss,
     quantised_llama,
     quantised_tiny_chat,
     quantised_zoo,
     to_blocks,
     values,
+    with_files_of,
 )
 
 WHOLE_BLOCKS = {"head_dim": 16, "vocab_size": 96}
@@ -193,3 +199,25 @@ def test_a_whole_run_is_the_same_out_of_core(tmp_path):
     assert all(result.verification.ok for result in results)
     shards = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.safetensors")} for name in ("whole", "parts")]
     assert shards[0] == shards[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["dense", "experts", "mxfp4"])
+def test_peak_memory_is_within_the_budget(kind, tmp_path, record_property):
+    """Decoding takes no more than what was planned; none of these models fits in float32."""
+    if kind == "mxfp4":
+        base = quantised_gpt_oss(tmp_path / "base", 1024)
+    else:
+        shapes = replace(SHAPES, layers=4) if kind == "dense" else Experts(layers=4)
+        base = in_fp8(make_model(shapes, tmp_path / "plain"), tmp_path / "base", (128, 128))
+    with_files_of(model_path(), base)
+    checkpoint = open_folder(base, name="base")
+    family = family_of(checkpoint.config, where="base")
+    plan = plan_memory(checkpoint, family, dtype=torch.float32, memory_bytes=1)
+    layer = max(sizes_of(checkpoint, family, dtype=torch.float32)[0].blocks)
+    budget = plan.lockstep_bytes + 2**22
+    assert budget < plan.resident_bytes
+    found = in_a_process("lockstep", base, batches=3, memory=budget)
+    record_property("peak_bytes", found["peak"])
+    assert layer < found["peak"] <= budget
+    assert found["read"] <= 1.05 * checkpoint.size_bytes

@@ -26,8 +26,8 @@ STORED = {
 }  # fmt: skip
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
-DECODED_BYTES = 2**18
-"""Stored bytes decoded at a time: in float32, with their scales, they still fit into a cache."""
+DECODED_BYTES = 2**19
+"""Stored bytes decoded at a time: little memory beside the result, and enough at once for torch to be fast."""
 SMALL_BYTES = 2**16
 QUANTISED_DTYPE = torch.bfloat16
 """The dtype of quantised values where nobody asks for another."""
