@@ -19,6 +19,7 @@ from greenlet import GreenletExit
 from abliterate.model.load import LoadedModel
 from abliterate.model.offload import Offloaded, Unit, Values
 from abliterate.model.tasks import Task, current
+from abliterate.model.weights import give_back
 
 T = TypeVar("T")
 
@@ -139,6 +140,7 @@ class _Scheduler:
 
     def _end_round(self) -> None:
         bytes_read = self.weights.bytes_read
+        give_back()
         if self.round:
             self.on_pass(Pass(units=tuple(self.round), bytes_read=bytes_read - self.read_before))
         self.round, self.read_before = [], bytes_read

@@ -19,7 +19,11 @@ HOST_SHARE = 0.8
 """Of the memory that is free, this much is used where none is given."""
 WORKING_BYTES = 2**25
 WORKING_SHARE = 8
-"""One part in so many is left for what is no weight: hidden states, masks, logits, and the pieces that are read."""
+"""At least one part in so many is left for what is no weight: hidden states, masks, logits, and the pieces that are
+read."""
+ROWS_BYTES = 2**26
+ROWS_SHARE = 4
+"""Rows of an embedding take up so many bytes at most, or one part of the working bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +159,13 @@ def can_keep(kept_bytes: int, passing: Sizes, memory_bytes: int | None, *, prefe
 
 
 def working_bytes(memory_bytes: int | None) -> int:
-    """What is left for everything that is no weight."""
+    """What is left at least for everything that is no weight."""
     return max(WORKING_BYTES, (memory_bytes or 0) // WORKING_SHARE)
+
+
+def rows_bytes(memory_bytes: int | None) -> int:
+    """What the rows of an embedding may take up, of the working bytes."""
+    return min(ROWS_BYTES, working_bytes(memory_bytes) // ROWS_SHARE)
 
 
 def check_runs_offloaded(checkpoint: Checkpoint) -> None:

@@ -13,9 +13,6 @@ from abliterate.checkpoint.directio import read_into
 from abliterate.codecs import Held, packed_codec, plain
 from abliterate.model.stored import Stored, empty
 
-ROWS_BYTES = 2**26
-"""About as many bytes of rows are held at a time."""
-
 DESCRIBES = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__"}
 """Functions of a tensor that ask nothing about its numbers."""
 
@@ -24,15 +21,16 @@ class Rows:
     """The rows of one stored matrix, as far as they were asked for.
 
     ``memory`` has the shape of the whole matrix but takes up only the pages of the rows that were filled in, so the
-    lookup itself is the unmodified one of torch.
+    lookup itself is the unmodified one of torch.  About ``most_bytes`` of rows are held at a time.
     """
 
-    def __init__(self, folder: Path, stored: Stored, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, stored: Stored, dtype: torch.dtype, *, most_bytes: int) -> None:
         values = stored.values if isinstance(stored, Packed) else stored
         self.path = folder / values.shard
         self.start = values.start
         self.shape = stored.shape
         self.dtype = dtype
+        self._most_bytes = most_bytes
         if isinstance(stored, Packed):
             self.codec = packed_codec(folder, stored, Held())
             self.bytes_read = stored.scales.size_bytes
@@ -48,7 +46,7 @@ class Rows:
             CheckpointError: the shard ends too early.
         """
         count, width = self.shape
-        if self._n_held * width * self.dtype.itemsize > ROWS_BYTES:
+        if self._n_held * width * self.dtype.itemsize > self._most_bytes:
             self._forget()
         wanted = ids.flatten().unique()
         wanted = wanted[(wanted >= 0) & (wanted < count)]  # the lookup itself refuses others

@@ -28,6 +28,8 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
 DECODED_BYTES = 2**19
 """Stored bytes decoded at a time: little memory beside the result, and enough at once for torch to be fast."""
+PIECE_COST = 16
+"""Bytes that decoding a byte takes at most: itself, its place in a table, its values and their scales."""
 SMALL_BYTES = 2**16
 QUANTISED_DTYPE = torch.bfloat16
 """The dtype of quantised values where nobody asks for another."""
@@ -85,11 +87,11 @@ def without_data(tensor: Stored) -> Tensor:
 
 
 def decoding_bytes(tensor: Stored) -> int:
-    """Memory that reading takes beside the result: the scales, as they are stored and in float32."""
+    """Memory that reading takes beside the result: the scales, as they are stored and in float32, and a piece."""
     if not isinstance(tensor, Packed):
         return 0
     wide = 0 if tensor.kind == "mxfp4" else tensor.scales.numel * torch.float32.itemsize
-    return tensor.scales.size_bytes + wide
+    return tensor.scales.size_bytes + wide + PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
 
 
 def read_tensor(folder: Path, tensor: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -136,7 +136,7 @@ def make(
     else:
         made = converted(recipe.sources)
         own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
-    _give_back()
+    give_back()
     return own
 
 
@@ -146,8 +146,8 @@ def _room_for(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     return empty(shape.numel(), dtype).reshape(shape)
 
 
-def _give_back() -> None:
-    """Have malloc return what the conversion has freed, where it can be asked (glibc)."""
+def give_back() -> None:
+    """Have malloc return what was freed, where it can be asked (glibc): it keeps holes between what is still used."""
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
