@@ -236,7 +236,7 @@ def test_a_whole_run_in_fp8_equals_the_hooks(tmp_path):
     behaviour = result.verification.behaviour
     assert result.verification.ok
     assert behaviour.kl_nats < 1e-3 < 1 < behaviour.ablation_kl_nats
-    assert behaviour.stream_share < 3e-3
+    assert behaviour.stream_share < 1e-4  # bfloat16 on the way to float32 would put 2e-3 back
     worst = max(proof.error for proof in result.verification.bytes.edited)
     assert 0.01 < worst < 0.05
     assert {writer.format for writer in result.plan.writers} == {"F8_E4M3", "BF16"}

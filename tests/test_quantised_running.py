@@ -14,7 +14,7 @@ from abliterate.arch.packed import INPUT_SCALES
 from abliterate.arch.registry import family_of
 from abliterate.checkpoint.source import open_folder
 from abliterate.codecs import Fp8, Mxfp4
-from abliterate.model.load import empty_model
+from abliterate.model.load import empty_model, load_model
 from abliterate.model.memory import plan_memory, sizes_of
 from abliterate.model.offload import hold
 from abliterate.model.stored import decoding_bytes, stored_tensors
@@ -94,6 +94,20 @@ def test_the_logits_are_those_of_what_is_stored(kind, dtype, made, tmp_path):
     assert all(torch.isfinite(part).all() for part in expected)
     assert all_equal(together(offloaded(folder, dtype)), expected)
     assert all_equal([logits(held(folder, dtype), *batch) for batch in batches()], expected)
+
+
+@pytest.mark.parametrize("kind", SPELLED_OUT)
+def test_a_model_that_a_cpu_holds_has_its_scales(kind, made, tmp_path):
+    """Of formats that transformers does not know, in float32 and without rounding to bfloat16 on the way."""
+    folder, meant = made(kind)
+    folder = with_files_of(model_path(), shutil.copytree(folder, tmp_path / "base"))
+    loaded = load_model(open_folder(folder, name="tiny"), device="cpu")
+    assert loaded.offload is None
+    found = dict(loaded.model.named_parameters())
+    assert len(meant) == 14
+    for name, w in meant.items():
+        assert torch.equal(found[name], w), name
+    assert not torch.equal(found[name], w.to(torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "deepseek-v3", "beyond", "mxfp4"])
