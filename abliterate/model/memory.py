@@ -80,7 +80,7 @@ def plan_memory(
     """
     sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
     resident = sum((*sizes.blocks, *sizes.others)) + embedding
-    if device_bytes is not None and isinstance(dtype, str) and is_decodable(checkpoint):
+    if device_bytes is not None and is_decodable(checkpoint):
         whole, embedding = sizes_of(checkpoint, family, dtype=dtype, decoded=False)  # as an accelerator holds them
         resident = sum((*whole.blocks, *whole.others)) + embedding
     budget = memory_bytes if device_bytes is None or memory_bytes is None else device_bytes
