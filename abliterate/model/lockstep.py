@@ -17,9 +17,9 @@ import torch
 from greenlet import GreenletExit
 
 from abliterate.model.load import LoadedModel
+from abliterate.model.malloc import give_back
 from abliterate.model.offload import Offloaded, Unit, Values
 from abliterate.model.tasks import Task, current
-from abliterate.model.weights import give_back
 
 T = TypeVar("T")
 

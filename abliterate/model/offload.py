@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError
+from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
 from abliterate.model.stored import stored_tensors
@@ -101,6 +102,8 @@ class Offloaded:
         for unit in self.units:
             self._set_up(unit)
         self.working_bytes = self._working_bytes()
+        if memory_bytes is not None and device.type == "cpu":
+            keep_no_holes()
 
     def sizes(self, *, without: Container[Unit] = ()) -> Sizes:
         """Bytes of the parts that pass through memory."""

@@ -26,13 +26,8 @@ STORED = {
 }  # fmt: skip
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
-DECODED_BYTES = 2**19
-"""Stored bytes decoded at a time: little memory beside the result, and enough at once for torch to be fast."""
-PIECE_COST = 16
-"""Bytes that decoding a byte takes at most: itself, its place in a table, its values and their scales."""
-SMALL_BYTES = 2**16
-QUANTISED_DTYPE = torch.bfloat16
-"""The dtype of quantised values where nobody asks for another."""
+DECODED_BYTES = 2**16
+"""Stored bytes decoded at a time: in float32 less than `malloc.OWN_PAGES_BYTES`, since fresh pages cost more than decoding."""
 
 Stored = TensorInfo | Packed
 

@@ -5,8 +5,6 @@ as ``Recipe`` values from its own tables and carried out whenever the parameters
 fused tensor is made anew from the stored ones each time.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abliterate.arch.packed import Packed
+from abliterate.model.malloc import give_back
 from abliterate.model.stored import Stored, decoding_bytes, dtype_of, empty, read_tensor, without_data
 
 MOVES = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist",
@@ -31,8 +30,8 @@ class Recipe:
     """How some parameters are made: ``sources`` pairs each stored tensor with the pattern of ``transform`` it matched.
 
     ``transform`` is None where the parameter is the stored tensor under another name.  ``dtype`` and ``shape`` are
-    those of the first target.  ``parts`` are the sources of
-    each expert where experts are stacked one by one: they are converted alone, into their place in the stack.
+    those of the first target.  ``parts`` are the sources of each expert where experts are stacked one by one: they
+    are converted alone, into their place in the stack.
     """
 
     targets: tuple[str, ...]
@@ -144,16 +143,6 @@ def _room_for(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     return empty(shape.numel(), dtype).reshape(shape)
-
-
-def give_back() -> None:
-    """Have malloc return what was freed, where it can be asked (glibc): it keeps holes between what is still used."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
