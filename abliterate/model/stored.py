@@ -27,7 +27,12 @@ STORED = {
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
 DECODED_BYTES = 2**16
-"""Stored bytes decoded at a time: in float32 less than `malloc.OWN_PAGES_BYTES`, since fresh pages cost more than decoding."""
+"""Stored bytes decoded at a time: less than a MiB in float32, beyond which malloc takes fresh pages for each piece."""
+PIECE_COST = 16
+"""Bytes that decoding a byte takes at most: itself, its place in a table, its values and their scales."""
+SMALL_BYTES = 2**16
+QUANTISED_DTYPE = torch.bfloat16
+"""The dtype of quantised values where nobody asks for another."""
 
 Stored = TensorInfo | Packed
 
