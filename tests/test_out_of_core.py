@@ -166,12 +166,21 @@ class TestPlanning:
         assert not can_prefetch(sizes, 231 * 2**20)
         assert can_prefetch(sizes, 232 * 2**20)
 
-    def test_quantised_models_are_run_whole(self, saved, tmp_path):
+    @pytest.mark.parametrize("method", ["gptq", "fp8"])
+    def test_what_cannot_be_decoded_is_run_whole(self, method, tmp_path):
+        """The second one has no tensor in FP8."""
         folder = factories.save(factories.build("llama"), tmp_path / "base", dtype=torch.bfloat16)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-        with pytest.raises(UnsupportedFormatError, match="quantised"):
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+        with pytest.raises(UnsupportedFormatError, match="quantised, and such a model is only run whole"):
             load_model(open_folder(folder, name="tiny"), device="cpu", memory_bytes=2**25)
+
+    def test_what_nobody_can_decode_is_not_loaded_without_its_scales(self, tmp_path):
+        folder = factories.save(factories.build("llama"), tmp_path / "base", dtype=torch.bfloat16)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "own"}}))
+        with pytest.raises(UnsupportedFormatError, match="transformers does not know weights quantised by own"):
+            load_model(open_folder(folder, name="tiny"), device="cpu")
 
     def test_groups(self):
         assert list(groups([3, 3, 3, 9, 1], 6)) == [range(2), range(2, 3), range(3, 4), range(4, 5)]

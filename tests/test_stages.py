@@ -3,10 +3,16 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from abliterate import pipeline
 from abliterate.cli.app import app
 from abliterate.directions import load
+from abliterate.model.forward import residuals
+from abliterate.recipe import load_recipe
+from abliterate.session import open_session
 
 PROMPTS = """
 n_train = 12
@@ -48,6 +54,30 @@ def test_the_stages_one_by_one_make_what_run_makes(here, monkeypatch):
     for path in sorted((here / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (here / "staged" / path.name).read_bytes()
     assert len([*(here / "whole").glob("*.safetensors")]) == 2
+
+
+def test_covariances_are_those_of_the_activations(here, monkeypatch):
+    monkeypatch.chdir(here)
+    recipe = here / "raw.toml"
+    recipe.write_text(PROMPTS + "filter_prompts = false\n")
+    options = ("measure", "tiny-chat", "--recipe", recipe)
+    abliterate(*options, "--out", "raw.safetensors", "--covariance", "spread.safetensors")
+    session = open_session(None, load_recipe(str(recipe)))
+    texts = session.contrast.harmful_train.texts
+    batches = residuals(session.loaded, session.chat, texts, 1, batch_size=len(texts))
+    values = torch.cat([batch.values[:, -1] for batch in batches]).double()
+    found = load_file(here / "spread.safetensors")
+    assert found["harmful_covariance"].shape == (8, 128, 128)
+    for layer in range(8):
+        expected = values[:, layer].T.cov()
+        assert torch.allclose(found["harmful_covariance"][layer].double(), expected, atol=1e-6 * float(expected.max()))
+    difference = found["harmful_mean"] - found["harmless_mean"]
+    assert torch.allclose(load(here / "raw.safetensors").candidates[-1], difference, atol=1e-4)
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2**20)
+    short = CliRunner().invoke(app, [*map(str, options), "--covariance", "no.safetensors"])
+    assert short.exit_code == 2
+    assert "covariances of 8 layers of width 128 take 0.00 GiB" in short.stderr
+    assert not (here / "no.safetensors").exists()
 
 
 def test_out_of_core_the_commands_say_what_it_costs(here, monkeypatch):

@@ -36,6 +36,9 @@ def measure(
     device_memory: opt.DeviceMemory = None,
     system: opt.System = None,
     refusal_token: opt.RefusalToken = None,
+    covariance: Annotated[
+        Path | None, typer.Option(help="Also write the covariances of both classes at the last position to this file.")
+    ] = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
@@ -56,7 +59,7 @@ def measure(
         session = _session(model, settings, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(settings, ["measure"]))
         with _steps(out_file, session) as steps:
-            measured = pipeline.measure(session, steps=steps, on_event=listen)
+            measured = pipeline.measure(session, steps=steps, covariance=covariance, on_event=listen)
             save(measured, out_file)
     if json:
         show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})

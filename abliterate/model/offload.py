@@ -28,6 +28,7 @@ from abliterate.events import OnEvent, WeightsRead, ignore
 from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
+from abliterate.model.stored import stored_tensors
 from abliterate.model.tasks import current
 from abliterate.model.weights import Recipe, make, recipes_of
 
@@ -69,7 +70,7 @@ class Offloaded:
     Raises:
         UsageError: the memory does not hold the largest unit.
         CheckpointError: the checkpoint lacks a parameter.
-        UnsupportedFormatError: it stores one in a dtype that no parameter has.
+        UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Offloaded:
         self._in_reading: set[Unit] = set()
         self._loaded: dict[Unit, dict[Place, Tensor]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        recipes = recipes_of(model, checkpoint.tensors)
+        recipes = recipes_of(model, stored_tensors(checkpoint))
         self.size_bytes = sum(recipe.stored_bytes for recipe in recipes)
         _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
         self.units = _units(model, recipes, tuple(blocks), checkpoint.name)
@@ -112,8 +113,7 @@ class Offloaded:
     def sizes(self, *, without: Container[Unit] = ()) -> Sizes:
         """Bytes of the parts that pass through memory."""
         others = [u for u in self.units if not u.is_block and u not in without and not self._by_rows(u)]
-        # Stacking and joining hold what they take and what they give at once.
-        converted = [2 * r.stored_bytes for unit in self.units for r in unit.recipes if r.transform is not None]
+        converted = [recipe.conversion_bytes for unit in self.units for recipe in unit.recipes]
         return Sizes(
             blocks=tuple(unit.size_bytes for unit in self.units if unit.is_block),
             others=tuple(unit.size_bytes for unit in others),
@@ -328,3 +328,20 @@ def _units(model: Any, recipes: tuple[Recipe, ...], blocks: tuple[nn.Module, ...
         )
         for key, (home, places) in gathered.items()
     )
+
+
+def hold(model: Any, checkpoint: Checkpoint, blocks: Iterable[nn.Module], *, device: torch.device) -> None:  # noqa: ANN401
+    """Load all of a model on the meta device, by the same reading that passes weights through memory.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a parameter, or a shard ends too early.
+        UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
+    """
+    recipes = recipes_of(model, stored_tensors(checkpoint))
+    _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
+    for unit in _units(model, recipes, tuple(blocks), checkpoint.name):
+        for recipe in unit.recipes:
+            for name, value in make(recipe, model, checkpoint.folder, device).items():
+                for place in unit.places.get(name, ()):
+                    _put(place, value)
+    model.tie_weights()  # so that tied places share one parameter again
