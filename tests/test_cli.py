@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from abliterate import __version__
 from abliterate.cli.app import app
+from abliterate.cli.failures import explain
 from abliterate.cli.options import default_out, parse_size
 from abliterate.errors import UsageError
 from tests import checkpoints, factories
@@ -307,3 +308,10 @@ def test_a_plan_with_a_direction_shows_how_close_the_edit_comes_behind_norms(tmp
     assert "predicted error" in shown
     assert shown.count("MLP out") == 1 + 3
     assert "exact whatever the direction" in run("plan", str(llama), "--direction", str(file)).stdout
+
+
+def test_an_interruption_names_the_command_that_continues(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/abliterate", "run", "a model", "--out", "x"])
+    failure = explain(KeyboardInterrupt())
+    assert failure.exit_code == 6
+    assert failure.hint.endswith("abliterate run 'a model' --out x")

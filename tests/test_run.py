@@ -257,7 +257,10 @@ def test_no_chat_template(tmp_path):
         abliterate.run(folder, tmp_path / "out", RECIPE)
 
 
-def test_nan_in_a_reader_shows_in_the_activations(tmp_path):
+@pytest.mark.parametrize(
+    ("filtering", "says"), [(True, "logits are NaN"), (False, "activations entering block 3 are NaN or infinite for")]
+)
+def test_nan_in_a_reader_shows_in_the_activations(filtering, says, tmp_path):
     folder = copy_of_model(tmp_path)
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
@@ -265,8 +268,8 @@ def test_nan_in_a_reader_shows_in_the_activations(tmp_path):
             if name == "model.layers.2.self_attn.q_proj.weight":
                 tensor[0, 0] = float("nan")
         save_file(tensors, shard, metadata={"format": "pt"})
-    recipe = RECIPE.with_changes({"refusal_tokens": ("I",)})
-    with pytest.raises(NonFiniteError, match="NaN or infinite for prompt") as error:
+    recipe = RECIPE.with_changes({"refusal_tokens": ("I",), "filter_prompts": filtering})
+    with pytest.raises(NonFiniteError, match=says) as error:
         abliterate.run(folder, tmp_path / "out", recipe)
     assert error.value.exit_code == 5
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shlex
+import sys
 import traceback
 
 from abliterate.errors import AbliterateError, InterruptedRunError, NotEnoughDiskError, SourceError
@@ -21,7 +23,7 @@ def explain(error: BaseException) -> AbliterateError:
     if isinstance(error, KeyboardInterrupt):
         return InterruptedRunError(
             "interrupted; the unfinished output keeps its .partial name",
-            "run the same command again: it continues where it stopped",
+            f"it continues where it stopped with: {shlex.join(['abliterate', *sys.argv[1:]])}",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotEnoughDiskError("the disk is full", "free some space and run the same command: it continues")

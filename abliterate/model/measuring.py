@@ -85,13 +85,15 @@ def mean_residual(
     ``spread``, over ``[layers, d]``, takes in those at the last position.
 
     Raises:
-        NonFiniteError: an activation is NaN or infinite; names the prompt.
+        NonFiniteError: an activation is NaN or infinite; names the block and the prompt.
     """
     n_positions = len(chat.positions)
     moments = RunningMoments((n_positions, loaded.n_layers, loaded.d_model))
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
     for batch in residuals(loaded, chat, prompts, n_positions, batch_size=batch_size):
-        check_finite(batch.values, [prompts[row] for row in batch.rows], "activations")
+        texts = [prompts[row] for row in batch.rows]
+        for layer in range(loaded.n_layers):
+            check_finite(batch.values[:, :, layer], texts, f"activations entering block {layer}")
         moments.update(batch.values)
         if spread is not None:
             spread.update(batch.values[:, -1])
