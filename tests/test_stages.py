@@ -11,8 +11,8 @@ from abliterate import pipeline
 from abliterate.cli.app import app
 from abliterate.directions import load
 from abliterate.model.forward import residuals
-from abliterate.recipe import load_recipe
-from abliterate.session import open_session
+from abliterate.recipe import Recipe, load_recipe
+from abliterate.session import open_session, prompts_of, with_default_prompts
 
 PROMPTS = """
 n_train = 12
@@ -23,8 +23,8 @@ refusal_tokens = ["I"]
 """
 
 
-def abliterate(*args):
-    done = CliRunner().invoke(app, [str(arg) for arg in args])
+def abliterate(*args, **options):
+    done = CliRunner().invoke(app, [str(arg) for arg in args], **options)
     assert done.exit_code == 0, done.stderr
     return done
 
@@ -85,3 +85,8 @@ def test_out_of_core_the_commands_say_what_it_costs(here, monkeypatch):
     done = abliterate("measure", "tiny-chat", "--recipe", "few.toml", "--memory", "36MiB", "--out", "again.safetensors")
     assert "they stay on disk, and each layer is read once for all batches" in done.stderr
     assert "will be read about 4 times (measure 4)" in done.stderr
+    options = ("--direction", "whole/abliterate/direction.safetensors", "--ablate", "--memory", "36MiB")
+    question = prompts_of(with_default_prompts(None, Recipe())).harmful_test.texts[0]
+    replies = [abliterate("chat", "tiny-chat", *options[:count], input=question + "\n") for count in (3, 5, 0)]
+    assert "they stay on disk" in replies[1].stderr
+    assert replies[0].stdout == replies[1].stdout != replies[2].stdout

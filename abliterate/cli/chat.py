@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli import options as opt
-from abliterate.cli.console import err, guarded, out, show_json
+from abliterate.cli.console import err, guarded, out, show_json, show_note
 from abliterate.errors import UsageError
 
 

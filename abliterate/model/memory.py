@@ -56,11 +56,11 @@ class MemoryPlan:
     @property
     def text(self) -> str:
         """The plan in a sentence."""
-        whole = f"the weights take {self.resident_bytes / 2**30:.1f} GiB"
+        whole = f"the weights take {_amount(self.resident_bytes)}"
         if self.mode == "resident":
             return f"{whole} and are held in memory"
         return (
-            f"{whole}, more than the {(self.budget_bytes or 0) / 2**30:.1f} GiB given: they stay on disk, "
+            f"{whole}, more than the {_amount(self.budget_bytes or 0)} given: they stay on disk, "
             "and each layer is read once for all batches"
         )
 
@@ -183,6 +183,10 @@ def check_runs_offloaded(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name}: its weights are quantised, and such a model is only run whole",
             "give it more memory, or write it as bfloat16 first: abliterate dequantize MODEL --out FOLDER",
         )
+
+
+def _amount(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:,.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:,.0f} MiB"
 
 
 def _part(name: str, match: re.Match[str] | None, matcher: Matcher | None, n_layers: int) -> tuple[str, str]:
