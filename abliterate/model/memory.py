@@ -60,7 +60,7 @@ class MemoryPlan:
         if self.mode == "resident":
             return f"{whole} and are held in memory"
         return (
-            f"{whole}, more than the {_amount(self.budget_bytes or 0)} given: they stay on disk, "
+            f"{whole}, with room to work more than the {_amount(self.budget_bytes or 0)} given: they stay on disk, "
             "and each layer is read once for all batches"
         )
 

@@ -156,7 +156,8 @@ class Offloaded:
             place: _put(place, values[name]) for name, places in unit.places.items() for place in places
         }
         self.loads[unit.name] += 1
-        self._tell(unit)
+        if unit not in self._staying:
+            self._tell(unit)
 
     def release(self, unit: Unit) -> None:
         """Take the parameters of ``unit`` out of its module, unless it is one that stays."""
