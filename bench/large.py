@@ -36,7 +36,10 @@ READ_BYTES = 2**31
 PIECE = 2**25
 NVME_BYTES_PER_SECOND = 3.0e9
 """What a current NVMe disk reads; assumed, not measured here."""
+GPU_FLOPS_PER_SECOND = 6e13
+"""What a 24 GB card does in bfloat16; assumed, not measured here."""
 REPLY_TOKENS = 32
+MEASURED_PROMPTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ def main() -> None:
         f"| this disk, not cached | {rate / 1e9:.2f} GB/s |",
     ]
     recipe = Recipe(max_new_tokens=REPLY_TOKENS, look_alike="bundled:over_refusal")
-    passes = passes_of(recipe, with_evaluation=True, direction_given=False)
+    passes = passes_of(recipe)
     work = passes["measure"] + passes["select"] + passes["verify"]
     compute = layer_seconds * shapes.layers / (prompts * TOKENS)
     lines += [
@@ -154,9 +157,13 @@ def main() -> None:
     ):
         read = size / speed
         lines.append(f"| reading, {name} | {hours(read)} | {hours(work * read)} | {hours(passes['replies'] * read)} |")
-    lines.append(
-        f"| arithmetic on these two cores | {hours(compute * 256 * TOKENS)} for 256 prompts of {TOKENS} tokens | | |"
-    )
+    tokens = MEASURED_PROMPTS * TOKENS
+    on_a_card = 2 * (size / 2) * tokens / GPU_FLOPS_PER_SECOND  # two operations a parameter of two bytes
+    what = f"for {MEASURED_PROMPTS} prompts of {TOKENS} tokens"
+    lines += [
+        f"| arithmetic on these two cores | {hours(compute * tokens)} {what} | | |",
+        f"| arithmetic, a 24 GB GPU at 60 TFLOP/s (assumed) | {on_a_card:.0f} s {what} | | |",
+    ]
     print("\n".join(lines))
     if args.write:
         page = args.write.read_text("utf-8")
