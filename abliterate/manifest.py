@@ -129,6 +129,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
             "counts": [[row, column, count] for (row, column), count in sorted(report.agreement.counts.items())],
         },
         "judge": report.judge or None,
+        "benchmarks": None if report.benchmarks is None else asdict(report.benchmarks),
     }
 
 
@@ -145,6 +146,7 @@ def model_json(model: ModelScores) -> dict[str, Any]:
             for kind, scores in model.scores.items()
         },
         "judged": rate_json(model.judged) if model.judged else None,
+        "tasks": [asdict(score) | ({"verdict": score.change.verdict} if score.change else {}) for score in model.tasks],
         "refusal_change": {kind: asdict(change) for kind, change in model.refusal_change.items()},
         **{name: None if math.isnan(value) else value for name, value in figures.items()},
     }

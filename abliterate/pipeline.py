@@ -17,7 +17,7 @@ from abliterate.directions import DirectionSet
 from abliterate.errors import AbliterateError, SourceError, UsageError, VerificationError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.model import measuring
+from abliterate.model import harness, measuring
 from abliterate.model.equivalence import Equivalence
 from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.moments import Moments
@@ -29,7 +29,7 @@ from abliterate.selection import SelectionRule, choose
 from abliterate.session import Session, open_session
 from abliterate.steps import Steps
 from abliterate.surgery import edit_checkpoint
-from abliterate.trials import EDITED, Proof, side_by_side
+from abliterate.trials import EDITED, Proof, side_by_side, task_request
 from abliterate.verification import BytesReport, verify_bytes
 
 DIRECTION_FILE = "direction.safetensors"
@@ -220,6 +220,15 @@ def verify(
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
+def check_evaluation(recipe: Recipe) -> None:
+    """Find out before hours of work what an evaluation would stop at after them.
+
+    Raises:
+        UsageError: a task cannot be had; see ``harness.check_tasks``.
+    """
+    harness.check_tasks(task_request(recipe))
+
+
 def evaluate(
     session: Session,
     others: Sequence[tuple[str, Checkpoint]],
@@ -234,6 +243,7 @@ def evaluate(
     Raises:
         SourceError: one of them cannot be loaded.
     """
+    check_evaluation(session.recipe)
     controls = session.recipe.controls and directions is not None
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
     if evaluated is None:
@@ -258,6 +268,8 @@ def run(
     Raises:
         AbliterateError: see ``errors`` for everything that can go wrong.
     """
+    if with_evaluation:
+        check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     recipe = session.recipe

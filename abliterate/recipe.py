@@ -54,6 +54,12 @@ class Recipe(BaseModel):
     controls: bool = False
     judge: str = ""
     judge_format: str = ""
+    # tasks of lm-eval; None: all documents, and as many examples as the task says
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = Field(default=None, ge=1)
+    task_path: str = ""
+    task_shots: int | None = Field(default=None, ge=0)
+    task_chat: bool = True
 
     @property
     def edit_memory_bytes(self) -> int:

@@ -1,8 +1,9 @@
 """Models tried on the test prompts, one after the other, never two in memory: the base, controls, and others."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.directions import DirectionSet
 from abliterate.errors import PromptError
+from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
 from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalReport, Material, Observations, observe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
@@ -18,11 +20,13 @@ from abliterate.evaluate.statistics import Rate
 from abliterate.events import OnEvent, ignore
 from abliterate.model import equivalence
 from abliterate.model.equivalence import Equivalence
+from abliterate.model.harness import TaskRequest, run_tasks, version
 from abliterate.model.interventions import ablated
 from abliterate.model.judges import load_judge
 from abliterate.model.prompts import load_prompts
 from abliterate.planning import EditPlan
 from abliterate.proofs import UNIT_ROUNDOFF
+from abliterate.recipe import Recipe
 from abliterate.session import Session
 
 HELD_OUT_PROMPTS = 32
@@ -42,6 +46,58 @@ class Proof:
         return self.directions.direction[:, None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bench:
+    """Models as they are tried, one after the other, and what was seen of them; ``tasks`` as lm-eval gives it back."""
+
+    recipe: Recipe
+    material: Material
+    directions: DirectionSet | None
+    on_event: OnEvent
+    observed: list[Observations] = field(default_factory=list)
+    of_controls: list[Observations] = field(default_factory=list)
+    tasks: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def look(self, name: str, its: Session) -> None:
+        """Try one model on everything, the base first."""
+        self.observed.append(self._seen(name, its))
+        request = task_request(self.recipe)
+        if request.names:
+            self.tasks[name] = run_tasks(
+                its.loaded, its.chat, request, name=name, batch_size=self.recipe.batch_size, on_event=self.on_event
+            )
+
+    def look_at_control(self, name: str, its: Session) -> None:
+        """Try a control, on the prompts alone."""
+        self.of_controls.append(self._seen(name, its))
+
+    def report(self, session: Session) -> EvalReport:
+        """Score everything that was tried."""
+        recipe, models = self.recipe, [*self.observed, *self.of_controls]
+        judge, judged = judged_replies(session, self.material, models) if recipe.judge else ("", {})
+        base = self.tasks.get(BASE)
+        return put_together(
+            self.material,
+            models,
+            max_new_tokens=recipe.max_new_tokens,
+            scorer=SCORERS[recipe.scorer],
+            judge=judge,
+            judged=judged,
+            tasks={
+                name: scores_of(found, base if name != BASE else None, recipe.tasks)
+                for name, found in self.tasks.items()
+            },
+            benchmarks=_how(task_request(recipe), session.checkpoint.name) if self.tasks else None,
+        )
+
+    def _seen(self, name: str, its: Session) -> Observations:
+        return observe(
+            its.loaded, its.chat, self.material, name=name, base=self.observed[0] if self.observed else None,
+            directions=self.directions, max_new_tokens=self.recipe.max_new_tokens, batch_size=self.recipe.batch_size,
+            on_event=self.on_event,
+        )  # fmt: skip
+
+
 def side_by_side(
     session: Session,
     others: Sequence[tuple[str, Checkpoint]],
@@ -52,56 +108,49 @@ def side_by_side(
     with_replies: bool = True,
     on_event: OnEvent = ignore,
 ) -> tuple[Equivalence | None, EvalReport | None]:
-    """Run the base and then each of ``others`` (name, checkpoint) on the test prompts.
+    """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
     With ``proof`` the first of them is compared with the base under ablation hooks; ``with_replies`` evaluates replies.
     ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with others ablated
-    that should change nothing (``control_directions``).
+    that should change nothing (``control_directions``); these are spared the tasks.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
-    material = material_of(session) if with_replies else None
-    observed: list[Observations] = []
-    of_controls: list[Observations] = []
-
-    def look(name: str, its: Session) -> Observations:
-        if material is None:
-            raise AssertionError("no replies were asked for")
-        return observe(
-            its.loaded, its.chat, material, name=name, base=observed[0] if observed else None, directions=directions,
-            max_new_tokens=recipe.max_new_tokens, batch_size=recipe.batch_size, on_event=on_event,
-        )  # fmt: skip
-
+    bench = None
+    if with_replies:
+        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=on_event)
     hooked = compared = None
     if proof is not None:
         hooked = equivalence.hooked_base(
             session.loaded, session.chat, proof.vectors, prompts, batch_size=recipe.batch_size
         )
-    if material is not None:
-        observed.append(look(BASE, session))
+    if bench is not None:
+        bench.look(BASE, session)
         for name, vector in control_directions(directions if controls else None, seed=recipe.seed):
             with ablated(session.loaded, vector[:, None]):
-                of_controls.append(look(name, session))
+                bench.look_at_control(name, session)
     session.release()
     for place, (name, checkpoint) in enumerate(others):
         result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event)
         if proof is not None and hooked is not None and place == 0:
             compared = _compared(result, proof, hooked, prompts)
-        if material is not None:
-            observed.append(look(name, result))
+        if bench is not None:
+            bench.look(name, result)
         result.release()
-    if material is None:
-        return compared, None
-    models = [*observed, *of_controls]
-    judge, judged = judged_replies(session, material, models) if recipe.judge else ("", {})
-    evaluated = put_together(
-        material,
-        models,
-        max_new_tokens=recipe.max_new_tokens,
-        scorer=SCORERS[recipe.scorer],
-        judge=judge,
-        judged=judged,
-    )
-    return compared, evaluated
+    return compared, None if bench is None else bench.report(session)
+
+
+def task_request(recipe: Recipe) -> TaskRequest:
+    """What a recipe asks of lm-eval."""
+    return TaskRequest(
+        names=recipe.tasks, limit=recipe.task_limit, path=recipe.task_path, shots=recipe.task_shots,
+        chat=recipe.task_chat,
+    )  # fmt: skip
+
+
+def _how(request: TaskRequest, base: str) -> Benchmarks:
+    put = "through the chat template, examples as turns" if request.chat else "as plain text, without the chat template"
+    some = f", the first {request.limit} documents of each" if request.limit else ""
+    return Benchmarks(about=f"lm-eval {version()}, {put}{some}", published=published_for(base, request.names))
 
 
 def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:

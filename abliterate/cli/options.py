@@ -66,6 +66,17 @@ Judge = Annotated[
 JudgeFormat = Annotated[
     str | None, typer.Option(help="A file with the judge's own text, with {prompt} and {reply} in it.")
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Tasks of lm-eval to score the models on, e.g. mmlu,gsm8k. Needs the extra: abliterate[eval]."),
+]
+TaskLimit = Annotated[int | None, typer.Option(help="At most so many documents of each task.")]
+TaskPath = Annotated[str | None, typer.Option(help="A folder with lm-eval tasks of your own (YAML).")]
+TaskShots = Annotated[int | None, typer.Option(help="Examples before each question. Default: as the task says.")]
+TaskChat = Annotated[
+    bool | None,
+    typer.Option("--task-chat/--no-task-chat", help="Put tasks through the chat template. Default: yes."),
+]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
 Push = Annotated[str | None, typer.Option(help="Upload the result to this repository of the Hub, OWNER/NAME.")]
@@ -98,6 +109,9 @@ def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 -
     memory = changes.pop("memory", None)
     if memory is not None:
         changes["memory_bytes"] = parse_size(memory)
+    tasks = changes.pop("tasks", None)
+    if tasks is not None:
+        changes["tasks"] = tuple(name for name in (part.strip() for part in tasks.split(",")) if name)
     tokens = changes.pop("refusal_token", None)
     if tokens:
         changes["refusal_tokens"] = tuple(tokens)

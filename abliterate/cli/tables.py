@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from abliterate.comparison import Diff
     from abliterate.directions import DirectionSet
+    from abliterate.evaluate.benchmarks import TaskScore
     from abliterate.evaluate.evaluation import ClassScores, EvalReport
     from abliterate.evaluate.statistics import Difference, Rate
     from abliterate.pipeline import VerifyReport
@@ -153,6 +154,7 @@ def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
     out.print(scores)
     if report.judge:
         out.print(f"judged by {escape(report.judge)}")
+    _show_tasks(report)
     agreement = report.agreement
     out.print(
         f"scorers {agreement.rows} and {agreement.columns} agree on {agreement.agreement.value:.1%} of all replies"
@@ -166,6 +168,32 @@ def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
         for sample in chosen:
             shown.add_row(*(escape(_short(text)) for text in (sample.prompt, *sample.replies)))
         out.print(shown)
+
+
+def _show_tasks(report: "EvalReport") -> None:
+    """The tasks that were asked for, without their parts."""
+    from abliterate.evaluate.benchmarks import against_base, figure
+
+    if report.benchmarks is None:
+        return
+    names = [model.name for model in report.models if model.tasks]
+    shown = table("tasks, ± standard error; difference to the base with its 95 % interval", "task", "metric", *names)
+    for place, score in enumerate(report.base.tasks):
+        if score.asked:
+            found = [_task(model.tasks, score) for model in report.models if model.tasks]
+            cells = [f"{figure(its)}  {against_base(its)}".strip() if its else "-" for its in found]
+            first = place == 0 or report.base.tasks[place - 1].task != score.task
+            shots = f", {score.shots} shots" if score.shots else ""
+            name = f"{score.task} ({score.count}{shots})" if first else ""
+            shown.add_row(escape(name), escape(score.metric), *map(escape, cells))
+    out.print(shown)
+    out.print(f"by {report.benchmarks.about}", markup=False)
+    for task, figures in report.benchmarks.published.items():
+        out.print(f"{task}, published: {figures}", markup=False)
+
+
+def _task(scores: "Sequence[TaskScore]", like: "TaskScore") -> "TaskScore | None":
+    return next((score for score in scores if (score.task, score.metric) == (like.task, like.metric)), None)
 
 
 def _change(change: "Difference") -> str:

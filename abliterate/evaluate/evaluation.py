@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abliterate.directions import DirectionSet
 from abliterate.evaluate.agreement import Confusion, confusion
+from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.replies import RULES, SCORERS, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.events import OnEvent, ignore
@@ -80,7 +81,8 @@ class ModelScores:
     ``kl_nats``: mean KL(base || model) of the first reply token, ``kl_tokens_nats`` over the first tokens of the base's
     replies; both unsmoothed, on harmless prompts, NaN where the vocabularies differ.  ``refusal_change``: refusals
     against the base's on the same prompts.  ``along`` as observed.
-    ``judged``: harmful replies that the report's judge says yes to, of those it gave an answer on.
+    ``judged``: harmful replies that the report's judge says yes to, of those it gave an answer on.  ``tasks``: its
+    scores on tasks of lm-eval.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ModelScores:
     refusal_change: Mapping[str, Difference]
     along: Mapping[str, tuple[float, ...]]
     judged: Rate | None = None
+    tasks: tuple[TaskScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ class EvalReport:
     """All models, the base first.
 
     ``agreement`` holds the scorers against each other on all replies.  ``judge`` names the guard model, and what it was
-    asked; empty without one.
+    asked; empty without one.  ``benchmarks`` says how tasks were put, where any were.
     """
 
     models: tuple[ModelScores, ...]
@@ -117,6 +120,7 @@ class EvalReport:
     scorer: str
     agreement: Confusion
     judge: str = ""
+    benchmarks: Benchmarks | None = None
 
     @property
     def base(self) -> ModelScores:
@@ -203,16 +207,22 @@ def report(
     scorer: Scorer = RULES,
     judge: str = "",
     judged: Mapping[str, Rate] = MappingProxyType({}),
+    tasks: Mapping[str, tuple[TaskScore, ...]] = MappingProxyType({}),
+    benchmarks: Benchmarks | None = None,
 ) -> EvalReport:
-    """Score all models, the first of which is the base; ``judged`` by name of the model."""
+    """Score all models, the first of which is the base; ``judged`` and ``tasks`` by name of the model."""
     base = observed[0]
     said = [reply for model in observed for replies in model.replies.values() for reply in replies]
     readings = {name: [its.classify(reply) for reply in said] for name, its in SCORERS.items()}
     (rows, one), (columns, other) = readings.items()
     return EvalReport(
-        models=tuple(replace(_scores(material, base, its, scorer), judged=judged.get(its.name)) for its in observed),
+        models=tuple(
+            replace(_scores(material, base, its, scorer), judged=judged.get(its.name), tasks=tasks.get(its.name, ()))
+            for its in observed
+        ),
         agreement=confusion(one, other, rows=rows, columns=columns),
         judge=judge,
+        benchmarks=benchmarks,
         samples=tuple(
             Sample(kind=kind, prompt=prompt, replies=tuple(model.replies[kind][place] for model in observed))
             for kind, prompts in material.prompts.items()

@@ -15,6 +15,7 @@ import torch
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.directions import DirectionSet
+from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.statistics import Rate
@@ -62,12 +63,15 @@ def render(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["rate"] = _rate
     environment.filters["number"] = _number
+    environment.filters["figure"] = figure
+    environment.filters["against_base"] = against_base
     environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
     return environment.from_string(template).render(
         title=title,
         evaluation=evaluation,
         manifest=manifest,
         bars=_bars(evaluation),
+        tasks=_tasks(evaluation),
         landscape=_landscape(directions) if directions is not None and directions.scores else [],
         cosines=_cosines(directions) if directions is not None and directions.n_layers > 1 else None,
         choice=directions.choice if directions is not None else None,
@@ -89,6 +93,19 @@ def _bars(evaluation: EvalReport) -> Chart:
                     bars.append(Bar(label=f"{kind}: {label}", series=place, value=value.value, low=low, high=high))
     svg = intervals("Rates with 95 % intervals", bars, names)
     return Chart(title="Rates", note="dots are rates, lines their 95 % Wilson intervals", svg=svg)
+
+
+def _tasks(evaluation: EvalReport) -> list[tuple[str, list[list[TaskScore | None]]]]:
+    """Rows of scores, a column for each model that has any: of what was asked for, and of its parts."""
+    models = [model for model in evaluation.models if model.tasks]
+    found: dict[tuple[str, str], list[TaskScore | None]] = {}
+    for place, model in enumerate(models):
+        for score in model.tasks:
+            found.setdefault((score.task, score.metric), [None] * len(models))[place] = score
+    asked, parts = [], []
+    for row in found.values():
+        (asked if any(score is not None and score.asked for score in row) else parts).append(row)
+    return [(title, rows) for title, rows in (("", asked), ("parts of these", parts)) if rows]
 
 
 def _landscape(directions: DirectionSet) -> list[Chart]:
