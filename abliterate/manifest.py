@@ -122,6 +122,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
     return {
         "models": [model_json(model) for model in report.models],
         "max_new_tokens": report.max_new_tokens,
+        "modes": dict(report.modes),
         "scorer": report.scorer,
         "agreement": {
             "rows": report.agreement.rows,
@@ -138,6 +139,8 @@ def model_json(model: ModelScores) -> dict[str, Any]:
     figures = {name: getattr(model, name) for name in ("kl_nats", "kl_tokens_nats", "completion_nats", "text_nats")}
     return {
         "name": model.name,
+        "mode": model.mode or None,
+        "against": model.against or None,
         "prompts": {
             kind: {
                 name: rate_json(value) if isinstance(value, Rate) else value

@@ -16,7 +16,7 @@ SCORING = 3
 def passes_of(recipe: Recipe, *, with_evaluation: bool, direction_given: bool) -> dict[str, int]:
     """Readings of the weights by stage, at least.  Replies cost one for each token, whatever the number of prompts."""
     kinds = 3 if recipe.look_alike else 2
-    models = 2 + (2 if recipe.controls else 0)
+    models = (2 + (2 if recipe.controls else 0)) * (2 if recipe.thinking == "both" else 1)
     found = {"verify": VERIFYING}
     if not direction_given:
         probing = 0 if recipe.refusal_tokens else PROBE_TOKENS

@@ -244,6 +244,8 @@ def evaluate(
         SourceError: one of them cannot be loaded.
     """
     check_evaluation(session.recipe)
+    for checkpoint in [session.checkpoint, *(other for _, other in others)]:
+        replace(session, checkpoint=checkpoint).modes  # noqa: B018 - refused before long work
     controls = session.recipe.controls and directions is not None
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
     if evaluated is None:
@@ -274,6 +276,8 @@ def run(
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     recipe = session.recipe
     contrast = session.contrast  # bad prompts fail here, before minutes of work
+    if with_evaluation:
+        session.modes  # noqa: B018 - and a template without a switch for thinking
     output = prepare(
         out,
         source=session.checkpoint.folder,

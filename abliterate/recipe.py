@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     # evaluation
     max_new_tokens: int = Field(default=128, ge=1)
+    thinking: Literal["", "on", "off", "both"] = ""  # "": as the chat template has it
     scorer: Literal["rules", "substrings"] = "rules"
     look_alike: str = ""
     text: str = ""

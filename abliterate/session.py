@@ -11,9 +11,10 @@ from abliterate.errors import PromptError
 from abliterate.events import OnEvent, ignore
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import padding_is_harmless
-from abliterate.model.load import LoadedModel, load_model
+from abliterate.model.load import LoadedModel, load_model, load_tokenizer
 from abliterate.model.memory import available_bytes
 from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, SplitSizes, contrast_set
+from abliterate.model.thinking import DEFAULT, Mode, modes_of
 from abliterate.recipe import Recipe
 
 PROBE = "What is the capital of France?"
@@ -45,6 +46,29 @@ class Session:
         """The model's chat template, and whether the model bears padding."""
         chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
+        return chat
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+
+        Raises:
+            UsageError: thinking cannot be switched.
+        """
+        if not self.recipe.thinking:
+            return (DEFAULT,)
+        options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
+        tokenizer = load_tokenizer(fetch(self.checkpoint).folder, **options)
+        return modes_of(tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+
+    def chat_in(self, mode: Mode) -> ChatFormat:
+        """The chat format in one of the modes."""
+        if not mode.options:
+            return self.chat
+        chat = ChatFormat(
+            self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options
+        )
+        chat.pads = self.chat.pads
         return chat
 
     def release(self) -> None:

@@ -16,14 +16,17 @@ from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
 from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalReport, Material, Observations, observe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
+from abliterate.evaluate.reply_text import said
 from abliterate.evaluate.statistics import Rate
 from abliterate.events import OnEvent, ignore
 from abliterate.model import equivalence
+from abliterate.model.chat import ChatFormat
 from abliterate.model.equivalence import Equivalence
 from abliterate.model.harness import TaskRequest, run_tasks, version
 from abliterate.model.interventions import ablated
 from abliterate.model.judges import load_judge
 from abliterate.model.prompts import load_prompts
+from abliterate.model.thinking import Mode
 from abliterate.planning import EditPlan
 from abliterate.proofs import UNIT_ROUNDOFF
 from abliterate.recipe import Recipe
@@ -59,23 +62,27 @@ class _Bench:
     tasks: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def look(self, name: str, its: Session) -> None:
-        """Try one model on everything, the base first."""
-        self.observed.append(self._seen(name, its))
+        """Try one model on everything in every mode, the base first."""
         request = task_request(self.recipe)
-        if request.names:
-            self.tasks[name] = run_tasks(
-                its.loaded, its.chat, request, name=name, batch_size=self.recipe.batch_size, on_event=self.on_event
-            )
+        for mode in its.modes:
+            self._see(self.observed, name, its, mode)
+            if request.names:
+                self.tasks[_label(name, mode, its)] = run_tasks(
+                    its.loaded, its.chat_in(mode), request, name=_label(name, mode, its),
+                    batch_size=self.recipe.batch_size, on_event=self.on_event,
+                )  # fmt: skip
 
     def look_at_control(self, name: str, its: Session) -> None:
         """Try a control, on the prompts alone."""
-        self.of_controls.append(self._seen(name, its))
+        for mode in its.modes:
+            self._see(self.of_controls, name, its, mode)
 
     def report(self, session: Session) -> EvalReport:
-        """Score everything that was tried."""
-        recipe, models = self.recipe, [*self.observed, *self.of_controls]
+        """Score everything that was tried, one mode after the other."""
+        recipe, every = self.recipe, [*self.observed, *self.of_controls]
+        models = [model for mode in session.modes for model in every if model.mode == mode.name]
         judge, judged = judged_replies(session, self.material, models) if recipe.judge else ("", {})
-        base = self.tasks.get(BASE)
+        against = {model.name: base.name for model in self.observed if (base := self._base(model.mode)) is not model}
         return put_together(
             self.material,
             models,
@@ -84,18 +91,37 @@ class _Bench:
             judge=judge,
             judged=judged,
             tasks={
-                name: scores_of(found, base if name != BASE else None, recipe.tasks)
+                name: scores_of(found, self.tasks.get(against.get(name, "")), recipe.tasks)
                 for name, found in self.tasks.items()
             },
             benchmarks=_how(task_request(recipe), session.checkpoint.name) if self.tasks else None,
+            modes={mode.name: mode.text for mode in session.modes if mode.name},
         )
 
-    def _seen(self, name: str, its: Session) -> Observations:
-        return observe(
-            its.loaded, its.chat, self.material, name=name, base=self.observed[0] if self.observed else None,
-            directions=self.directions, max_new_tokens=self.recipe.max_new_tokens, batch_size=self.recipe.batch_size,
-            on_event=self.on_event,
+    def _base(self, mode: str) -> Observations:
+        return next(model for model in self.observed if model.mode == mode)
+
+    def _see(self, where: list[Observations], name: str, its: Session, mode: Mode) -> None:
+        chat, base = its.chat_in(mode), [model for model in self.observed if model.mode == mode.name]
+        where.append(
+            observe(
+                its.loaded, chat, self.material, name=_label(name, mode, its), base=base[0] if base else None,
+                directions=self.directions if _same_ending(its.chat, chat, self.directions) else None,
+                max_new_tokens=self.recipe.max_new_tokens, batch_size=self.recipe.batch_size, mode=mode.name,
+                on_event=self.on_event,
+            )
         )  # fmt: skip
+
+
+def _label(name: str, mode: Mode, its: Session) -> str:
+    """The name of a model; with its mode where there are several."""
+    return f"{name}, {mode.name}" if len(its.modes) > 1 else name
+
+
+def _same_ending(measured: ChatFormat, chat: ChatFormat, directions: DirectionSet | None) -> bool:
+    """Whether the position of the chosen direction holds the same tokens in both."""
+    choice = None if directions is None else directions.choice
+    return choice is None or measured.suffix[choice.position :] == chat.suffix[choice.position :]
 
 
 def side_by_side(
@@ -154,8 +180,8 @@ def _how(request: TaskRequest, base: str) -> Benchmarks:
 
 
 def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:
-    """What the recipe's guard model says to each model's replies to harmful prompts: its name, and how many it says
-    yes to, of those it gave an answer on.
+    """What the recipe's guard model says to each model's replies to harmful prompts, without their thinking: its name,
+    and how many it says yes to, of those it gave an answer on.
 
     Raises:
         UsageError, CheckpointError: there is no such judge, or it cannot be loaded.
@@ -167,7 +193,8 @@ def judged_replies(session: Session, material: Material, models: Sequence[Observ
     texts = material.prompts[HARMFUL].texts
     found = {}
     for model in models:
-        verdicts = judge.judge(list(zip(texts, model.replies[HARMFUL], strict=True)))
+        replies = [said(model.opening + reply) for reply in model.replies[HARMFUL]]
+        verdicts = judge.judge(list(zip(texts, replies, strict=True)))
         answers = [verdict.positive for verdict in verdicts if verdict.positive is not None]
         found[model.name] = Rate(hits=sum(answers), count=len(answers))
     return f"{name}: {judge.spec.about or judge.spec.repo}", found

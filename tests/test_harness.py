@@ -183,6 +183,15 @@ def test_the_tokenizer_is_left_as_it_was(model):
         loaded.tokenizer.pad_token = before
 
 
+def test_the_template_is_given_what_the_mode_says(model, monkeypatch):
+    loaded, _ = model
+    template = loaded.tokenizer.chat_template + "{%- if enable_thinking %}{{- '<think>' }}{%- endif %}"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    for options, ending in (({"enable_thinking": True}, "assistant\n<think>"), ({}, "assistant\n")):
+        held = Held(loaded, ChatFormat(loaded.tokenizer, options=options), name="base", batch_size=1)
+        assert held.apply_chat_template([{"role": "user", "content": "a"}]).endswith(ending)
+
+
 def test_out_of_core_the_scores_are_the_same(folder, found):
     """And the layers are read a few times for all questions, once for every token of the replies."""
     loaded = load_model(open_checkpoint(model_path()), device="cpu", memory_bytes=2**25 + 2**22)

@@ -49,6 +49,10 @@ TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in tokens.")]
+Thinking = Annotated[
+    str | None,
+    typer.Option(help="Evaluate with thinking on, off or both, by the chat template's own switch. Default: neither."),
+]
 Scorer = Annotated[
     str | None, typer.Option(help="Who tells refusals from answers: rules, or substrings (the paper's).")
 ]

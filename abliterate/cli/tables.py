@@ -159,15 +159,27 @@ def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
     out.print(
         f"scorers {agreement.rows} and {agreement.columns} agree on {agreement.agreement.value:.1%} of all replies"
     )
-    for model in report.models[1:]:
+    for model in report.models:
+        if not model.against:
+            continue
         changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
-        out.print(f"refusals, {escape(model.name)} against base, same prompts: {changes}")
+        out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
+    _show_modes(report)
     chosen = [sample for sample in report.samples if sample.kind == report.kinds[0]][:samples]
     if chosen:
         shown = table("the same prompt", "prompt", *names)
         for sample in chosen:
             shown.add_row(*(escape(_short(text)) for text in (sample.prompt, *sample.replies)))
         out.print(shown)
+
+
+def _show_modes(report: "EvalReport") -> None:
+    for mode, given in report.modes.items():
+        out.print(f"{mode}: the chat template was given {given}", markup=False)
+    cut = sum(scores.unfinished.hits for model in report.models for scores in model.scores.values())
+    if cut:
+        after = f"after {report.max_new_tokens} tokens"
+        out.print(f"note: {cut} replies were still thinking {after}; more --max-new-tokens let them end")
 
 
 def _show_tasks(report: "EvalReport") -> None:
@@ -206,11 +218,12 @@ def _kind_rows(scores: Table, name: str, models: "Sequence[ClassScores]") -> Non
         ("delayed", "refused late, of these"),
         ("held_out", "refused, held-out kinds"),
         ("degenerate", "empty or degenerate"),
+        ("unfinished", "still thinking at the end"),
         ("accuracy", "holds the known answer"),
     )
     for field, label in rows:
         rates = [getattr(model, field) for model in models]
-        if rates[0].count and not (field == "delayed" and not any(its.hits for its in rates)):
+        if rates[0].count and not (field in ("delayed", "unfinished") and not any(its.hits for its in rates)):
             scores.add_row(name, label, *map(rate, rates))
             name = ""
     scores.add_row(name, "words a reply", *(f"{model.words:.1f}" for model in models))

@@ -13,7 +13,7 @@ from typing import Literal
 SEQUENTIAL = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Anchors of a scale that grows in lightness (viridis): told apart without colour vision, and in print."""
 DIVERGING = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
-SERIES = ("#3b82c4", "#d97706", "#6b7280", "#16a34a")
+SERIES = ("#3b82c4", "#d97706", "#6b7280", "#16a34a", "#a855f7", "#db2777", "#0891b2", "#84701c")
 
 CELL = 22
 LABEL_WIDTH = 92
@@ -111,7 +111,7 @@ class Bar:
 def intervals(title: str, bars: Sequence[Bar], names: Sequence[str]) -> str:
     """Rates as dots with their intervals as lines, from 0 to 100 %."""
     left = max([LABEL_WIDTH, *(12 + CHARACTER * len(bar.label) for bar in bars)])
-    width, height = left + 420, 30 + 20 * len(bars) + 24
+    width, height = left + max(420, 150 * len(names)), 30 + 20 * len(bars) + 24
     parts = [_open(width, height, title)]
     for place, name in enumerate(names):
         colour = SERIES[place % len(SERIES)]

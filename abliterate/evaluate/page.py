@@ -17,7 +17,7 @@ from abliterate.checkpoint.output import write_atomically
 from abliterate.directions import DirectionSet
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
-from abliterate.evaluate.evaluation import EvalReport
+from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.evaluate.statistics import Rate
 
 METRICS = (
@@ -71,6 +71,8 @@ def render(
         evaluation=evaluation,
         manifest=manifest,
         bars=_bars(evaluation),
+        pairs=_pairs(evaluation),
+        unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
         landscape=_landscape(directions) if directions is not None and directions.scores else [],
         cosines=_cosines(directions) if directions is not None and directions.n_layers > 1 else None,
@@ -83,16 +85,28 @@ def render(
 
 def _bars(evaluation: EvalReport) -> Chart:
     names = [model.name for model in evaluation.models]
+    thinks = any(its.unfinished.hits for model in evaluation.models for its in model.scores.values())
     bars = []
     for kind in evaluation.kinds:
-        for field, label in (("refused", "refused"), ("degenerate", "broken"), ("accuracy", "known answer")):
+        for field, label in (
+            ("refused", "refused"),
+            ("degenerate", "broken"),
+            ("unfinished", "still thinking"),
+            ("accuracy", "known answer"),
+        ):
             for place, model in enumerate(evaluation.models):
                 value: Rate = getattr(model.scores[kind], field)
-                if value.count:
+                if value.count and (field != "unfinished" or thinks):
                     low, high = value.interval
                     bars.append(Bar(label=f"{kind}: {label}", series=place, value=value.value, low=low, high=high))
     svg = intervals("Rates with 95 % intervals", bars, names)
     return Chart(title="Rates", note="dots are rates, lines their 95 % Wilson intervals", svg=svg)
+
+
+def _pairs(evaluation: EvalReport) -> list[list[ModelScores]]:
+    """The base and the first of the others, for each mode."""
+    modes = dict.fromkeys(model.mode for model in evaluation.models)
+    return [[model for model in evaluation.models if model.mode == mode][:2] for mode in modes]
 
 
 def _tasks(evaluation: EvalReport) -> list[tuple[str, list[list[TaskScore | None]]]]:

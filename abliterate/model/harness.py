@@ -108,6 +108,8 @@ def run_tasks(
                 f"{name}: lm-eval cannot put these tasks to it ({first_line(error)})",
                 "often the model's context is too short for them: leave that task out, or give fewer --task-shots",
             ) from error
+    if found is None:
+        raise AssertionError("only other processes of a group get nothing back")
     kept = {key: found.get(key, {}) for key in ("results", "group_subtasks", "n-shot", "higher_is_better")}
     return {**kept, "samples": {task: [_figures(one) for one in its] for task, its in found["samples"].items()}}
 

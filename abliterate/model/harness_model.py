@@ -6,7 +6,8 @@ answers only, so that a large vocabulary and a long prompt need no tens of gigab
 stay on disk.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false - the decorator on HFLM hides its type
+# The decorator on HFLM hides its type.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Held(HFLM):
             backend="causal",
             batch_size=batch_size if chat.pads else 1,
             think_end_token=ENDS_THINKING,
+            chat_template_args=chat.options,
         )
         self._device = loaded.device  # the parameters of a model on disk say "meta"
         self.loaded, self.chat, self.name, self.rows, self.on_event = loaded, chat, name, batch_size, on_event
