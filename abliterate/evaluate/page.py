@@ -56,17 +56,8 @@ def render(
     manifest: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    template = (files("abliterate.evaluate") / "report.html.j2").read_text("utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["rate"] = _rate
-    environment.filters["number"] = _number
-    environment.filters["figure"] = figure
-    environment.filters["against_base"] = against_base
-    environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
-    return environment.from_string(template).render(
+    return filled(
+        "report.html.j2",
         title=title,
         evaluation=evaluation,
         manifest=manifest,
@@ -81,6 +72,22 @@ def render(
         along=_place(directions),
         samples=[(kind, [s for s in evaluation.samples if s.kind == kind]) for kind in evaluation.kinds],
     )
+
+
+def filled(name: str, **values: Any) -> str:  # noqa: ANN401 - whatever the template takes
+    """A template of this folder as a page."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    here = files("abliterate.evaluate")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["rate"] = _rate
+    environment.filters["number"] = _number
+    environment.filters["figure"] = figure
+    environment.filters["against_base"] = against_base
+    environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
+    style = (here / "page.css").read_text("utf-8").rstrip()
+    return environment.from_string((here / name).read_text("utf-8")).render(style=style, **values)
 
 
 def _bars(evaluation: EvalReport) -> Chart:
