@@ -17,7 +17,7 @@ from abliterate.directions import DirectionSet
 from abliterate.errors import AbliterateError, SourceError, UsageError, VerificationError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.model import harness, measuring
+from abliterate.model import harness, measuring, vllm_backend
 from abliterate.model.equivalence import Equivalence
 from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.moments import Moments
@@ -224,8 +224,10 @@ def check_evaluation(recipe: Recipe) -> None:
     """Find out before hours of work what an evaluation would stop at after them.
 
     Raises:
-        UsageError: a task cannot be had; see ``harness.check_tasks``.
+        UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
     """
+    if recipe.backend == "vllm":
+        vllm_backend.check_vllm(dtype=recipe.dtype, controls=recipe.controls)
     harness.check_tasks(task_request(recipe))
 
 

@@ -47,6 +47,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     trust_remote_code: bool = False
     # evaluation
+    backend: Literal["transformers", "vllm"] = "transformers"  # of the replies
     max_new_tokens: int = Field(default=128, ge=1)
     thinking: Literal["", "on", "off", "both"] = ""  # "": as the chat template has it
     scorer: Literal["rules", "substrings"] = "rules"

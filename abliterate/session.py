@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from abliterate.bundled import BUNDLED_NAME, is_bundled, resolve_model
 from abliterate.checkpoint.hub import fetch
@@ -57,19 +58,25 @@ class Session:
         """
         if not self.recipe.thinking:
             return (DEFAULT,)
+        return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
+        """The tokenizer, for which no model is loaded."""
         options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
-        tokenizer = load_tokenizer(fetch(self.checkpoint).folder, **options)
-        return modes_of(tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+        return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
     def chat_in(self, mode: Mode) -> ChatFormat:
         """The chat format in one of the modes."""
         if not mode.options:
             return self.chat
-        chat = ChatFormat(
-            self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options
-        )
+        chat = self.encoder_in(mode)
         chat.pads = self.chat.pads
         return chat
+
+    def encoder_in(self, mode: Mode) -> ChatFormat:
+        """The same for who needs token ids alone: no model is loaded."""
+        return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when next asked for."""

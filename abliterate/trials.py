@@ -27,6 +27,7 @@ from abliterate.model.interventions import ablated
 from abliterate.model.judges import load_judge
 from abliterate.model.prompts import load_prompts
 from abliterate.model.thinking import Mode
+from abliterate.model.vllm_backend import replies_of
 from abliterate.planning import EditPlan
 from abliterate.proofs import UNIT_ROUNDOFF
 from abliterate.recipe import Recipe
@@ -63,9 +64,9 @@ class _Bench:
 
     def look(self, name: str, its: Session) -> None:
         """Try one model on everything in every mode, the base first."""
-        request = task_request(self.recipe)
+        request, written = task_request(self.recipe), self._written(name, its)
         for mode in its.modes:
-            self._see(self.observed, name, its, mode)
+            self._see(self.observed, name, its, mode, written.get(mode.name))
             if request.names:
                 self.tasks[_label(name, mode, its)] = run_tasks(
                     its.loaded, its.chat_in(mode), request, name=_label(name, mode, its),
@@ -101,14 +102,37 @@ class _Bench:
     def _base(self, mode: str) -> Observations:
         return next(model for model in self.observed if model.mode == mode)
 
-    def _see(self, where: list[Observations], name: str, its: Session, mode: Mode) -> None:
+    def _written(self, name: str, its: Session) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Replies that another backend writes, by mode and kind; it needs the memory of the model for itself."""
+        if self.recipe.backend != "vllm":
+            return {}
+        its.release()
+        asked = {
+            (mode.name, kind): (its.encoder_in(mode), prompts.texts)
+            for mode in its.modes
+            for kind, prompts in self.material.prompts.items()
+        }
+        found = replies_of(
+            its.checkpoint, asked, name=name, max_new_tokens=self.recipe.max_new_tokens, dtype=self.recipe.dtype,
+            trust_remote_code=self.recipe.trust_remote_code, on_event=self.on_event,
+        )  # fmt: skip
+        return {mode.name: {kind: found[mode.name, kind] for kind in self.material.prompts} for mode in its.modes}
+
+    def _see(
+        self,
+        where: list[Observations],
+        name: str,
+        its: Session,
+        mode: Mode,
+        replies: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         chat, base = its.chat_in(mode), [model for model in self.observed if model.mode == mode.name]
         where.append(
             observe(
                 its.loaded, chat, self.material, name=_label(name, mode, its), base=base[0] if base else None,
                 directions=self.directions if _same_ending(its.chat, chat, self.directions) else None,
                 max_new_tokens=self.recipe.max_new_tokens, batch_size=self.recipe.batch_size, mode=mode.name,
-                on_event=self.on_event,
+                replies=replies, on_event=self.on_event,
             )
         )  # fmt: skip
 

@@ -31,6 +31,7 @@ def evaluate(
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
     thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -55,7 +56,8 @@ def evaluate(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
-        max_new_tokens=max_new_tokens, thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
+        max_new_tokens=max_new_tokens, backend=backend,
+        thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
         judge=judge, judge_format=judge_format, controls=controls, tasks=tasks, task_limit=task_limit,
         task_path=task_path, task_shots=task_shots, task_chat=task_chat,
         system=system, trust_remote_code=trust_remote_code,
@@ -75,6 +77,7 @@ def compare(
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
     thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -98,7 +101,8 @@ def compare(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
-        max_new_tokens=max_new_tokens, thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
+        max_new_tokens=max_new_tokens, backend=backend,
+        thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
         judge=judge, judge_format=judge_format, tasks=tasks, task_limit=task_limit, task_path=task_path,
         task_shots=task_shots, task_chat=task_chat, system=system, trust_remote_code=trust_remote_code,
     )  # fmt: skip

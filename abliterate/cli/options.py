@@ -49,6 +49,10 @@ TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in tokens.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="What writes the replies: transformers, or vllm (needs a GPU and the extra: abliterate[vllm])."),
+]
 Thinking = Annotated[
     str | None,
     typer.Option(help="Evaluate with thinking on, off or both, by the chat template's own switch. Default: neither."),

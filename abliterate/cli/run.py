@@ -40,6 +40,7 @@ def run(
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
     thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -74,7 +75,8 @@ def run(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, tied=tied, rounding=rounding, device=device, dtype=dtype,
-        batch_size=batch_size, memory=memory, max_new_tokens=max_new_tokens, thinking=thinking, scorer=scorer,
+        batch_size=batch_size, memory=memory, max_new_tokens=max_new_tokens, backend=backend,
+        thinking=thinking, scorer=scorer,
         look_alike=look_alike, text=text, judge=judge, judge_format=judge_format, controls=controls, system=system,
         tasks=tasks, task_limit=task_limit, task_path=task_path, task_shots=task_shots, task_chat=task_chat,
         refusal_token=refusal_token, mtp=mtp, allow_partial=allow_partial, trust_remote_code=trust_remote_code,

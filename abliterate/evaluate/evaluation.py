@@ -162,13 +162,15 @@ def observe(
     max_new_tokens: int,
     batch_size: int,
     mode: str = "",
+    replies: Mapping[str, tuple[str, ...]] | None = None,
     on_event: OnEvent = ignore,
 ) -> Observations:
     """Let a model reply to every prompt, and measure how likely it finds what the base says; None: it is the base.
 
-    With ``directions`` it is measured how far the prompts reach along the chosen one.
+    With ``directions`` it is measured how far the prompts reach along the chosen one.  ``replies``, by kind, are given
+    where the model wrote them elsewhere.
     """
-    replies = {
+    replies = replies or {
         kind: tuple(
             generate(
                 loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
