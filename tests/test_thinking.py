@@ -1,5 +1,7 @@
 """Models with thinking on and off, by the switch of their chat template, side by side."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -17,6 +19,7 @@ from abliterate.model.forward import generate
 from abliterate.model.thinking import modes_of, prompt_ending
 from abliterate.recipe import Recipe
 from abliterate.session import open_session
+from tests.test_report import CHROMIUM, PROBE, chromium
 
 END = "{{- '<|turn|>assistant\\n' }}"
 TEMPLATE = (model_path() / "chat_template.jinja").read_text("utf-8")
@@ -172,7 +175,7 @@ def test_that_is_said_everywhere(unfinished):
     assert document["models"][3]["against"] == "base, thinking on"
     assert document["models"][3]["prompts"]["harmful"]["unfinished"]["rate"] == 1.0
     for text in (render("x", unfinished.evaluation), (unfinished.out / "README.md").read_text("utf-8")):
-        assert "still thinking at the end" in text
+        assert "thinking never ended" in text
         assert "edited, thinking off" in text
         assert "enable_thinking=False" in text
 
@@ -181,10 +184,23 @@ def test_the_command_shows_both_and_says_what_would_help(models):
     options = ["--harmful", SOURCES["harmful"], "--harmless", SOURCES["harmless"], "--max-new-tokens", "4"]
     shown = CliRunner().invoke(app, ["eval", *[str(models["opened"])] * 2, "--thinking", "on", *options])
     assert shown.exit_code == 0, shown.stderr
-    assert "still thinking at the end" in shown.stdout
-    assert "more --max-new-tokens let them end" in shown.stdout
+    assert "thinking never ended" in shown.stdout
+    assert "never ended their thinking; more --max-new-tokens help" in shown.stdout
     assert "thinking on: the chat template was given enable_thinking=True" in shown.stdout
     assert "base, thinking on" not in shown.stdout  # one mode only: the names stay
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width", [1100, 500])
+def test_a_real_browser_shows_both_modes_within_the_page(unfinished, tmp_path, width):
+    path = tmp_path / "page.html"
+    page = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", render("x", unfinished.evaluation))
+    path.write_text(page.replace("</body>", PROBE), "utf-8")
+    dom, asked = chromium(path, tmp_path, width=width, scheme=1)
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    assert seen["wide"] <= 0
+    assert seen["small"] == seen["hidden"] == 0
+    assert asked == set()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

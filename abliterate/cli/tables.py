@@ -178,8 +178,8 @@ def _show_modes(report: "EvalReport") -> None:
         out.print(f"{mode}: the chat template was given {given}", markup=False)
     cut = sum(scores.unfinished.hits for model in report.models for scores in model.scores.values())
     if cut:
-        after = f"after {report.max_new_tokens} tokens"
-        out.print(f"note: {cut} replies were still thinking {after}; more --max-new-tokens let them end")
+        limit = f"more --max-new-tokens help those that were cut off at {report.max_new_tokens}"
+        out.print(f"note: {cut} replies never ended their thinking; {limit}")
 
 
 def _show_tasks(report: "EvalReport") -> None:
@@ -218,7 +218,7 @@ def _kind_rows(scores: Table, name: str, models: "Sequence[ClassScores]") -> Non
         ("delayed", "refused late, of these"),
         ("held_out", "refused, held-out kinds"),
         ("degenerate", "empty or degenerate"),
-        ("unfinished", "still thinking at the end"),
+        ("unfinished", "thinking never ended"),
         ("accuracy", "holds the known answer"),
     )
     for field, label in rows:

@@ -116,12 +116,13 @@ class Bar:
 def intervals(title: str, bars: Sequence[Bar], names: Sequence[str]) -> str:
     """Rates as dots with their intervals as lines, from 0 to 100 %."""
     left = max([LABEL_WIDTH, *(12 + CHARACTER * len(bar.label) for bar in bars)])
-    width, height = left + max(420, 150 * len(names)), 30 + 20 * len(bars) + 24
+    step = max([150, *(24 + CHARACTER * len(name) for name in names)])
+    width, height = left + max(420, step * len(names)), 30 + 20 * len(bars) + 24
     parts = [_open(width, height, title)]
     for place, name in enumerate(names):
         colour = SERIES[place % len(SERIES)]
-        parts.append(f'<circle cx="{left + 6 + 150 * place}" cy="9" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 16 + 150 * place}" y="13">{escape(name)}</text>')
+        parts.append(f'<circle cx="{left + 6 + step * place:.1f}" cy="9" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 16 + step * place:.1f}" y="13">{escape(name)}</text>')
     for share in (0, 25, 50, 75, 100):
         x = left + 4 * share
         parts.append(f'<line class="rule" x1="{x}" y1="22" x2="{x}" y2="{30 + 20 * len(bars)}"/>')

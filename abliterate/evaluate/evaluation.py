@@ -16,7 +16,7 @@ from torch import Tensor
 from abliterate.directions import DirectionSet
 from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
-from abliterate.evaluate.replies import RULES, SCORERS, Scorer, holds_answer, is_refusal, shares
+from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.reply_text import open_thinking, said
 from abliterate.evaluate.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.events import OnEvent, ignore
@@ -67,7 +67,7 @@ class ClassScores:
     """Replies of one model to one kind of prompts.
 
     ``refused`` counts every refusal, ``delayed`` those among them that come late or after an answer was begun,
-    ``degenerate`` empty replies as well, and ``unfinished`` those that were still thinking when they were cut off.
+    ``degenerate`` empty replies as well, and ``unfinished`` those whose thinking never ended.
     ``accuracy`` counts replies that hold the known answer, among prompts that have one; ``held_out`` is the refusal
     rate on held-out prompts alone.  ``words`` is the mean length.
     """
@@ -235,7 +235,9 @@ def report(
     for model in observed:
         bases.setdefault(model.mode, model)
     texts = [model.opening + reply for model in observed for replies in model.replies.values() for reply in replies]
-    readings = {name: [its.classify(reply) for reply in texts] for name, its in SCORERS.items()}
+    readings: dict[str, list[ReplyClass]] = {
+        name: [its.classify(reply) for reply in texts] for name, its in SCORERS.items()
+    }
     (rows, one), (columns, other) = readings.items()
     return EvalReport(
         models=tuple(

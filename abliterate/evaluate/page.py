@@ -98,7 +98,7 @@ def _bars(evaluation: EvalReport) -> Chart:
         for field, label in (
             ("refused", "refused"),
             ("degenerate", "broken"),
-            ("unfinished", "still thinking"),
+            ("unfinished", "thinking never ended"),
             ("accuracy", "known answer"),
         ):
             for place, model in enumerate(evaluation.models):

@@ -111,7 +111,7 @@ def run_tasks(
     if found is None:
         raise AssertionError("only other processes of a group get nothing back")
     kept = {key: found.get(key, {}) for key in ("results", "group_subtasks", "n-shot", "higher_is_better")}
-    return {**kept, "samples": {task: [_figures(one) for one in its] for task, its in found["samples"].items()}}
+    return {**kept, "samples": {task: [_figures(one) for one in its] for task, its in found.get("samples", {}).items()}}
 
 
 def _figures(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def replies_of(
         CheckpointError: vLLM cannot run the model.
     """
     from transformers import GenerationConfig
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports] - an extra
 
     folder = fetch(checkpoint).folder
     own = GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else GenerationConfig()
@@ -90,7 +90,7 @@ def replies_of(
 @contextmanager
 def _engine(folder: str, options: Mapping[str, Any]) -> Iterator[Any]:
     """An engine, and its memory given back: the next model needs it."""
-    from vllm import LLM
+    from vllm import LLM  # pyright: ignore[reportMissingImports] - an extra
 
     _free()
     engine = LLM(model=folder, tokenizer=folder, seed=0, **options)
