@@ -38,6 +38,7 @@ CHOICE = (
     COMMON
     + """\
 task: {name}
+tag: [{tag}]
 output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: gold
@@ -57,9 +58,9 @@ metric_list: [{{metric: exact_match, ignore_case: true}}]
 """
 )
 GROUP = """\
-group: facts
-task: [facts_old, facts_new]
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+group: {name}
+task: [{part}]
+aggregate_metric_list: [{{metric: acc, weight_by_size: true}}]
 """
 
 
@@ -89,15 +90,16 @@ def folder(tmp_path_factory):
     for name, documents in DATA.items():
         data = here / f"{name}.jsonl"
         data.write_text("".join(json.dumps(document) + "\n" for document in documents), "utf-8")
-        (here / f"{name}.yaml").write_text(CHOICE.format(name=name, data=data), "utf-8")
+        (here / f"{name}.yaml").write_text(CHOICE.format(name=name, data=data, tag="every_fact"), "utf-8")
     old = here / "facts_old.jsonl"
     (here / "facts_said.yaml").write_text(REPLY.format(name="facts_said", data=old, tokens=24), "utf-8")
     (here / "facts_cut.yaml").write_text(REPLY.format(name="facts_cut", data=old, tokens=2), "utf-8")
     new = here / "facts_new.jsonl"
     (here / "facts_sealed.yaml").write_text(REPLY.format(name="facts_sealed", data=new, tokens=24), "utf-8")
-    (here / "facts.yaml").write_text(GROUP, "utf-8")
-    (here / "gone.yaml").write_text(CHOICE.format(name="gone", data=here / "nowhere.jsonl"), "utf-8")
-    (here / "unsafe.yaml").write_text(CHOICE.format(name="unsafe", data=old) + "unsafe_code: true\n", "utf-8")
+    for name, part in (("facts", "facts_inner"), ("facts_inner", "every_fact")):  # as mmlu: groups of groups of a tag
+        (here / f"{name}.yaml").write_text(GROUP.format(name=name, part=part), "utf-8")
+    (here / "gone.yaml").write_text(CHOICE.format(name="gone", data=here / "nowhere.jsonl", tag=""), "utf-8")
+    (here / "unsafe.yaml").write_text(CHOICE.format(name="unsafe", data=old, tag="") + "unsafe_code: true\n", "utf-8")
     yield here
     patch.undo()
 
@@ -278,6 +280,13 @@ def test_a_group_is_paired_over_its_parts(found):
     assert scores["facts"].value == pytest.approx(sum(parts) / scores["facts"].count)
 
 
+def test_a_tag_stands_for_its_tasks(folder, model):
+    plain = run_tasks(*model, TaskRequest(names=("every_fact",), path=str(folder), limit=2), name="base", batch_size=5)
+    scores = scores_of(plain, None, ("every_fact",))
+    assert {score.task for score in scores} == set(DATA)
+    assert all(score.asked for score in scores)
+
+
 def test_what_the_paper_published_stands_beside():
     assert published_for("Qwen/Qwen-7B-Chat", ("mmlu", "mine")) == {
         "mmlu": "-2.0 points for this model (Arditi et al. 2024, Table 8)"
@@ -367,7 +376,7 @@ def test_they_stand_in_manifest_card_and_report(run):
         assert figure(run.evaluation.edited.tasks[0]) in text
         assert against_base(run.evaluation.edited.tasks[0]) in text
         assert "facts_sealed" in text
-    assert "parts of these: 4 lines" in page
+    assert "parts of these: 5 lines" in page
     assert "facts_new" not in card
 
 

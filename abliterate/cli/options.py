@@ -119,7 +119,7 @@ def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 -
         changes["memory_bytes"] = parse_size(memory)
     tasks = changes.pop("tasks", None)
     if tasks is not None:
-        changes["tasks"] = tuple(name for name in (part.strip() for part in tasks.split(",")) if name)
+        changes["tasks"] = tuple(dict.fromkeys(name for name in (part.strip() for part in tasks.split(",")) if name))
     tokens = changes.pop("refusal_token", None)
     if tokens:
         changes["refusal_tokens"] = tuple(tokens)

@@ -22,7 +22,8 @@ class TaskScore:
     """One metric of one task (or group of tasks) for one model.
 
     ``value`` and ``stderr`` are lm-eval's, ``stderr`` NaN where it gives none; ``count`` is the number of documents and
-    ``shots`` that of examples before each.  ``asked`` says that the user named this task; the others are its parts.
+    ``shots`` that of examples before each.  ``asked`` says that the user named this task, or a tag it has; the others
+    are parts of a group.
     ``change`` is the difference to the base: ``paired`` over the same documents where their mean is the value, else of
     two independent figures; None for the base itself, or where there is nothing to go by.
     """
@@ -57,6 +58,7 @@ def scores_of(
 ) -> tuple[TaskScore, ...]:
     """Every task and metric of ``results`` (what lm-eval gives back), held against ``base``; None: it is the base."""
     found = []
+    parts = {part for below in results.get("group_subtasks", {}).values() for part in below}
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             name, _, chosen = key.partition(",")
@@ -71,7 +73,7 @@ def scores_of(
                     stderr=_number(metrics.get(f"{name}_stderr,{chosen}")),
                     count=int(metrics["sample_len"]),
                     shots=int(results["n-shot"].get(task, 0)),
-                    asked=task in asked,
+                    asked=task in asked or task not in parts,
                     higher_is_better=results["higher_is_better"].get(task, {}).get(name),
                     change=change,
                     paired=paired,
