@@ -4,7 +4,6 @@ import json
 import math
 import re
 
-import datasets
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -21,11 +20,15 @@ from abliterate.model import harness
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate
 from abliterate.model.harness import TaskRequest, check_tasks, run_tasks
-from abliterate.model.harness_model import Held
 from abliterate.model.load import load_model
 from abliterate.recipe import Recipe
 from abliterate.tiny_chat import prompts_path
 from tests.offloading import block_loads
+
+pytest.importorskip("lm_eval", reason="no lm-eval here: the dev extra has it")
+import datasets
+
+from abliterate.model.harness_model import Held
 
 DOCUMENTS = 24
 COMMON = """\
