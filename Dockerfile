@@ -9,7 +9,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt /src/
 COPY abliterate /src/abliterate
 COPY recipes /src/recipes
 RUN sed '/^torch==/d' /src/constraints.txt > /tmp/constraints.txt \
- && pip install --constraint /tmp/constraints.txt '/src[lora,datasets]' \
+ && pip install --constraint /tmp/constraints.txt '/src[lora,datasets,eval]' \
  && rm -rf /src /tmp/constraints.txt \
  && abliterate --version
 

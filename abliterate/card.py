@@ -45,6 +45,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         exactness=EXACTNESS[manifest["edit"]["exactness"]],
         percent=percent,
         nats=nats,
+        task=task,
     )
     write_atomically(folder / "README.md", str(card).encode())
     return folder / "README.md"
@@ -69,6 +70,14 @@ def percent(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
         return "-"
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low95']:.1f} to {100 * rate['high95']:.1f})"
+
+
+def task(score: Mapping[str, Any]) -> str:
+    """The score on a task for people, with its difference to the base."""
+    from abliterate.evaluate.benchmarks import against_base, figure, score_of
+
+    its = score_of(score)
+    return f"{figure(its)}; {against_base(its)}" if its.change else figure(its)
 
 
 def nats(value: float | None) -> str:

@@ -122,6 +122,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
     return {
         "models": [model_json(model) for model in report.models],
         "max_new_tokens": report.max_new_tokens,
+        "modes": dict(report.modes),
         "scorer": report.scorer,
         "agreement": {
             "rows": report.agreement.rows,
@@ -129,6 +130,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
             "counts": [[row, column, count] for (row, column), count in sorted(report.agreement.counts.items())],
         },
         "judge": report.judge or None,
+        "benchmarks": None if report.benchmarks is None else asdict(report.benchmarks),
     }
 
 
@@ -137,6 +139,8 @@ def model_json(model: ModelScores) -> dict[str, Any]:
     figures = {name: getattr(model, name) for name in ("kl_nats", "kl_tokens_nats", "completion_nats", "text_nats")}
     return {
         "name": model.name,
+        "mode": model.mode or None,
+        "against": model.against or None,
         "prompts": {
             kind: {
                 name: rate_json(value) if isinstance(value, Rate) else value
@@ -145,6 +149,7 @@ def model_json(model: ModelScores) -> dict[str, Any]:
             for kind, scores in model.scores.items()
         },
         "judged": rate_json(model.judged) if model.judged else None,
+        "tasks": [asdict(score) | ({"verdict": score.change.verdict} if score.change else {}) for score in model.tasks],
         "refusal_change": {kind: asdict(change) for kind, change in model.refusal_change.items()},
         **{name: None if math.isnan(value) else value for name, value in figures.items()},
     }

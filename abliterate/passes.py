@@ -32,7 +32,7 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     They cost one for each token, whatever the number of prompts.
     """
     kinds = 3 if recipe.look_alike else 2
-    models += 2 if recipe.controls else 0
+    models = (models + (2 if recipe.controls else 0)) * (2 if recipe.thinking == "both" else 1)
     probing = 0 if recipe.refusal_tokens else PROBE_TOKENS
     every = {
         "measure": probing + MEASURING,

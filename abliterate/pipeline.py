@@ -20,7 +20,7 @@ from abliterate.directions import DirectionSet
 from abliterate.errors import AbliterateError, SourceError, UsageError, VerificationError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.model import measuring
+from abliterate.model import harness, measuring, vllm_backend
 from abliterate.model.equivalence import Equivalence
 from abliterate.model.memory import available_bytes
 from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
@@ -33,7 +33,7 @@ from abliterate.selection import SelectionRule, choose
 from abliterate.session import Session, open_session
 from abliterate.steps import Steps
 from abliterate.surgery import edit_checkpoint
-from abliterate.trials import EDITED, Proof, side_by_side
+from abliterate.trials import EDITED, Proof, side_by_side, task_request
 from abliterate.verification import BytesReport, verify_bytes
 
 DIRECTION_FILE = "direction.safetensors"
@@ -259,6 +259,17 @@ def verify(
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
+def check_evaluation(recipe: Recipe) -> None:
+    """Find out before hours of work what an evaluation would stop at after them.
+
+    Raises:
+        UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
+    """
+    if recipe.backend == "vllm":
+        vllm_backend.check_vllm(dtype=recipe.dtype, controls=recipe.controls)
+    harness.check_tasks(task_request(recipe))
+
+
 def evaluate(
     session: Session,
     others: Sequence[tuple[str, Checkpoint]],
@@ -273,6 +284,9 @@ def evaluate(
     Raises:
         SourceError: one of them cannot be loaded.
     """
+    check_evaluation(session.recipe)
+    for checkpoint in [session.checkpoint, *(other for _, other in others)]:
+        replace(session, checkpoint=checkpoint).modes  # noqa: B018 - refused before long work
     controls = session.recipe.controls and directions is not None
     say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
@@ -298,10 +312,14 @@ def run(
     Raises:
         AbliterateError: see ``errors`` for everything that can go wrong.
     """
+    if with_evaluation:
+        check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     recipe = session.recipe
     contrast = session.contrast  # bad prompts fail here, before minutes of work
+    if with_evaluation:
+        session.modes  # noqa: B018 - and a template without a switch for thinking
     output = prepare(
         out,
         source=session.checkpoint.folder,

@@ -48,13 +48,21 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     trust_remote_code: bool = False
     # evaluation
+    backend: Literal["transformers", "vllm"] = "transformers"  # of the replies
     max_new_tokens: int = Field(default=128, ge=1)
+    thinking: Literal["", "on", "off", "both"] = ""  # "": as the chat template has it
     scorer: Literal["rules", "substrings"] = "rules"
     look_alike: str = ""
     text: str = ""
     controls: bool = False
     judge: str = ""
     judge_format: str = ""
+    # tasks of lm-eval; None: all documents, and as many examples as the task says
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = Field(default=None, ge=1)
+    task_path: str = ""
+    task_shots: int | None = Field(default=None, ge=0)
+    task_chat: bool = True
 
     @property
     def edit_memory_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from abliterate.bundled import BUNDLED_NAME, is_bundled, resolve_model
 from abliterate.checkpoint.hub import fetch
@@ -11,9 +12,10 @@ from abliterate.errors import PromptError
 from abliterate.events import OnEvent, ignore
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import padding_is_harmless
-from abliterate.model.load import LoadedModel, load_model
+from abliterate.model.load import LoadedModel, load_model, load_tokenizer
 from abliterate.model.memory import available_bytes
 from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, SplitSizes, contrast_set
+from abliterate.model.thinking import DEFAULT, Mode, modes_of
 from abliterate.recipe import Recipe
 
 PROBE = "What is the capital of France?"
@@ -47,6 +49,35 @@ class Session:
         chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+
+        Raises:
+            UsageError: thinking cannot be switched.
+        """
+        if not self.recipe.thinking:
+            return (DEFAULT,)
+        return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
+        """The tokenizer, for which no model is loaded."""
+        options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
+        return load_tokenizer(fetch(self.checkpoint).folder, **options)
+
+    def chat_in(self, mode: Mode) -> ChatFormat:
+        """The chat format in one of the modes."""
+        if not mode.options:
+            return self.chat
+        chat = self.encoder_in(mode)
+        chat.pads = self.chat.pads
+        return chat
+
+    def encoder_in(self, mode: Mode) -> ChatFormat:
+        """The same for who needs token ids alone: no model is loaded."""
+        return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when next asked for."""

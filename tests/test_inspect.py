@@ -1,6 +1,9 @@
 """What writes a direction: the parts add up to the stream, in every layout."""
 
 import json
+import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.cli.app import app
 from abliterate.directions import save
 from abliterate.errors import UsageError
+from abliterate.evaluate.charts import lines
+from abliterate.evaluate.inspection_page import render_inspection
 from abliterate.inspecting import SPANS, inspect, random_text, spans_of, top_heads
 from abliterate.model.attribution import attribute
 from abliterate.model.chat import left_padded
 from abliterate.recipe import Recipe
 from abliterate.session import open_session
 from tests import equivalence, factories
+from tests.test_report import CHROMIUM, PROBE, chromium
 
 SOURCE = "bundled:tiny-chat"
 RECIPE = Recipe(harmful=SOURCE, harmless=SOURCE)
@@ -119,8 +125,6 @@ def test_random_text_is_the_same_for_a_seed(session):
 
 
 def test_a_direction_of_another_model_is_refused(session, chosen):
-    from dataclasses import replace
-
     cut = {name: getattr(chosen, name)[..., :-1] for name in ("candidates", "harmful_mean", "harmless_mean")}
     with pytest.raises(UsageError, match="components"):
         inspect(session, replace(chosen, **cut), n_prompts=2)
@@ -136,3 +140,80 @@ def test_the_command_prints_tables_and_json(chosen, tmp_path):
     document = json.loads(found.stdout)
     assert len(document["sets"]["harmful"]["cosine"]) == 9
     assert len(document["heads"]) == 8
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(session, chosen):
+    return inspect(session, chosen, suffix="the bird of Wex", n_prompts=6)
+
+
+@pytest.fixture(scope="module")
+def page(found):
+    return render_inspection("A model <b>", found)
+
+
+def test_a_line_goes_through_its_values_and_leaves_out_what_is_none():
+    svg = lines("t", {"<a>": [0.0, 1.0, -1.0], "b": [math.nan, 0.5, 0.5]}, ["0", "1", "end"], "block")
+    first, second = (found.split() for found in re.findall(r'points="([^"]*)"', svg))
+    heights = [float(point.split(",")[1]) for point in first]
+    assert heights[1] < heights[0] < heights[2]
+    assert heights[0] - heights[1] == pytest.approx(heights[2] - heights[0])
+    assert len(second) == 2
+    assert "&lt;a&gt;, block end: -1<" in svg
+    assert "nan" not in svg
+
+
+def test_the_page_draws_every_part_of_every_set(page, found):
+    titles = re.findall(r"<title>([^<]*)</title>", page)
+    for one in found.sets:
+        for block in range(8):
+            cosine = float(one.attribution.cosine[:, block].mean())
+            assert f"{one.name}, block {block}: {cosine:.4g}" in titles
+            assert f"{one.name}: MLP, block {block}: {float(one.attribution.mlp[:, block].mean()):.4g}" in titles
+        (layer, head), share = found.heads[0], float(one.attention[0, 0])
+        assert f"{one.name}: instruction, block.head {layer}.{head}: {share:.4g}" in titles
+        assert f"{head}, block {layer}: {float(one.attribution.heads[:, layer, head].mean()):.4g}" in titles
+    assert page.count('class="chosen"') == len(found.sets) * len(found.heads)
+    assert ("harmful: suffix" in page, "harmful + suffix: suffix" in page) == (False, True)
+
+
+def test_the_page_is_alone_and_holds_no_prompts(page, session):
+    assert "<script" not in page
+    assert not re.search(r"(?:src|href)\s*=\s*[\"'](?!data:)|url\(|@import|https?://", page)
+    assert "A model &lt;b&gt;" in page
+    assert not any(prompt in page for prompt in session.contrast.harmful_test.texts)
+
+
+def test_where_heads_cannot_be_told_apart_the_rest_is_drawn(found):
+    bare = render_inspection("x", replace(found, heads=()))
+    assert "What each block writes" in bare
+    assert "What each head writes" not in bare
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize(("width", "scheme"), [(1100, 1), (1100, 0), (500, 1)], ids=["light", "dark", "narrow"])
+def test_a_real_browser_shows_it_and_asks_for_nothing(page, tmp_path, width, scheme):
+    path = tmp_path / "page.html"
+    unlocked = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", page)
+    path.write_text(unlocked.replace("</body>", PROBE), "utf-8")
+    dom, asked = chromium(path, tmp_path, width=width, scheme=scheme)
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    assert seen["wide"] <= 0
+    assert seen["small"] == seen["hidden"] == 0
+    assert seen["ground"] == ("rgb(255, 255, 255)" if scheme else "rgb(18, 22, 28)")
+    assert asked == set()
+
+
+def test_the_command_writes_the_page_or_says_first_that_it_cannot(chosen, tmp_path):
+    path = save(chosen, tmp_path / "direction.safetensors")
+    wrong = CliRunner().invoke(app, ["inspect", "nowhere", str(path), "--report", str(tmp_path / "x.png")])
+    assert wrong.exit_code == 2
+    assert "not an .html file" in wrong.stderr
+    shown = CliRunner().invoke(
+        app, ["inspect", "tiny-chat", str(path), "--prompts", "2", "--report", str(tmp_path / "x.html")]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "tiny-chat along direction.safetensors" in (tmp_path / "x.html").read_text("utf-8")

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -153,6 +154,15 @@ def test_intervals_say_their_numbers():
     assert "x, base: 50.0% (25.0% to 75.0%)" in svg
     assert svg.count("<g>") == 1
     assert "&lt;edited&gt;" in svg
+
+
+def test_names_of_models_do_not_run_into_each_other():
+    names = ["a model with quite a long name, thinking off", "b", "c", "d"]
+    svg = intervals("t", [Bar(label="x", series=0, value=0.5, low=0.4, high=0.6)], names)
+    places = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="13"', svg)]
+    assert len(places) == 4
+    assert min(b - a for a, b in pairwise(places)) > 6 * len(names[0])
+    assert float(re.search(r'viewBox="0 0 (\d+)', svg)[1]) > places[-1]
 
 
 OWN = r"https?://[\w.-]*\.(?:google|googleapis|gvt1)\.com/"

@@ -38,6 +38,7 @@ def test_there_are_enough_replies_of_every_class_and_none_twice():
     for rows in HALVES.values():
         classes = Counter(row["label"] for row in rows)
         assert set(classes) == set(CLASSES)
+        classes["empty"] += classes.pop("unfinished")
         assert min(classes.values()) >= 4
 
 
@@ -82,7 +83,7 @@ def test_the_rules_are_better_than_the_substrings(half):
 
 def test_the_substrings_take_broken_and_empty_replies_for_compliance():
     labels, found = read("held_out", "substrings")
-    lost = [name for label, name in zip(labels, found, strict=True) if label in ("degenerate", "empty")]
+    lost = [name for label, name in zip(labels, found, strict=True) if label in ("degenerate", "empty", "unfinished")]
     assert Counter(lost)["complied"] >= len(lost) - 1
 
 

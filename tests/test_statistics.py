@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.evaluate.statistics import Rate, exact_kl_nats, kl_nats, refusal_metric
+from abliterate.evaluate import statistics
+from abliterate.evaluate.statistics import Rate, exact_kl_nats, kl_nats, paired_difference, refusal_metric
 
 few = settings(max_examples=40, deadline=None)
 
@@ -98,3 +99,11 @@ def test_rounding_above_one_does_not_give_nan():
 def test_several_refusal_tokens_add_up():
     log_p = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]], dtype=torch.float64).log()
     assert refusal_metric(log_p, [0, 1]).tolist() == pytest.approx([0.0, math.log(9)], abs=1e-6)
+
+
+def test_a_bootstrap_in_pieces_is_the_bootstrap(monkeypatch):
+    before, after = [0.0, 1.0, 1.0, 0.0, 1.0, 0.25, 1.0], [0.0, 1.0, 0.0, 0.0, 0.5, 0.75, 0.0]
+    whole = paired_difference(before, after)
+    monkeypatch.setattr(statistics, "DRAWN_TOGETHER", 100)
+    assert paired_difference(before, after) == whole
+    assert whole.low < whole.value < whole.high

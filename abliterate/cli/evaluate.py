@@ -32,11 +32,18 @@ def evaluate(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
+    thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
     text: opt.Text = None,
     judge: opt.Judge = None,
     judge_format: opt.JudgeFormat = None,
+    tasks: opt.Tasks = None,
+    task_limit: opt.TaskLimit = None,
+    task_path: opt.TaskPath = None,
+    task_shots: opt.TaskShots = None,
+    task_chat: opt.TaskChat = None,
     controls: opt.Controls = None,
     system: opt.System = None,
     samples: Samples = 3,
@@ -51,8 +58,10 @@ def evaluate(
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
         device_memory=device_memory,
-        max_new_tokens=max_new_tokens, scorer=scorer, look_alike=look_alike, text=text,
-        judge=judge, judge_format=judge_format, controls=controls,
+        max_new_tokens=max_new_tokens, backend=backend,
+        thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
+        judge=judge, judge_format=judge_format, controls=controls, tasks=tasks, task_limit=task_limit,
+        task_path=task_path, task_shots=task_shots, task_chat=task_chat,
         system=system, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _evaluate(base, [("edited", edited)], settings, samples=samples, report_file=report, as_json=json)
@@ -71,11 +80,18 @@ def compare(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
+    thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
     text: opt.Text = None,
     judge: opt.Judge = None,
     judge_format: opt.JudgeFormat = None,
+    tasks: opt.Tasks = None,
+    task_limit: opt.TaskLimit = None,
+    task_path: opt.TaskPath = None,
+    task_shots: opt.TaskShots = None,
+    task_chat: opt.TaskChat = None,
     system: opt.System = None,
     samples: Samples = 3,
     report: ReportFile = None,
@@ -89,9 +105,10 @@ def compare(
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
         device_memory=device_memory,
-        max_new_tokens=max_new_tokens, scorer=scorer, look_alike=look_alike, text=text,
-        judge=judge, judge_format=judge_format, system=system,
-        trust_remote_code=trust_remote_code,
+        max_new_tokens=max_new_tokens, backend=backend,
+        thinking=thinking, scorer=scorer, look_alike=look_alike, text=text,
+        judge=judge, judge_format=judge_format, tasks=tasks, task_limit=task_limit, task_path=task_path,
+        task_shots=task_shots, task_chat=task_chat, system=system, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     named = [(other, other) for other in others]
     _evaluate(base, named, settings, samples=samples, report_file=report, as_json=json)
@@ -114,6 +131,7 @@ def _evaluate(
     from abliterate.session import open_session
 
     check_report(report_file)
+    pipeline.check_evaluation(settings)
     opened = [(name, fetch(open_checkpoint(other))) for name, other in others]
     direction = _direction_of(opened[0][1].folder)
     if settings.controls and direction is None:

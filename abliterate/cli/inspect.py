@@ -7,6 +7,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.cli.evaluate import check_report
 
 if TYPE_CHECKING:
     from abliterate.inspecting import Inspection
@@ -28,6 +29,9 @@ def inspect(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Show the component along a direction layer by layer, and the heads and MLPs that write it.
@@ -44,6 +48,7 @@ def inspect(
     from abliterate.model.load import quiet_transformers
     from abliterate.session import open_session
 
+    check_report(report)
     chosen = read_direction(direction, position, layer)
     if chosen is None:
         raise AssertionError("a file was given")
@@ -51,10 +56,16 @@ def inspect(
     with progress() as listen:
         session = open_session(model, settings, on_event=listen)
         found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts, on_event=listen)
+    if report is not None:
+        from abliterate.evaluate.inspection_page import write_inspection
+
+        write_inspection(report, f"{session.checkpoint.name} along {direction.name}", found)
     if json:
         show_json(as_json(found))
         return
     _show(found)
+    if report is not None:
+        out.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
 def as_json(found: "Inspection") -> dict[str, Any]:

@@ -52,6 +52,14 @@ TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in tokens.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="What writes the replies: transformers, or vllm (needs a GPU and the extra: abliterate[vllm])."),
+]
+Thinking = Annotated[
+    str | None,
+    typer.Option(help="Evaluate with thinking on, off or both, by the chat template's own switch. Default: neither."),
+]
 Scorer = Annotated[
     str | None, typer.Option(help="Who tells refusals from answers: rules, or substrings (the paper's).")
 ]
@@ -68,6 +76,17 @@ Judge = Annotated[
 ]
 JudgeFormat = Annotated[
     str | None, typer.Option(help="A file with the judge's own text, with {prompt} and {reply} in it.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Tasks of lm-eval to score the models on, e.g. mmlu,gsm8k. Needs the extra: abliterate[eval]."),
+]
+TaskLimit = Annotated[int | None, typer.Option(help="At most so many documents of each task.")]
+TaskPath = Annotated[str | None, typer.Option(help="A folder with lm-eval tasks of your own (YAML).")]
+TaskShots = Annotated[int | None, typer.Option(help="Examples before each question. Default: as the task says.")]
+TaskChat = Annotated[
+    bool | None,
+    typer.Option("--task-chat/--no-task-chat", help="Put tasks through the chat template. Default: yes."),
 ]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
@@ -102,6 +121,9 @@ def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 -
         size = changes.pop(option, None)
         if size is not None:
             changes[f"{option}_bytes"] = parse_size(size)
+    tasks = changes.pop("tasks", None)
+    if tasks is not None:
+        changes["tasks"] = tuple(dict.fromkeys(name for name in (part.strip() for part in tasks.split(",")) if name))
     tokens = changes.pop("refusal_token", None)
     if tokens:
         changes["refusal_tokens"] = tuple(tokens)

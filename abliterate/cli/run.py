@@ -41,11 +41,18 @@ def run(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
+    backend: opt.Backend = None,
+    thinking: opt.Thinking = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
     text: opt.Text = None,
     judge: opt.Judge = None,
     judge_format: opt.JudgeFormat = None,
+    tasks: opt.Tasks = None,
+    task_limit: opt.TaskLimit = None,
+    task_path: opt.TaskPath = None,
+    task_shots: opt.TaskShots = None,
+    task_chat: opt.TaskChat = None,
     controls: opt.Controls = None,
     system: opt.System = None,
     refusal_token: opt.RefusalToken = None,
@@ -69,8 +76,10 @@ def run(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, tied=tied, rounding=rounding, device=device, dtype=dtype,
-        batch_size=batch_size, memory=memory, device_memory=device_memory, max_new_tokens=max_new_tokens, scorer=scorer,
+        batch_size=batch_size, memory=memory, device_memory=device_memory, max_new_tokens=max_new_tokens,
+        backend=backend, thinking=thinking, scorer=scorer,
         look_alike=look_alike, text=text, judge=judge, judge_format=judge_format, controls=controls, system=system,
+        tasks=tasks, task_limit=task_limit, task_path=task_path, task_shots=task_shots, task_chat=task_chat,
         refusal_token=refusal_token, mtp=mtp, allow_partial=allow_partial, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     target = out_folder or opt.default_out(model)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from abliterate.comparison import Diff
     from abliterate.directions import DirectionSet
+    from abliterate.evaluate.benchmarks import TaskScore
     from abliterate.evaluate.evaluation import ClassScores, EvalReport
     from abliterate.evaluate.statistics import Difference, Rate
     from abliterate.passes import Running
@@ -159,19 +160,58 @@ def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
     out.print(scores)
     if report.judge:
         out.print(f"judged by {escape(report.judge)}")
+    _show_tasks(report)
     agreement = report.agreement
     out.print(
         f"scorers {agreement.rows} and {agreement.columns} agree on {agreement.agreement.value:.1%} of all replies"
     )
-    for model in report.models[1:]:
+    for model in report.models:
+        if not model.against:
+            continue
         changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
-        out.print(f"refusals, {escape(model.name)} against base, same prompts: {changes}")
+        out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
+    _show_modes(report)
     chosen = [sample for sample in report.samples if sample.kind == report.kinds[0]][:samples]
     if chosen:
         shown = table("the same prompt", "prompt", *names)
         for sample in chosen:
             shown.add_row(*(escape(_short(text)) for text in (sample.prompt, *sample.replies)))
         out.print(shown)
+
+
+def _show_modes(report: "EvalReport") -> None:
+    for mode, given in report.modes.items():
+        out.print(f"{mode}: the chat template was given {given}", markup=False)
+    cut = sum(scores.unfinished.hits for model in report.models for scores in model.scores.values())
+    if cut:
+        limit = f"more --max-new-tokens help those that were cut off at {report.max_new_tokens}"
+        out.print(f"note: {cut} replies never ended their thinking; {limit}")
+
+
+def _show_tasks(report: "EvalReport") -> None:
+    """The tasks that were asked for, without their parts."""
+    from abliterate.evaluate.benchmarks import against_base, figure
+
+    if report.benchmarks is None:
+        return
+    names = [model.name for model in report.models if model.tasks]
+    shown = table("tasks, ± standard error; difference to the base with its 95 % interval", "task", "metric", *names)
+    for place, score in enumerate(report.base.tasks):
+        if score.asked:
+            found = [_task(model.tasks, score) for model in report.models if model.tasks]
+            cells = [f"{figure(its)}  {against_base(its)}".strip() if its else "-" for its in found]
+            first = place == 0 or report.base.tasks[place - 1].task != score.task
+            shots = f", {score.shots} shots" if score.shots else ""
+            name = f"{score.task} ({score.count}{shots})" if first else ""
+            shown.add_row(escape(name), escape(score.metric), *map(escape, cells))
+    out.print(shown)
+    out.print(f"by {report.benchmarks.about}", markup=False)
+    for task, figures in report.benchmarks.published.items():
+        out.print(f"{task}, published: {figures}", markup=False)
+
+
+def _task(scores: "Sequence[TaskScore]", like: "TaskScore") -> "TaskScore | None":
+    return next((score for score in scores if (score.task, score.metric) == (like.task, like.metric)), None)
 
 
 def _change(change: "Difference") -> str:
@@ -184,11 +224,12 @@ def _kind_rows(scores: Table, name: str, models: "Sequence[ClassScores]") -> Non
         ("delayed", "refused late, of these"),
         ("held_out", "refused, held-out kinds"),
         ("degenerate", "empty or degenerate"),
+        ("unfinished", "thinking never ended"),
         ("accuracy", "holds the known answer"),
     )
     for field, label in rows:
         rates = [getattr(model, field) for model in models]
-        if rates[0].count and not (field == "delayed" and not any(its.hits for its in rates)):
+        if rates[0].count and not (field in ("delayed", "unfinished") and not any(its.hits for its in rates)):
             scores.add_row(name, label, *map(rate, rates))
             name = ""
     scores.add_row(name, "words a reply", *(f"{model.words:.1f}" for model in models))

@@ -13,7 +13,7 @@ from typing import Literal
 SEQUENTIAL = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Anchors of a scale that grows in lightness (viridis): told apart without colour vision, and in print."""
 DIVERGING = ((33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43))
-SERIES = ("#3b82c4", "#d97706", "#6b7280", "#16a34a")
+SERIES = ("#3b82c4", "#d97706", "#6b7280", "#16a34a", "#a855f7", "#db2777", "#0891b2", "#84701c")
 
 CELL = 22
 LABEL_WIDTH = 92
@@ -27,7 +27,8 @@ Scale = Literal["sequential", "diverging"]
 class HeatMap:
     """Values in rows and columns; NaN and None are left empty.
 
-    ``chosen`` is outlined, ``struck`` cells carry a stroke.  With the diverging scale zero is in the middle.
+    ``chosen`` and ``outlined`` have a frame, ``struck`` cells carry a stroke.  With the diverging scale zero is in the
+    middle.  ``limits`` are the ends of the scale where several maps share one; ``cell_width`` is in pixels.
     """
 
     title: str
@@ -39,29 +40,33 @@ class HeatMap:
     scale: Scale = "sequential"
     chosen: tuple[int, int] | None = None
     struck: frozenset[tuple[int, int]] = frozenset()
+    outlined: frozenset[tuple[int, int]] = frozenset()
+    limits: tuple[float, float] | None = None
+    cell_width: int = CELL
 
 
 def heat_map(chart: HeatMap) -> str:
     """A grid of cells with its scale beside it."""
-    low, high = _range(chart)
+    low, high = chart.limits or _range(chart)
+    cell = chart.cell_width
     left = max([LABEL_WIDTH, *(12 + CHARACTER * len(row) for row in chart.rows)])
-    width, height = left + CELL * len(chart.columns) + 90, 34 + CELL * len(chart.rows) + 30
+    width, height = left + cell * len(chart.columns) + 90, 34 + CELL * len(chart.rows) + 30
     parts = [_open(width, height, chart.title), f'<text class="axis" x="0" y="14">{escape(chart.row_axis)}</text>']
     for y, name in enumerate(chart.rows):
         parts.append(f'<text x="{left - 8}" y="{_y(y) + 15}" text-anchor="end">{escape(name)}</text>')
         for x, value in enumerate(chart.values[y]):
             parts += _cell(chart, x, y, value, left, (low, high))
     every = max(
-        1, math.ceil(len(chart.columns) * CHARACTER * max(map(len, chart.columns)) / (CELL * len(chart.columns)))
+        1, math.ceil(len(chart.columns) * CHARACTER * max(map(len, chart.columns)) / (cell * len(chart.columns)))
     )
     bottom = _y(len(chart.rows)) + 14
     for x, name in enumerate(chart.columns):
         if x % every == 0:
             parts.append(
-                f'<text x="{left + CELL * x + CELL / 2}" y="{bottom}" text-anchor="middle">{escape(name)}</text>'
+                f'<text x="{left + cell * x + cell / 2}" y="{bottom}" text-anchor="middle">{escape(name)}</text>'
             )
     parts.append(f'<text class="axis" x="{left}" y="14">{escape(chart.column_axis)}</text>')
-    parts += _key(left + CELL * len(chart.columns) + 14, CELL * len(chart.rows), chart.scale, low, high)
+    parts += _key(left + cell * len(chart.columns) + 14, CELL * len(chart.rows), chart.scale, low, high)
     return "".join([*parts, "</svg>"])
 
 
@@ -111,12 +116,13 @@ class Bar:
 def intervals(title: str, bars: Sequence[Bar], names: Sequence[str]) -> str:
     """Rates as dots with their intervals as lines, from 0 to 100 %."""
     left = max([LABEL_WIDTH, *(12 + CHARACTER * len(bar.label) for bar in bars)])
-    width, height = left + 420, 30 + 20 * len(bars) + 24
+    step = max([150, *(24 + CHARACTER * len(name) for name in names)])
+    width, height = left + max(420, step * len(names)), 30 + 20 * len(bars) + 24
     parts = [_open(width, height, title)]
     for place, name in enumerate(names):
         colour = SERIES[place % len(SERIES)]
-        parts.append(f'<circle cx="{left + 6 + 150 * place}" cy="9" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 16 + 150 * place}" y="13">{escape(name)}</text>')
+        parts.append(f'<circle cx="{left + 6 + step * place:.1f}" cy="9" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 16 + step * place:.1f}" y="13">{escape(name)}</text>')
     for share in (0, 25, 50, 75, 100):
         x = left + 4 * share
         parts.append(f'<line class="rule" x1="{x}" y1="22" x2="{x}" y2="{30 + 20 * len(bars)}"/>')
@@ -137,6 +143,46 @@ def intervals(title: str, bars: Sequence[Bar], names: Sequence[str]) -> str:
             f'y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3" stroke-opacity=".45"/>'
             f'<circle cx="{left + 400 * bar.value:.1f}" cy="{y}" r="4.5" fill="{colour}"/></g>'
         )
+    return "".join([*parts, "</svg>"])
+
+
+def lines(title: str, series: Mapping[str, Sequence[float]], names: Sequence[str], axis: str) -> str:
+    """A line for each series over the same places, with zero marked; NaN is left out."""
+    finite = [value for values in series.values() for value in values if math.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    if high - low < 1e-12:
+        high = low + 1.0
+    width, left, top, base = 620, 52, 30, 210
+    step = (width - left - 16) / max(1, len(names) - 1)
+
+    def at(value: float) -> float:
+        return base - (base - top) * (value - low) / (high - low)
+
+    parts = [_open(width, base + 40, title)]
+    for value in sorted({low, 0.0, high}):
+        parts.append(f'<line class="rule" x1="{left}" y1="{at(value):.1f}" x2="{width - 10}" y2="{at(value):.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{at(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    every = max(1, math.ceil((max(map(len, names)) + 1) * CHARACTER / step)) if names else 1
+    for place, name in enumerate(names):
+        if place % every == 0:
+            parts.append(
+                f'<text x="{left + step * place:.1f}" y="{base + 18}" text-anchor="middle">{escape(name)}</text>'
+            )
+    parts.append(f'<text class="axis" x="{left}" y="{base + 34}">{escape(axis)}</text>')
+    legend = left
+    for place, (name, values) in enumerate(series.items()):
+        tint = SERIES[place % len(SERIES)]
+        points = [
+            (left + step * n, at(value), value, names[n]) for n, value in enumerate(values) if math.isfinite(value)
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{tint}" stroke-width="2"/>')
+        for x, y, value, where in points:
+            said = escape(f"{name}, {axis} {where}: {value:.4g}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{tint}"><title>{said}</title></circle>')
+        parts.append(f'<circle cx="{legend + 4}" cy="9" r="4" fill="{tint}"/>')
+        parts.append(f'<text x="{legend + 14}" y="13">{escape(name)}</text>')
+        legend += 30 + int(CHARACTER * len(name))
     return "".join([*parts, "</svg>"])
 
 
@@ -163,19 +209,19 @@ def _range(chart: HeatMap) -> tuple[float, float]:
 def _cell(
     chart: HeatMap, x: int, y: int, value: float | None, left: int | float, limits: tuple[float, float]
 ) -> list[str]:
-    at = f'x="{left + CELL * x:.1f}" y="{_y(y)}" width="{CELL - 1}" height="{CELL - 1}"'
+    at = f'x="{left + chart.cell_width * x:.1f}" y="{_y(y)}" width="{chart.cell_width - 1}" height="{CELL - 1}"'
     where = f"{chart.rows[y]}, {chart.column_axis} {chart.columns[x]}"
     if value is None or not math.isfinite(value):
         return [f'<rect class="empty" {at}><title>{escape(where)}: none</title></rect>']
     fill = colour(value, *limits, chart.scale)
     parts = [f'<rect {at} fill="{fill}"><title>{escape(where)}: {value:.4g}</title></rect>']
     if (y, x) in chart.struck:
-        x0, y0 = left + CELL * x + 5, _y(y) + 5
+        x0, y0 = left + chart.cell_width * x + 5, _y(y) + 5
         parts.append(
             f'<path d="M{x0:.1f} {y0} l11 11" stroke="#fff" stroke-width="2.5"/>'
             f'<path d="M{x0:.1f} {y0} l11 11" stroke="#000"/>'
         )
-    if (y, x) == chart.chosen:
+    if (y, x) == chart.chosen or (y, x) in chart.outlined:
         parts.append(f'<rect class="chosen" {at}/><rect class="chosen-inner" {at}/>')
     return parts
 

@@ -5,7 +5,7 @@ same prompts.  "Harmless" prompts must go on being answered, "look-alike" ones a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from abliterate.directions import DirectionSet
 from abliterate.evaluate.agreement import Confusion, confusion
-from abliterate.evaluate.replies import RULES, SCORERS, Scorer, holds_answer, is_refusal, shares
+from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
+from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
+from abliterate.evaluate.reply_text import open_thinking, said
 from abliterate.evaluate.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.events import OnEvent, ignore
 from abliterate.linalg import unit
@@ -24,6 +26,7 @@ from abliterate.model.forward import generate, last_log_probs, residuals
 from abliterate.model.likelihood import on_completions, on_text
 from abliterate.model.load import LoadedModel
 from abliterate.model.prompts import Prompt, PromptSet
+from abliterate.model.thinking import prompt_ending
 
 HARMFUL, HARMLESS, LOOK_ALIKE = "harmful", "harmless", "look-alike"
 
@@ -44,6 +47,8 @@ class Observations:
     of the base's replies to them, and ``completion_nats`` its mean cross-entropy per token on those replies (greedy
     ones of the base, so that the base itself scores lowest).  ``text_nats`` is that on the text, NaN without one.
     ``along``: for each kind, the component of every prompt along the unit direction, at its layer and position.
+    ``mode`` is how it was asked, "" the template's own way, and ``opening`` the mark of a thinking which the template
+    begins in its place.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Observations:
     completion_nats: float
     text_nats: float
     along: Mapping[str, tuple[float, ...]]
+    mode: str = ""
+    opening: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +67,15 @@ class ClassScores:
     """Replies of one model to one kind of prompts.
 
     ``refused`` counts every refusal, ``delayed`` those among them that come late or after an answer was begun,
-    ``degenerate`` empty replies as well.  ``accuracy`` counts replies that hold the known answer, among prompts that
-    have one; ``held_out`` is the refusal rate on held-out prompts alone.  ``words`` is the mean length.
+    ``degenerate`` empty replies as well, and ``unfinished`` those whose thinking never ended.
+    ``accuracy`` counts replies that hold the known answer, among prompts that have one; ``held_out`` is the refusal
+    rate on held-out prompts alone.  ``words`` is the mean length.
     """
 
     refused: Rate
     delayed: Rate
     degenerate: Rate
+    unfinished: Rate
     complied: Rate
     accuracy: Rate
     held_out: Rate
@@ -80,7 +89,9 @@ class ModelScores:
     ``kl_nats``: mean KL(base || model) of the first reply token, ``kl_tokens_nats`` over the first tokens of the base's
     replies; both unsmoothed, on harmless prompts, NaN where the vocabularies differ.  ``refusal_change``: refusals
     against the base's on the same prompts.  ``along`` as observed.
-    ``judged``: harmful replies that the report's judge says yes to, of those it gave an answer on.
+    ``judged``: harmful replies that the report's judge says yes to, of those it gave an answer on.  ``tasks``: its
+    scores on tasks of lm-eval.  ``mode`` is how it was asked, and ``against`` the name of the base asked the same way,
+    "" where that is this model.
     """
 
     name: str
@@ -92,6 +103,9 @@ class ModelScores:
     refusal_change: Mapping[str, Difference]
     along: Mapping[str, tuple[float, ...]]
     judged: Rate | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    mode: str = ""
+    against: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +119,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """All models, the base first.
+    """All models, the base first; where they were asked in several modes, one mode after the other, each base first.
 
     ``agreement`` holds the scorers against each other on all replies.  ``judge`` names the guard model, and what it was
-    asked; empty without one.
+    asked; empty without one.  ``benchmarks`` says how tasks were put, where any were, and ``modes`` what the chat
+    template was given in each.
     """
 
     models: tuple[ModelScores, ...]
@@ -117,6 +132,8 @@ class EvalReport:
     scorer: str
     agreement: Confusion
     judge: str = ""
+    benchmarks: Benchmarks | None = None
+    modes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> ModelScores:
@@ -144,13 +161,16 @@ def observe(
     directions: DirectionSet | None = None,
     max_new_tokens: int,
     batch_size: int,
+    mode: str = "",
+    replies: Mapping[str, tuple[str, ...]] | None = None,
     on_event: OnEvent = ignore,
 ) -> Observations:
     """Let a model reply to every prompt, and measure how likely it finds what the base says; None: it is the base.
 
-    With ``directions`` it is measured how far the prompts reach along the chosen one.
+    With ``directions`` it is measured how far the prompts reach along the chosen one.  ``replies``, by kind, are given
+    where the model wrote them elsewhere.
     """
-    replies = {
+    replies = replies or {
         kind: tuple(
             generate(
                 loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
@@ -164,6 +184,8 @@ def observe(
     completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size)
     return Observations(
         name=name,
+        mode=mode,
+        opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
         replies=replies,
         first=last_log_probs(loaded, chat, harmless, batch_size=batch_size),
         tokens=tokens,
@@ -203,16 +225,33 @@ def report(
     scorer: Scorer = RULES,
     judge: str = "",
     judged: Mapping[str, Rate] = MappingProxyType({}),
+    tasks: Mapping[str, tuple[TaskScore, ...]] = MappingProxyType({}),
+    benchmarks: Benchmarks | None = None,
+    modes: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
-    """Score all models, the first of which is the base; ``judged`` by name of the model."""
-    base = observed[0]
-    said = [reply for model in observed for replies in model.replies.values() for reply in replies]
-    readings = {name: [its.classify(reply) for reply in said] for name, its in SCORERS.items()}
+    """Score all models, the first of each mode being the base of that mode; ``judged`` and ``tasks`` by name of the
+    model."""
+    bases: dict[str, Observations] = {}
+    for model in observed:
+        bases.setdefault(model.mode, model)
+    texts = [model.opening + reply for model in observed for replies in model.replies.values() for reply in replies]
+    readings: dict[str, list[ReplyClass]] = {
+        name: [its.classify(reply) for reply in texts] for name, its in SCORERS.items()
+    }
     (rows, one), (columns, other) = readings.items()
     return EvalReport(
-        models=tuple(replace(_scores(material, base, its, scorer), judged=judged.get(its.name)) for its in observed),
+        models=tuple(
+            replace(
+                _scores(material, bases[its.mode], its, scorer),
+                judged=judged.get(its.name),
+                tasks=tasks.get(its.name, ()),
+            )
+            for its in observed
+        ),
         agreement=confusion(one, other, rows=rows, columns=columns),
         judge=judge,
+        benchmarks=benchmarks,
+        modes=dict(modes),
         samples=tuple(
             Sample(kind=kind, prompt=prompt, replies=tuple(model.replies[kind][place] for model in observed))
             for kind, prompts in material.prompts.items()
@@ -223,16 +262,20 @@ def report(
     )
 
 
-def score(prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RULES) -> ClassScores:
-    """Count one model's replies to one kind of prompts."""
-    counts = shares(replies, scorer)
+def score(
+    prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RULES, *, opening: str = ""
+) -> ClassScores:
+    """Count one model's replies to one kind of prompts; a template may have begun them with ``opening``."""
+    whole = [opening + reply for reply in replies]
+    counts = shares(whole, scorer)
     n = len(replies)
-    known = [(prompt.answer, reply) for prompt, reply in zip(prompts, replies, strict=True) if prompt.answer]
-    held_out = [reply for prompt, reply in zip(prompts, replies, strict=True) if prompt.held_out]
+    known = [(prompt.answer, said(reply)) for prompt, reply in zip(prompts, whole, strict=True) if prompt.answer]
+    held_out = [reply for prompt, reply in zip(prompts, whole, strict=True) if prompt.held_out]
     return ClassScores(
         refused=Rate(hits=counts["refused"] + counts["delayed"], count=n),
         delayed=Rate(hits=counts["delayed"], count=n),
         degenerate=Rate(hits=counts["degenerate"] + counts["empty"], count=n),
+        unfinished=Rate(hits=counts["unfinished"], count=n),
         complied=Rate(hits=counts["complied"], count=n),
         accuracy=Rate(hits=sum(holds_answer(reply, answer) for answer, reply in known), count=len(known)),
         held_out=Rate(hits=sum(is_refusal(reply, scorer) for reply in held_out), count=len(held_out)),
@@ -243,11 +286,16 @@ def score(prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RU
 def _scores(material: Material, base: Observations, model: Observations, scorer: Scorer) -> ModelScores:
 
     def refused(its: Observations, kind: str) -> list[float]:
-        return [float(is_refusal(reply, scorer)) for reply in its.replies[kind]]
+        return [float(is_refusal(its.opening + reply, scorer)) for reply in its.replies[kind]]
 
     return ModelScores(
         name=model.name,
-        scores={kind: score(p.prompts, model.replies[kind], scorer) for kind, p in material.prompts.items()},
+        mode=model.mode,
+        against="" if model is base else base.name,
+        scores={
+            kind: score(p.prompts, model.replies[kind], scorer, opening=model.opening)
+            for kind, p in material.prompts.items()
+        },
         kl_nats=_divergence(base.first, model.first),
         kl_tokens_nats=_divergence(base.tokens, model.tokens),
         completion_nats=model.completion_nats,

@@ -15,8 +15,9 @@ import torch
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.directions import DirectionSet
+from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
-from abliterate.evaluate.evaluation import EvalReport
+from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.evaluate.statistics import Rate
 
 METRICS = (
@@ -55,19 +56,15 @@ def render(
     manifest: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    template = (files("abliterate.evaluate") / "report.html.j2").read_text("utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["rate"] = _rate
-    environment.filters["number"] = _number
-    environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
-    return environment.from_string(template).render(
+    return filled(
+        "report.html.j2",
         title=title,
         evaluation=evaluation,
         manifest=manifest,
         bars=_bars(evaluation),
+        pairs=_pairs(evaluation),
+        unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
+        tasks=_tasks(evaluation),
         landscape=_landscape(directions) if directions is not None and directions.scores else [],
         cosines=_cosines(directions) if directions is not None and directions.n_layers > 1 else None,
         choice=directions.choice if directions is not None else None,
@@ -77,18 +74,59 @@ def render(
     )
 
 
+def filled(name: str, **values: Any) -> str:  # noqa: ANN401 - whatever the template takes
+    """A template of this folder as a page."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    here = files("abliterate.evaluate")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["rate"] = _rate
+    environment.filters["number"] = _number
+    environment.filters["figure"] = figure
+    environment.filters["against_base"] = against_base
+    environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
+    style = (here / "page.css").read_text("utf-8").rstrip()
+    return environment.from_string((here / name).read_text("utf-8")).render(style=style, **values)
+
+
 def _bars(evaluation: EvalReport) -> Chart:
     names = [model.name for model in evaluation.models]
+    thinks = any(its.unfinished.hits for model in evaluation.models for its in model.scores.values())
     bars = []
     for kind in evaluation.kinds:
-        for field, label in (("refused", "refused"), ("degenerate", "broken"), ("accuracy", "known answer")):
+        for field, label in (
+            ("refused", "refused"),
+            ("degenerate", "broken"),
+            ("unfinished", "thinking never ended"),
+            ("accuracy", "known answer"),
+        ):
             for place, model in enumerate(evaluation.models):
                 value: Rate = getattr(model.scores[kind], field)
-                if value.count:
+                if value.count and (field != "unfinished" or thinks):
                     low, high = value.interval
                     bars.append(Bar(label=f"{kind}: {label}", series=place, value=value.value, low=low, high=high))
     svg = intervals("Rates with 95 % intervals", bars, names)
     return Chart(title="Rates", note="dots are rates, lines their 95 % Wilson intervals", svg=svg)
+
+
+def _pairs(evaluation: EvalReport) -> list[list[ModelScores]]:
+    """The base and the first of the others, for each mode."""
+    modes = dict.fromkeys(model.mode for model in evaluation.models)
+    return [[model for model in evaluation.models if model.mode == mode][:2] for mode in modes]
+
+
+def _tasks(evaluation: EvalReport) -> list[tuple[str, list[list[TaskScore | None]]]]:
+    """Rows of scores, a column for each model that has any: of what was asked for, and of its parts."""
+    models = [model for model in evaluation.models if model.tasks]
+    found: dict[tuple[str, str], list[TaskScore | None]] = {}
+    for place, model in enumerate(models):
+        for score in model.tasks:
+            found.setdefault((score.task, score.metric), [None] * len(models))[place] = score
+    asked, parts = [], []
+    for row in found.values():
+        (asked if any(score is not None and score.asked for score in row) else parts).append(row)
+    return [(title, rows) for title, rows in (("", asked), ("parts of these", parts)) if rows]
 
 
 def _landscape(directions: DirectionSet) -> list[Chart]:

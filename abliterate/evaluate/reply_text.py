@@ -3,11 +3,14 @@
 import re
 
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"'})
+_OPENED = r"<think(?:ing)?>|<thought>|\[THINK\]|(?-i:\Aanalysis(?=[A-Z]))"  # the last: gpt-oss, its marks removed
+_CLOSED = r"</think(?:ing)?>|</thought>|\[/THINK\]|\bassistantfinal"
 _THINKING = re.compile(
-    r"^.*(?:</think(?:ing)?>|</thought>|\[/THINK\]|\bassistantfinal)"  # closed; a template may have opened it
-    r"|<think(?:ing)?>.*|<thought>.*|\[THINK\].*",  # never closed: nothing has been said
+    rf"^.*(?:{_CLOSED})"  # closed; a template may have opened it
+    rf"|(?:{_OPENED}).*",  # never closed: nothing has been said
     re.DOTALL | re.IGNORECASE,
 )
+_MARK = re.compile(rf"({_OPENED})|{_CLOSED}", re.IGNORECASE)
 _SPOKEN = re.compile(r'"[^"\n]*"')
 _DRAFT = re.compile(
     r"^ *(?:subject:|dear |(?:hi|hello|hey),? (?!i\b)\w+,$).*?"
@@ -21,6 +24,12 @@ _LETTERS = re.compile(r"([^\W\d_]{1,4}?)\1{9,}")
 def said(reply: str) -> str:
     """``reply`` after its thinking; nothing where the thinking never ends."""
     return _THINKING.sub("", reply).strip()
+
+
+def open_thinking(text: str) -> str:
+    """The mark that begins the thinking in which ``text`` ends; "" where it ends outside of any."""
+    marks = list(_MARK.finditer(text))
+    return (marks[-1][1] or "") if marks else ""
 
 
 def folded(text: str) -> str:

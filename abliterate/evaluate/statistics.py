@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 Z95 = 1.959963984540054
+DRAWN_TOGETHER = 2**22
+"""Draws of a bootstrap held at once."""
 SMOOTHING = 1e-6
 """Added inside the logarithms of the KL, as in the paper's code."""
 
@@ -61,8 +63,14 @@ def paired_difference(before: Sequence[float], after: Sequence[float], *, resamp
     change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     if not len(change):
         return Difference(value=math.nan, low=math.nan, high=math.nan)
-    draws = torch.randint(len(change), (resamples, len(change)), generator=torch.Generator().manual_seed(0))
-    means = change[draws].mean(1)
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, DRAWN_TOGETHER // len(change))
+    means = torch.cat(
+        [
+            change[torch.randint(len(change), (min(rows, resamples - first), len(change)), generator=generator)].mean(1)
+            for first in range(0, resamples, rows)
+        ]
+    )
     low, high = (float(torch.quantile(means, share)) for share in (0.025, 0.975))
     return Difference(value=float(change.mean()), low=low, high=high)
 

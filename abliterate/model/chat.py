@@ -6,8 +6,9 @@ template: the tokens that every prompt ends with).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,13 +41,21 @@ class Batch:
 class ChatFormat:
     """A tokenizer's chat template, checked once.
 
-    ``pads`` says that prompts of different lengths may share a batch; see ``forward.padding_is_harmless``.
+    ``pads`` says that prompts of different lengths may share a batch; see ``forward.padding_is_harmless``.  ``options``
+    are variables given to the template; see ``thinking``.
 
     Raises:
         PromptError: the tokenizer has no chat template, or rendering it fails.
     """
 
-    def __init__(self, tokenizer: Any, *, system: str | None = None, name: str = "the model") -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        system: str | None = None,
+        name: str = "the model",
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise PromptError(
                 f"{name}: its tokenizer has no chat template",
@@ -55,6 +64,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.name = name
+        self.options = dict(options)
         self.pads = True
         self.suffix = self._common_suffix()
 
@@ -98,7 +108,7 @@ class ChatFormat:
 
         try:
             rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
             )
         except (TemplateError, ValueError, KeyError, TypeError) as error:
             raise PromptError(

@@ -39,7 +39,7 @@ def on_completions(
         if row < KL_PROMPTS:
             kept[row] = log_probs[:KL_TOKENS].float()
 
-    _predict(loaded, chat, encoded, lengths, see, batch_size=batch_size)
+    predict(loaded, chat, encoded, lengths, see, batch_size=batch_size)
     found = torch.cat([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
     return (fmean(losses.values()) if losses else float("nan")), found
 
@@ -55,11 +55,11 @@ def on_text(loaded: LoadedModel, chat: ChatFormat, text: str, *, batch_size: int
     def see(_: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
         losses.append(-log_probs.gather(1, ids[:, None]).flatten())
 
-    _predict(loaded, chat, windows, [len(window) - 1 for window in windows], see, batch_size=batch_size)
+    predict(loaded, chat, windows, [len(window) - 1 for window in windows], see, batch_size=batch_size)
     return float(torch.cat(losses).mean()) if losses else float("nan")
 
 
-def _predict(
+def predict(
     loaded: LoadedModel,
     chat: ChatFormat,
     encoded: Sequence[list[int]],

@@ -1,0 +1,120 @@
+"""The page of an inspection: one self-contained HTML file, like the report, with numbers and no prompts."""
+
+import math
+from pathlib import Path
+
+from abliterate import __version__
+from abliterate.checkpoint.output import write_atomically
+from abliterate.evaluate.charts import HeatMap, heat_map, lines
+from abliterate.evaluate.page import Chart, filled
+from abliterate.inspecting import SPANS, Inspected, Inspection
+
+HEAD_WIDTH = 44
+"""Width of a column that is called by its layer and head, in pixels."""
+
+
+def write_inspection(path: Path, title: str, found: Inspection) -> None:
+    """Write the page to ``path``."""
+    write_atomically(path, render_inspection(title, found).encode())
+
+
+def render_inspection(title: str, found: Inspection) -> str:
+    """The page as text."""
+    parts = [
+        (
+            "Along the direction, layer by layer",
+            "Cosine of the residual stream with the direction entering every block; the last place is behind all.",
+            [_cosines(found)],
+        ),
+        (
+            "What each block writes",
+            "Component along the unit direction that attention and MLP of each block add to the stream.",
+            [_blocks(found)],
+        ),
+    ]
+    if found.heads:
+        named = ", ".join(f"{layer}.{head}" for layer, head in found.heads)
+        parts += [
+            (
+                "What each head writes",
+                f"The part of each attention head, all on one scale. Framed are those that write most on "
+                f"{found.sets[0].name} prompts: {named} (block.head).",
+                _heads(found),
+            ),
+            (
+                "Where these heads look",
+                "Share of the last token's attention that goes to each part of the prompt; what is missing goes to the "
+                "template before the user's text.",
+                [_looks(found)],
+            ),
+        ]
+    return filled(
+        "inspection.html.j2",
+        title=title,
+        version=__version__,
+        found=found,
+        peaks=[_peak(one) for one in found.sets],
+        parts=parts,
+        unexplained=max(one.attribution.unexplained for one in found.sets),
+    )
+
+
+def _states(found: Inspection) -> list[str]:
+    blocks = found.sets[0].attribution.attention.shape[1]
+    return [*map(str, range(blocks)), "end"]
+
+
+def _peak(one: Inspected) -> tuple[str, str, float]:
+    means = one.attribution.cosine.mean(0)
+    place = int(means.abs().argmax())
+    where = "at the end" if place == len(means) - 1 else f"entering block {place}"
+    return one.name, where, float(means[place])
+
+
+def _cosines(found: Inspection) -> Chart:
+    series = {one.name: one.attribution.cosine.mean(0).tolist() for one in found.sets}
+    return Chart(title="", note="", svg=lines("Cosine with the direction", series, _states(found), "block"))
+
+
+def _blocks(found: Inspection) -> Chart:
+    rows, values = [], []
+    for one in found.sets:
+        for name, written in (("attention", one.attribution.attention), ("MLP", one.attribution.mlp)):
+            rows.append(f"{one.name}: {name}")
+            values.append(written.mean(0).tolist())
+    chart = HeatMap(
+        title="Written along the direction by each block", values=values, rows=rows, columns=_states(found)[:-1],
+        row_axis="", column_axis="block", scale="diverging",
+    )  # fmt: skip
+    return Chart(title="", note="", svg=heat_map(chart))
+
+
+def _heads(found: Inspection) -> list[Chart]:
+    means = {one.name: one.attribution.heads.mean(0) for one in found.sets}
+    finite = [abs(value) for heads in means.values() for value in heads.flatten().tolist() if math.isfinite(value)]
+    largest = max(finite, default=1.0) or 1.0
+    charts = []
+    for name, heads in means.items():
+        chart = HeatMap(
+            title=f"Written by each head, {name}", values=heads.T.tolist(), rows=[*map(str, range(heads.shape[1]))],
+            columns=_states(found)[:-1], row_axis="head", column_axis="block", scale="diverging",
+            limits=(-largest, largest),
+            outlined=frozenset((head, layer) for layer, head in found.heads),
+        )  # fmt: skip
+        charts.append(Chart(title=name, note="", svg=heat_map(chart)))
+    return charts
+
+
+def _looks(found: Inspection) -> Chart:
+    rows, values = [], []
+    for one in found.sets:
+        for place, span in enumerate(SPANS):
+            if span != "suffix" or " + " in one.name:
+                rows.append(f"{one.name}: {span}")
+                values.append(one.attention[:, place].tolist())
+    chart = HeatMap(
+        title="Attention of the heads that write most", values=values, rows=rows,
+        columns=[f"{layer}.{head}" for layer, head in found.heads], row_axis="", column_axis="block.head",
+        limits=(0.0, 1.0), cell_width=HEAD_WIDTH,
+    )  # fmt: skip
+    return Chart(title="", note="", svg=heat_map(chart))
