@@ -210,7 +210,7 @@ def push(
     name: str,
     *,
     private: bool = False,
-    revision: str | None = None,
+    branch: str | None = None,
     message: str | None = None,
     base: str | Path | None = None,
     verify: bool = True,
@@ -218,7 +218,7 @@ def push(
 ) -> Published:
     """Upload a finished and verified folder to the Hub; see ``publishing.push``."""
     return publishing.push(
-        Path(folder), name, private=private, revision=revision, message=message, base=base, verify=verify,
+        Path(folder), name, private=private, branch=branch, message=message, base=base, verify=verify,
         on_event=on_event,
     )  # fmt: skip
 
@@ -231,14 +231,15 @@ def stream(
     *,
     recipe: Recipe | None = None,
     revision: str | None = None,
+    branch: str | None = None,
     private: bool = False,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
     """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``."""
     return relay.stream(
-        model, direction, name, Path(out), recipe or Recipe(), revision=revision, private=private, message=message,
-        on_event=on_event,
+        model, direction, name, Path(out), recipe or Recipe(), revision=revision, branch=branch, private=private,
+        message=message, on_event=on_event,
     )  # fmt: skip
 
 

@@ -69,6 +69,9 @@ JudgeFormat = Annotated[
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
 Push = Annotated[str | None, typer.Option(help="Upload the result to this repository of the Hub, OWNER/NAME.")]
+Branch = Annotated[
+    str | None, typer.Option(help="Branch of the repository to upload to; made if it is not there. Default: main.")
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="With --push: from Hub to Hub, shard by shard; the disk holds about two.")

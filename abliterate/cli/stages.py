@@ -7,7 +7,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
-from abliterate.cli.publish import stream_through
+from abliterate.cli.publish import check_push_options, stream_through
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def edit(
     mtp: opt.Mtp = None,
     allow_partial: opt.AllowPartial = None,
     push: opt.Push = None,
+    branch: opt.Branch = None,
     private: opt.Private = False,
     stream: opt.Stream = False,
     json: opt.Json = False,
@@ -141,8 +142,11 @@ def edit(
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
     if stream:
         target = out_folder or opt.default_out(model)
-        stream_through(model, chosen, push, target, settings, revision=revision, private=private, as_json=json)
+        stream_through(
+            model, chosen, push, target, settings, revision=revision, branch=branch, private=private, as_json=json
+        )
         return
+    check_push_options(push, branch, private=private)
     with progress() as listen:
         edited = api.edit(
             model, chosen, out_folder or opt.default_out(model), recipe=settings, revision=revision, on_event=listen
