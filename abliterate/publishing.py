@@ -16,7 +16,7 @@ from abliterate.bundled import resolve_model
 from abliterate.checkpoint import upload
 from abliterate.checkpoint.hub import cached
 from abliterate.checkpoint.output import JOURNAL
-from abliterate.checkpoint.source import Checkpoint, looks_like_path, open_folder
+from abliterate.checkpoint.source import HUBS_OWN, Checkpoint, looks_like_path, open_folder
 from abliterate.errors import CheckpointError, InterruptedRunError, OutputError, VerificationError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from abliterate.file_checks import sha256_file
@@ -163,6 +163,7 @@ def check_files(
     """
     shards, others = document["verification"]["sha256"], document.get("files")
     found = [name for name in manifest.files_of(folder) if name not in manifest.OUR_FILES]
+    found = [name for name in found if name not in HUBS_OWN or name in (others or ())]
     if others is not None and (odd := sorted(set(found) ^ {*shards, *others})):
         what = "was not there when it was verified" if odd[0] in found else "is missing"
         raise VerificationError(f"{folder}: {odd[0]} {what}", "move it away" if odd[0] in found else DAMAGED)

@@ -17,16 +17,6 @@ pytest.importorskip("hatchling")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    done = subprocess.run([*command, "--wheel-dir", out, ROOT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (made,) = out.glob("*.whl")
-    return made
-
-
-@pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """The wheel unpacked as pip does it; dependencies come from the environment of the tests."""
     target = tmp_path_factory.mktemp("site")

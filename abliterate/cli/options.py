@@ -18,6 +18,7 @@ OptionalModel = Annotated[
     typer.Argument(help="A checkpoint folder or a Hub name (owner/model). Default: the bundled tiny chat model."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Finished = Annotated[str, typer.Argument(help="A folder that abliterate wrote, or its name on the Hub (owner/model).")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Harmful = Annotated[
     str | None,

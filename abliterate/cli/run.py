@@ -131,14 +131,13 @@ def run(
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
-    from abliterate.bundled import resolve_model
+    from abliterate.bundled import open_model
     from abliterate.checkpoint.output import check_place, check_space
-    from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli import tables
     from abliterate.planning import plan
     from abliterate.session import prompts_of, with_default_prompts
 
-    checkpoint = open_checkpoint(resolve_model(model), revision=revision)
+    checkpoint = open_model(model, revision=revision)
     made = plan(checkpoint, **settings.plan_options)
     if checkpoint.root is not None:
         check_place(target, checkpoint.root)

@@ -185,7 +185,7 @@ def dequantize(
 
 @guarded
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
+    folder: opt.Finished,
     base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Do not load the models.")] = False,
     harmful: opt.Harmful = None,
@@ -193,6 +193,7 @@ def verify(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     memory: opt.Memory = None,
+    revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
     """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
@@ -207,6 +208,7 @@ def verify(
     with progress() as listen:
         report = api.verify(
             folder,
+            revision=revision,
             base=base,
             changes={
                 "harmful": harmful,
