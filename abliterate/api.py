@@ -56,10 +56,15 @@ class EditResult:
 
 
 def measure(
-    model: str | Path | None = None, recipe: Recipe | None = None, *, on_event: OnEvent = ignore
+    model: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    covariance: str | Path | None = None,
+    on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``pipeline.measure``."""
-    return pipeline.measure(open_session(model, recipe or Recipe(), on_event=on_event), on_event=on_event)
+    session = open_session(model, recipe or Recipe(), on_event=on_event)
+    return pipeline.measure(session, covariance=Path(covariance) if covariance else None, on_event=on_event)
 
 
 def select(

@@ -4,7 +4,6 @@ Each value is its stored one times its scale, rounded once.  Everything else is 
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import OutputFolder, copy_file, fingerprint, prepare, write_atomically, write_json
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
 from abliterate.checkpoint.stream import bytes_of
-from abliterate.codecs import Held, packed_codec
+from abliterate.codecs import Held, decoded, packed_codec
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.surgery import plain_failures, write_shards
 
@@ -118,17 +117,13 @@ class _Writer:
 
     def _widened(self, source: SourceFile, packed: Packed) -> Iterator[Tensor]:
         codec = packed_codec(self.checkpoint.folder, packed, Held())
-        transposed = packed.kind == "mxfp4"
-        rows = packed.shape[-1 if transposed else -2]
-        row_bytes = packed.values.size_bytes // (rows * math.prod(packed.shape[:-2]))
-        at_once = rows if transposed else max(1, PIECE_BYTES // row_bytes)
-        slab = Slab(at_once * row_bytes)
-        for place in range(math.prod(packed.shape[:-2])):
-            for first in range(0, rows, at_once):
-                count, row = min(at_once, rows - first), place * rows + first
-                raw = source.read(slab, packed.values.start + row * row_bytes, count * row_bytes)
-                values = codec.decode(raw.view(codec.stored).view(count, -1), row, torch.float32).to(torch.bfloat16)
-                yield values.T if transposed else values
+        slab = Slab(packed.row_bytes * packed.stored_rows if packed.transposed else max(PIECE_BYTES, packed.row_bytes))
+
+        def read(start: int, size: int) -> Tensor:
+            return source.read(slab, start, size)
+
+        for _, _, values in decoded(packed, codec, read, None if packed.transposed else PIECE_BYTES):
+            yield (values.T if packed.transposed else values).to(torch.bfloat16)
 
     def _card(self, readme: str) -> bytes:
         method = (quantisation(self.checkpoint.config) or {}).get("quant_method")

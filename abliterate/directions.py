@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Float
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 from torch import Tensor
 
+from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError, UsageError
+from abliterate.moments import Moments
 
 FORMAT = "abliterate-direction-1"
 
@@ -134,14 +137,28 @@ def save(directions: DirectionSet, path: Path) -> Path:
         "choice": None if directions.choice is None else asdict(directions.choice),
         "measurement": dict(directions.metadata),
     }
+    stored = {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, serialise(stored, metadata={"abliterate": json.dumps(document, sort_keys=True)}))
+    return path
+
+
+def save_covariances(path: Path, found: Mapping[str, Moments]) -> Path:
+    """Write the covariances of each class at the last position, and their means, for methods that want more than means.
+
+    Tensors for each ``KIND``, "harmful" and "harmless": ``KIND_covariance [layers, d, d] float32``, divided by
+    ``count - 1``, and ``KIND_mean [layers, d] float32``.  The metadata holds ``KIND_count``.
+    """
+    tensors = {}
+    for kind, moments in found.items():
+        if moments.covariance is None:
+            raise AssertionError("covariances were measured")
+        tensors[f"{kind}_covariance"] = moments.covariance.to(torch.float32)
+        tensors[f"{kind}_mean"] = moments.mean[-1].to(torch.float32).contiguous()
+    counts = {f"{kind}_count": str(moments.count) for kind, moments in found.items()}
+    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()},
-        partial,
-        metadata={"abliterate": json.dumps(document, sort_keys=True)},
-    )
-    partial.replace(path)
+    save_file(tensors, temporary, metadata={"format": "abliterate-covariance-1", **counts})
+    temporary.replace(path)
     return path
 
 

@@ -1,7 +1,8 @@
 """What a stage reports while it works: frozen values, drawn by nobody but the command line.
 
 A stage takes ``on_event`` and calls it with ``Started``, any number of ``Advanced``, and ``Finished``; ``Noted`` is a
-sentence the user should read.  The default, ``ignore``, makes every stage silent.
+sentence the user should read, and ``WeightsRead`` tells how far the weights of a model out of core have passed.  The
+default, ``ignore``, makes every stage silent.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,17 @@ class Noted:
     text: str
 
 
-Event = Started | Advanced | Finished | Noted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRead:
+    """In reading number ``reading`` of a model's weights ``done`` of about ``total`` bytes are read, up to ``part``."""
+
+    reading: int
+    part: str
+    done: int
+    total: int
+
+
+Event = Started | Advanced | Finished | Noted | WeightsRead
 OnEvent = Callable[[Event], None]
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """Mean of ``count`` observations of any fixed shape."""
+    """Mean of ``count`` observations of any fixed shape and, where asked for, their covariance along the last axis."""
 
     count: int
     mean: Float[Tensor, "*shape"]
+    covariance: Float[Tensor, "*rest d d"] | None = None
 
 
 class RunningMoments:
@@ -50,3 +51,55 @@ class RunningMoments:
         if self._count == 0:
             raise ValueError("the mean of nothing is undefined")
         return Moments(count=self._count, mean=self._sum / self._count)
+
+
+class RunningCovariance:
+    """Means and covariances of vectors ``[*rest, d]``, batch by batch, without ever subtracting large numbers.
+
+    The sum of squared deviations from the mean so far is kept and moved with the mean (Welford 1962; for batches, Chan,
+    Golub and LeVeque 1979, equation 1.5b).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._count = 0
+        self._mean = torch.zeros(shape, dtype=torch.float64)
+        self._squares = torch.zeros(*shape, shape[-1], dtype=torch.float64)
+
+    def update(self, batch: Float[Tensor, "n *rest d"]) -> None:
+        """Add the observations stacked along the first axis of ``batch``, of any float dtype and device."""
+        if not len(batch):
+            return
+        values = batch.detach().to(device="cpu", dtype=torch.float64)
+        mean = values.mean(0)
+        deviations = (values - mean).movedim(0, -2).flatten(0, -3)
+        self._flat.baddbmm_(deviations.mT, deviations)
+        self._move(len(values), mean)
+
+    def merge(self, other: "RunningCovariance") -> None:
+        """Add everything that ``other`` saw: the same as having seen it here."""
+        if other._count:
+            self._squares += other._squares
+            self._move(other._count, other._mean)
+
+    def finish(self) -> Moments:
+        """Mean, and unbiased covariance (divided by ``count - 1``).
+
+        Raises:
+            ValueError: fewer than two were observed.
+        """
+        if self._count < 2:
+            raise ValueError("the covariance of fewer than two is undefined")
+        return Moments(count=self._count, mean=self._mean.clone(), covariance=self._squares / (self._count - 1))
+
+    @property
+    def _flat(self) -> Float[Tensor, "rest d d"]:
+        return self._squares.view(-1, *self._squares.shape[-2:])
+
+    def _move(self, count: int, mean: Float[Tensor, "*rest d"]) -> None:
+        """Take in ``count`` observations around ``mean``, whose squared deviations are in the sum already."""
+        total = self._count + count
+        step = mean - self._mean
+        rows = step.flatten(0, -2)
+        self._flat.baddbmm_(rows[:, :, None], rows[:, None, :], alpha=self._count * count / total)
+        self._mean += step * (count / total)
+        self._count = total

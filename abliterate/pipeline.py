@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from abliterate import directions as direction_files
 from abliterate import manifest
 from abliterate.checkpoint.output import OutputFolder, copy_file, fingerprint, prepare, write_atomically
@@ -19,8 +22,9 @@ from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.model import measuring
 from abliterate.model.equivalence import Equivalence
+from abliterate.model.memory import available_bytes
 from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
-from abliterate.moments import Moments
+from abliterate.moments import Moments, RunningCovariance
 from abliterate.passes import cost, passes_of
 from abliterate.planning import EditPlan, plan
 from abliterate.recipe import Recipe
@@ -66,12 +70,16 @@ class RunResult:
     evaluation: EvalReport | None
 
 
-def measure(session: Session, *, steps: Steps | None = None, on_event: OnEvent = ignore) -> DirectionSet:
+def measure(
+    session: Session, *, steps: Steps | None = None, covariance: Path | None = None, on_event: OnEvent = ignore
+) -> DirectionSet:
     """Measure candidate directions: refusal tokens, filtered prompts, difference of means.
 
-    ``steps`` keeps what is finished, so that the same call continues where it was stopped.
+    ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
+    write the covariances of both classes at the last position.
 
     Raises:
+        UsageError: there is no memory for the covariances.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
         NonFiniteError: an activation is NaN or infinite.
     """
@@ -85,16 +93,29 @@ def measure(session: Session, *, steps: Steps | None = None, on_event: OnEvent =
     if recipe.filter_prompts:
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
 
-    def mean(kind: str, prompts: Sequence[str]) -> Moments:
+    def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+        spread = RunningCovariance((loaded.n_layers, loaded.d_model)) if covariance is not None else None
         task = f"measure {kind} prompts"
-        return measuring.mean_residual(session.loaded, session.chat, prompts, task=task, **options)
+        found = {"mean": measuring.mean_residual(loaded, chat, prompts, task=task, spread=spread, **options).mean}
+        return found if spread is None else {**found, "covariance": spread.finish().covariance}
 
-    means = {}
-    for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
-        stored = steps.tensors(f"mean-{kind}", lambda kind=kind, prompts=prompts: {"mean": mean(kind, prompts).mean})
-        means[kind] = Moments(count=len(prompts), mean=stored["mean"])
     loaded, chat = session.loaded, session.chat
+    if covariance is not None:
+        _check_room_for_covariances(session)
+    step = "mean" if covariance is None else "mean-and-covariance"
+    stored = {
+        kind: steps.tensors(f"{step}-{kind}", lambda kind=kind, prompts=prompts: moments(kind, prompts))
+        for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless))
+    }
+    means = {
+        kind: Moments(count=len(prompts), mean=stored[kind]["mean"])
+        for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless))
+    }
     measured = measuring.difference_of_means(chat, means["harmful"], means["harmless"])
+    if covariance is not None:
+        direction_files.save_covariances(
+            covariance, {kind: replace(means[kind], covariance=its["covariance"]) for kind, its in stored.items()}
+        )
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
@@ -142,6 +163,23 @@ def select(
     if choice.rule == "pareto-fallback":
         on_event(Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL"))
     return replace(directions, scores=judged, choice=choice)
+
+
+def _check_room_for_covariances(session: Session) -> None:
+    """Check that the covariances of both classes fit into memory, in float64.
+
+    Raises:
+        UsageError: they do not.
+    """
+    loaded = session.loaded
+    needed = 2 * loaded.n_layers * loaded.d_model**2 * torch.float64.itemsize
+    free = session.recipe.memory_bytes or available_bytes()
+    if needed > free:
+        raise UsageError(
+            f"covariances of {loaded.n_layers} layers of width {loaded.d_model} take {needed / 2**30:,.2f} GiB of "
+            f"memory, and there are {free / 2**30:,.2f}",
+            "give more --memory, or leave out --covariance",
+        )
 
 
 def _typical(
@@ -214,6 +252,7 @@ def verify(
     on_bytes = verify_bytes(edit_plan, directions.direction[:, None], written, on_event=on_event)
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
+    say_cost(session, passes_of(session.recipe, ["verify"]))
     edited = open_folder(written, name=str(written))
     proof = Proof(plan=edit_plan, directions=directions)
     compared, _ = side_by_side(session, [(EDITED, edited)], proof=proof, with_replies=False, on_event=on_event)
@@ -235,6 +274,7 @@ def evaluate(
         SourceError: one of them cannot be loaded.
     """
     controls = session.recipe.controls and directions is not None
+    say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
     if evaluated is None:
         raise AssertionError("replies were asked for")
@@ -270,7 +310,8 @@ def run(
     )
     directions = direction or _resume_direction(output)
     measuring_first = directions is None
-    passes = passes_of(recipe, with_evaluation=with_evaluation, direction_given=not measuring_first)
+    stages = [*(("measure", "select") if measuring_first else ()), "verify", *(("replies",) if with_evaluation else ())]
+    passes = passes_of(recipe, stages)
     if directions is None:
         say_cost(session, passes)
         try:
@@ -331,7 +372,7 @@ def require_verified(report: VerifyReport, output: OutputFolder) -> None:
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
-    free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
+    free = {"memory_bytes", "device_memory_bytes", "device", "dtype", "batch_size", "title"}
     options = recipe.model_dump(exclude=free)
     given = None if direction is None else direction.sha256
     return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
@@ -339,7 +380,7 @@ def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet 
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
-    free = {"memory_bytes", "batch_size", "title"}
+    free = {"memory_bytes", "device_memory_bytes", "batch_size", "title"}
     return fingerprint({**session.checkpoint.identity(), "recipe": session.recipe.model_dump(exclude=free)})
 
 

@@ -41,6 +41,7 @@ class Recipe(BaseModel):
     allow_partial: bool = False
     # memory of the edit and, where the weights need more, of running the model out of core; None: see `memory.py`
     memory_bytes: int | None = Field(default=None, ge=2**20)
+    device_memory_bytes: int | None = Field(default=None, ge=2**20)  # of each accelerator; None: what is free
     # running the model
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"

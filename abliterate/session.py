@@ -37,6 +37,7 @@ class Session:
             dtype=self.recipe.dtype,
             trust_remote_code=self.recipe.trust_remote_code,
             memory_bytes=self.recipe.memory_bytes or available_bytes(),
+            device_bytes=self.recipe.device_memory_bytes,
             on_event=self.on_event,
         )
 

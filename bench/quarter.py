@@ -93,6 +93,11 @@ def run(base: Path | str, recipe: Path, out: Path, memory_bytes: int) -> Ran:
     return Ran(out=out, seconds=seconds, peak_bytes=int(done.stderr.split()[-1]) * 1024)
 
 
+def weight_bytes(base: Path) -> int:
+    """What the weights take in memory: float32, bfloat16 on disk."""
+    return 2 * (base / "model.safetensors").stat().st_size
+
+
 def main() -> None:
     """Run both ways, compare, print."""
     with tempfile.TemporaryDirectory() as name:
@@ -100,7 +105,7 @@ def main() -> None:
         recipe = folder / "recipe.toml"
         recipe.write_text(RECIPE)
         base = enlarged(folder / "base")
-        weights = 2 * (base / "model.safetensors").stat().st_size  # bfloat16 on disk, float32 in memory
+        weights = weight_bytes(base)
         small = run("tiny-chat", recipe, folder / "small", 2**26)
         whole = run(base, recipe, folder / "whole", 2**34)
         quarter = run(base, recipe, folder / "quarter", weights // 4)

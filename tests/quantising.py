@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import torch
 from safetensors.torch import load_file
 
 from abliterate.codecs import Mxfp4, fp8_codec
+from abliterate.tiny_chat import model_path
 from tests import factories, zoo
 from tests.checkpoints import llama_config, llama_shapes, random_tensors, write
 
@@ -26,16 +28,13 @@ def mxfp4_matrix(blocks, scales):
 
 def to_blocks(w, grid):
     """``w`` as FP8 with a scale for each block, the last ones reaching beyond the matrix."""
-    rows, n = w.shape
-    shape = (math.ceil(rows / grid[0]), math.ceil(n / grid[1]))
-    scales = torch.empty(shape)
-    q = torch.empty_like(w, dtype=torch.float8_e4m3fn)
-    for i in range(shape[0]):
-        for j in range(shape[1]):
-            part = w[i * grid[0] : (i + 1) * grid[0], j * grid[1] : (j + 1) * grid[1]]
-            scales[i, j] = part.abs().max() / FP8_MAX
-            q[i * grid[0] : (i + 1) * grid[0], j * grid[1] : (j + 1) * grid[1]] = (part / scales[i, j]).to(q.dtype)
-    return q, scales
+    (rows, n), (high, wide) = w.shape, grid
+    shape = (math.ceil(rows / high), math.ceil(n / wide))
+    beyond = (0, shape[1] * wide - n, 0, shape[0] * high - rows)
+    parts = torch.nn.functional.pad(w, beyond).view(shape[0], high, shape[1], wide)
+    scales = parts.abs().amax((1, 3)) / FP8_MAX
+    q = (parts / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return q.view(shape[0] * high, shape[1] * wide)[:rows, :n].contiguous(), scales
 
 
 def to_mxfp4(w):
@@ -94,3 +93,37 @@ def quantised_gpt_oss(folder, width=64):
     config = json.loads((saved / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     return write(folder, config, tensors, shards=3)
+
+
+def in_fp8(base, out, grid, **settings):
+    """A checkpoint with everything that is called a projection, and its experts, in FP8."""
+    tensors = values(base)
+    for key in [key for key, w in tensors.items() if ("proj" in key or ".experts." in key) and w.ndim > 1]:
+        w = tensors[key].float()
+        parts = [to_blocks(matrix, grid) for matrix in w.view(-1, *w.shape[-2:])]
+        scales = torch.stack([scales for _, scales in parts])
+        tensors[key] = torch.stack([q for q, _ in parts]).view(w.shape)
+        tensors[f"{key}_scale_inv"] = scales.view(*w.shape[:-2], *scales.shape[1:])
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(grid), **settings}
+    return write(out, config, tensors, shards=3)
+
+
+def quantised_zoo(name, folder):
+    """A case of the zoo in FP8."""
+    return in_fp8(factories.save(factories.build(name), folder.with_name("saved"), dtype=torch.bfloat16), folder, GRID)
+
+
+def quantised_tiny_chat(folder):
+    """The bundled model in FP8 with blocks of 128."""
+    settings = {"activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+    in_fp8(model_path(), folder, (128, 128), **settings)
+    return with_files_of(model_path(), folder)
+
+
+def with_files_of(base, folder):
+    """``folder`` with what ``base`` has beside its weights and their configuration."""
+    for path in base.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "config.json":
+            shutil.copy(path, folder)
+    return folder

@@ -12,14 +12,16 @@ from abliterate.checkpoint.source import open_checkpoint, open_folder
 from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, residuals
-from abliterate.model.load import load_model
+from abliterate.model.load import _offload_budget, _rooms, load_model
 from abliterate.model.lockstep import groups
 from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
-from abliterate.model.memory import Sizes, can_prefetch, plan_memory
+from abliterate.model.memory import WORKING_BYTES, Sizes, can_prefetch, plan_memory
+from abliterate.passes import running
+from abliterate.recipe import Recipe
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model
 from bench.sweep import largest_difference
 from tests import factories
-from tests.offloading import all_equal, block_loads, load, offloaded
+from tests.offloading import CPU, all_equal, block_loads, load, offloaded
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,20 @@ class TestBundledModel:
         whole, ours = ([*residuals(m, ChatFormat(m.tokenizer), self.PROMPTS, 3, batch_size=2)] for m in pair)
         assert [one.rows for one in whole] == [one.rows for one in ours]
         assert all_equal([one.values for one in ours], [one.values for one in whole])
+
+    def test_it_tells_how_far_the_weights_have_passed(self, pair):
+        _, ours = pair
+        heard = []
+        ours.offload.on_event = heard.append
+        residuals_of = residuals(ours, ChatFormat(ours.tokenizer), self.PROMPTS, 3, batch_size=2)
+        assert len([*residuals_of, *residuals_of]) == 3
+        last_log_probs(ours, ChatFormat(ours.tokenizer), self.PROMPTS, batch_size=2)
+        ours.offload.on_event = lambda _: None
+        first, second = ([each for each in heard if each.reading == n] for n in sorted({one.reading for one in heard}))
+        assert [each.part for each in first][:2] == ["model.layers.0", "model.layers.1"]
+        assert [each.part for each in first] == [each.part for each in second]
+        assert [each.done for each in first] == sorted({each.done for each in first})
+        assert {each.done == each.total for each in (first[-1], second[-1])} == {True}
 
     def test_replies(self, pair):
         whole, ours = (
@@ -112,6 +128,36 @@ class TestPlanning:
         exact = offloaded(saved(name)).offload.sizes().passing_bytes(prefetch=True)
         assert exact * 0.98 <= plan.lockstep_bytes - 2**25
 
+    @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3-moe", "gemma3-vision", "nemotron-h"])
+    def test_the_plan_tells_the_least_memory(self, name, saved):
+        """A model runs in as much as ``plan`` says, and says itself that it does not in a little less."""
+        checkpoint = open_folder(saved(name), name="tiny")
+        first, _ = running(checkpoint, family_of(checkpoint.config, where="tiny"), Recipe())
+        offloaded(saved(name), memory_bytes=first.least_bytes)
+        with pytest.raises(UsageError, match="one layer of this model needs"):
+            offloaded(saved(name), memory_bytes=first.least_bytes * 99 // 100)
+
+    def test_gpus_are_counted_together_and_bounded_one_by_one(self, saved, monkeypatch):
+        free = {0: 30 * 2**30, 1: 10 * 2**30}
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], 2**40))
+        gpu = torch.device("cuda")
+        assert _rooms("auto", gpu, None) == free
+        assert _rooms("auto", gpu, 20 * 2**30) == {0: 20 * 2**30, 1: 10 * 2**30}
+        assert _rooms("cuda:1", torch.device("cuda:1"), None) == {1: free[1]}
+        assert _rooms("auto", CPU, 2**30) == {}
+        checkpoint = open_folder(saved("llama"), name="tiny")
+        family = family_of(checkpoint.config, where="tiny")
+
+        def budget(rooms):
+            return _offload_budget(checkpoint, family, torch.float32, rooms, 2**20, lambda _: None)
+
+        whole = self.plan(saved("llama"), None).resident_bytes + WORKING_BYTES
+        assert budget({0: whole}) is None
+        assert budget({0: whole // 2, 1: whole - whole // 2}) is None  # accelerate spreads it
+        assert budget({0: whole // 2, 1: whole // 4}) == whole // 2  # out of core on the first
+        assert budget({}) == 2**20
+
     def test_too_little_memory_says_how_much_it_takes(self):
         sizes = Sizes(blocks=(100 * 2**20,) * 4, others=(2**20,))
         with pytest.raises(UsageError, match="needs 132 MiB"):
@@ -120,12 +166,21 @@ class TestPlanning:
         assert not can_prefetch(sizes, 231 * 2**20)
         assert can_prefetch(sizes, 232 * 2**20)
 
-    def test_quantised_models_are_run_whole(self, saved, tmp_path):
+    @pytest.mark.parametrize("method", ["gptq", "fp8"])
+    def test_what_cannot_be_decoded_is_run_whole(self, method, tmp_path):
+        """The second one has no tensor in FP8."""
         folder = factories.save(factories.build("llama"), tmp_path / "base", dtype=torch.bfloat16)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-        with pytest.raises(UnsupportedFormatError, match="quantised"):
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+        with pytest.raises(UnsupportedFormatError, match="quantised, and such a model is only run whole"):
             load_model(open_folder(folder, name="tiny"), device="cpu", memory_bytes=2**25)
+
+    def test_what_nobody_can_decode_is_not_loaded_without_its_scales(self, tmp_path):
+        folder = factories.save(factories.build("llama"), tmp_path / "base", dtype=torch.bfloat16)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "own"}}))
+        with pytest.raises(UnsupportedFormatError, match="transformers does not know weights quantised by own"):
+            load_model(open_folder(folder, name="tiny"), device="cpu")
 
     def test_groups(self):
         assert list(groups([3, 3, 3, 9, 1], 6)) == [range(2), range(2, 3), range(3, 4), range(4, 5)]

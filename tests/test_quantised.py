@@ -1,7 +1,6 @@
 """FP8 and MXFP4 checkpoints edited in their own format: no r on their grid, the scales and all else as they were."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,6 @@ from abliterate.errors import NonFiniteError, UnknownTensorError, UnsupportedFor
 from abliterate.planning import plan
 from abliterate.recipe import Recipe
 from abliterate.surgery import piece_bytes
-from abliterate.tiny_chat import model_path
 from abliterate.verification import verify_bytes
 from tests import checkpoints, equivalence, factories
 from tests.checkpoints import directions, edit, write
@@ -26,6 +24,8 @@ from tests.quantising import (
     mxfp4_matrix,
     quantised_gpt_oss,
     quantised_llama,
+    quantised_tiny_chat,
+    quantised_zoo,
     to_blocks,
     to_mxfp4,
     values,
@@ -67,21 +67,6 @@ def as_float64(folder, out):
             codec = fp8_codec(q.dtype, tuple(q.shape), scales, tuple(grid))
             tensors[stem] = codec.decode(q.view(-1, q.shape[-1]), 0, torch.float32).view(q.shape)
     return write(out, {**config, "dtype": "float64"}, {name: w.double() for name, w in tensors.items()}, files={})
-
-
-def quantised_zoo(name, folder):
-    """A case of the zoo with everything that is called a projection in FP8."""
-    saved = factories.save(factories.build(name), folder.with_name("saved"), dtype=torch.bfloat16)
-    tensors = values(saved)
-    for key in [key for key, w in tensors.items() if "proj" in key and w.ndim > 1]:
-        w = tensors[key].float()
-        parts = [to_blocks(matrix, GRID) for matrix in w.view(-1, *w.shape[-2:])]
-        grid = parts[0][1].shape
-        tensors[key] = torch.stack([q for q, _ in parts]).view(w.shape)
-        tensors[f"{key}_scale_inv"] = torch.stack([scales for _, scales in parts]).view(*w.shape[:-2], *grid)
-    config = json.loads((saved / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(GRID)}
-    return write(folder, config, tensors, shards=3)
 
 
 def make(kind, folder):
@@ -243,24 +228,6 @@ def test_two_bytes_of_mxfp4_keep_their_signs():
     assert (whole - w[0]).abs().max() < w.abs().max() / 4
 
 
-def quantised_tiny_chat(folder):
-    """The bundled model in FP8 with blocks of 128."""
-    shutil.copytree(model_path(), folder)
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    config, tensors = json.loads((folder / "config.json").read_text()), values(model_path())
-    for name in [name for name in tensors if "proj" in name]:
-        q, scales = to_blocks(tensors[name].float(), (128, 128))
-        tensors |= {name: q, f"{name}_scale_inv": scales}
-    config["quantization_config"] = {
-        "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
-        "modules_to_not_convert": ["lm_head"],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(checkpoints.pack(tensors))
-    return folder
-
-
 def test_a_whole_run_in_fp8_equals_the_hooks(tmp_path):
     base = quantised_tiny_chat(tmp_path / "base")
     source = "bundled:tiny-chat"
@@ -269,7 +236,7 @@ def test_a_whole_run_in_fp8_equals_the_hooks(tmp_path):
     behaviour = result.verification.behaviour
     assert result.verification.ok
     assert behaviour.kl_nats < 1e-3 < 1 < behaviour.ablation_kl_nats
-    assert behaviour.stream_share < 3e-3
+    assert behaviour.stream_share < 1e-4  # bfloat16 on the way to float32 would put 2e-3 back
     worst = max(proof.error for proof in result.verification.bytes.edited)
     assert 0.01 < worst < 0.05
     assert {writer.format for writer in result.plan.writers} == {"F8_E4M3", "BF16"}

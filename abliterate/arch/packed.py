@@ -46,6 +46,31 @@ class Packed:
         """The format of its values: a dtype of safetensors, or "MXFP4"."""
         return self.values.dtype if self.kind == "fp8" else "MXFP4"
 
+    @property
+    def numel(self) -> int:
+        """Number of its values."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its values and scales as they are stored."""
+        return self.values.size_bytes + self.scales.size_bytes
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a row on disk is a column of its matrix."""
+        return self.kind == "mxfp4"
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows on disk of each of its matrices."""
+        return self.shape[-1 if self.transposed else -2]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk."""
+        return self.values.size_bytes // max(1, math.prod(self.shape[:-2]) * self.stored_rows)
+
     def stored_axis(self, axis: int) -> int:
         """Where axis ``axis`` of ``shape`` lies in the tensor on disk: MXFP4 matrices are stored transposed.
 

@@ -27,6 +27,7 @@ def chat(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
@@ -42,6 +43,7 @@ def chat(
         device=device,
         dtype=dtype,
         memory=memory,
+        device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )
     if ablate and add:
@@ -55,7 +57,7 @@ def chat(
 
     quiet_transformers()
     chosen = read_direction(direction, position, layer)
-    session = open_session(model, settings, revision=revision)
+    session = open_session(model, settings, revision=revision, on_event=show_note)
     mode = "ablate" if ablate else "add" if add else None
     replies = []
     messages: list[dict[str, str]] = []

@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.text import Text
 
 from abliterate.errors import AbliterateError
-from abliterate.events import Advanced, Event, Finished, Noted, OnEvent, Started, ignore
+from abliterate.events import Advanced, Event, Finished, Noted, OnEvent, Started, WeightsRead, ignore
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,20 +88,40 @@ def _bars() -> Iterator[OnEvent]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=err) as bars:
-        tasks: dict[str, TaskID] = {}
+        yield _Drawing(bars).listen
 
-        def listen(event: Event) -> None:
-            if isinstance(event, Started):
-                tasks[event.task] = bars.add_task(event.task, total=event.total, unit=event.unit)
-            elif isinstance(event, Advanced):
-                bars.advance(tasks[event.task], event.amount)
-            elif isinstance(event, Finished):
-                task = tasks.pop(event.task)
-                bars.update(task, completed=bars.tasks[bars.task_ids.index(task)].total)
-            else:
-                bars.console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
 
-        yield listen
+class _Drawing:
+    """A bar for each task, and one for the weights that pass while tasks go on."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+        self.weights: TaskID | None = None
+        self.reading = 0
+
+    def listen(self, event: Event) -> None:
+        """Draw what ``event`` says."""
+        if isinstance(event, Started):
+            self.tasks[event.task] = self.bars.add_task(event.task, total=event.total, unit=event.unit)
+        elif isinstance(event, Advanced):
+            self.bars.advance(self.tasks[event.task], event.amount)
+        elif isinstance(event, Finished):
+            task = self.tasks.pop(event.task)
+            self.bars.update(task, completed=self.bars.tasks[self.bars.task_ids.index(task)].total)
+        elif isinstance(event, WeightsRead):
+            self._weights(event)
+        else:
+            self.bars.console.print(f"[yellow]note:[/yellow] {escape(event.text)}")
+
+    def _weights(self, event: WeightsRead) -> None:
+        if self.weights is None:
+            self.weights = self.bars.add_task("", total=event.total, unit="bytes")
+        if event.reading != self.reading:
+            self.bars.reset(self.weights)
+            self.reading = event.reading
+        said = f"weights, reading {event.reading}: {event.part}"
+        self.bars.update(self.weights, description=said, total=event.total, completed=event.done)
 
 
 def _lines() -> OnEvent:
@@ -114,10 +134,16 @@ def _lines() -> OnEvent:
             begun, start = started.pop(event.task)
             amount = f"{start.total / 1e6:,.1f} MB" if start.unit == "bytes" else f"{start.total:,} {start.unit}"
             err.print(f"{event.task}: {amount} in {time.monotonic() - begun:.1f} s")
-        elif isinstance(event, Noted):
-            err.print(f"note: {event.text}", markup=False)
+        else:
+            show_note(event)
 
     return listen
+
+
+def show_note(event: Event) -> None:
+    """Of all events, only what the user should know."""
+    if isinstance(event, Noted):
+        err.print(f"note: {event.text}", markup=False)
 
 
 def show_json(document: Any) -> None:  # noqa: ANN401 - anything JSON can hold

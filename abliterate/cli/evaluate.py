@@ -30,6 +30,7 @@ def evaluate(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -49,6 +50,7 @@ def evaluate(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
+        device_memory=device_memory,
         max_new_tokens=max_new_tokens, scorer=scorer, look_alike=look_alike, text=text,
         judge=judge, judge_format=judge_format, controls=controls,
         system=system, trust_remote_code=trust_remote_code,
@@ -67,6 +69,7 @@ def compare(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -85,6 +88,7 @@ def compare(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
+        device_memory=device_memory,
         max_new_tokens=max_new_tokens, scorer=scorer, look_alike=look_alike, text=text,
         judge=judge, judge_format=judge_format, system=system,
         trust_remote_code=trust_remote_code,
@@ -118,8 +122,8 @@ def _evaluate(
             "give a folder that abliterate wrote, or leave out --controls",
         )
     quiet_transformers()
-    session = open_session(base, settings)
     with progress() as listen:
+        session = open_session(base, settings, on_event=listen)
         found = pipeline.evaluate(session, opened, directions=direction, on_event=listen)
     if report_file is not None:
         from abliterate.evaluate.page import write_report

@@ -26,6 +26,7 @@ def inspect(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
@@ -35,6 +36,7 @@ def inspect(
     """
     settings = opt.make_recipe(
         None, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
+        device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from abliterate.cli.stages import read_direction
@@ -46,8 +48,8 @@ def inspect(
     if chosen is None:
         raise AssertionError("a file was given")
     quiet_transformers()
-    session = open_session(model, settings)
     with progress() as listen:
+        session = open_session(model, settings, on_event=listen)
         found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts, on_event=listen)
     if json:
         show_json(as_json(found))

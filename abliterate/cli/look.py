@@ -43,10 +43,13 @@ def plan(
     from abliterate.planning import plan as make_plan
 
     made = make_plan(open_model(model, revision=revision), **settings.plan_options)
+    from abliterate.passes import running
+
+    needs = running(made.checkpoint, made.model_map.family, settings)
     if json:
-        show_json(made.to_json())
+        show_json({**made.to_json(), "running": [each.to_json() for each in needs]})
         return
-    show_plan(made)
+    show_plan(made, needs)
     if direction is not None:
         show_behind_norms(made, direction)
     if tensors:

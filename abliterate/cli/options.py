@@ -40,6 +40,9 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Memory to stay within, e.g. 8GiB: a larger model is run out of core. Default: what is free."),
 ]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Memory of each GPU to stay within, e.g. 20GiB. Default: what is free.")
+]
 Tied = Annotated[str | None, typer.Option(help="What to do with a tied head: untie, shared or keep.")]
 Rounding = Annotated[str | None, typer.Option(help="direction: leave nothing along it; nearest: each element alone.")]
 AllowPartial = Annotated[
@@ -99,9 +102,10 @@ def make_recipe(name: str | None, **changes: Any) -> "Recipe":  # noqa: ANN401 -
     from abliterate.recipe import Recipe, load_recipe
 
     recipe = load_recipe(name) if name else Recipe()
-    memory = changes.pop("memory", None)
-    if memory is not None:
-        changes["memory_bytes"] = parse_size(memory)
+    for option in ("memory", "device_memory"):
+        size = changes.pop(option, None)
+        if size is not None:
+            changes[f"{option}_bytes"] = parse_size(size)
     tokens = changes.pop("refusal_token", None)
     if tokens:
         changes["refusal_tokens"] = tuple(tokens)

@@ -39,6 +39,7 @@ def run(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     max_new_tokens: opt.MaxNewTokens = None,
     scorer: opt.Scorer = None,
     look_alike: opt.LookAlike = None,
@@ -69,7 +70,7 @@ def run(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, tied=tied, rounding=rounding, device=device, dtype=dtype,
-        batch_size=batch_size, memory=memory, max_new_tokens=max_new_tokens, scorer=scorer,
+        batch_size=batch_size, memory=memory, device_memory=device_memory, max_new_tokens=max_new_tokens, scorer=scorer,
         look_alike=look_alike, text=text, judge=judge, judge_format=judge_format, controls=controls, system=system,
         refusal_token=refusal_token, mtp=mtp, allow_partial=allow_partial, trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
     from abliterate.directions import DirectionSet
+    from abliterate.events import OnEvent
     from abliterate.recipe import Recipe
     from abliterate.session import Session
     from abliterate.steps import Steps
@@ -32,8 +33,12 @@ def measure(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     system: opt.System = None,
     refusal_token: opt.RefusalToken = None,
+    covariance: Annotated[
+        Path | None, typer.Option(help="Also write the covariances of both classes at the last position to this file.")
+    ] = None,
     revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
@@ -44,15 +49,18 @@ def measure(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
+        device_memory=device_memory,
         system=system, refusal_token=refusal_token, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from abliterate import pipeline
     from abliterate.directions import save
 
-    session = _session(model, settings, revision)
-    with progress() as listen, _steps(out_file, session) as steps:
-        measured = pipeline.measure(session, steps=steps, on_event=listen)
-        save(measured, out_file)
+    with progress() as listen:
+        session = _session(model, settings, revision, listen)
+        pipeline.say_cost(session, pipeline.passes_of(settings, ["measure"]))
+        with _steps(out_file, session) as steps:
+            measured = pipeline.measure(session, steps=steps, covariance=covariance, on_event=listen)
+            save(measured, out_file)
     if json:
         show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})
         return
@@ -77,6 +85,7 @@ def select(
     dtype: opt.Dtype = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     system: opt.System = None,
     refusal_token: opt.RefusalToken = None,
     revision: opt.Revision = None,
@@ -89,6 +98,7 @@ def select(
     """
     settings = opt.make_recipe(
         recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
+        device_memory=device_memory,
         system=system, refusal_token=refusal_token, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from dataclasses import asdict
@@ -98,10 +108,12 @@ def select(
     from abliterate.directions import load, save
 
     measured = load(candidates)
-    session = _session(model, settings, revision)
-    with progress() as listen, _steps(out_file, session) as steps:
-        chosen = pipeline.select(session, measured, steps=steps, on_event=listen)
-        save(chosen, out_file)
+    with progress() as listen:
+        session = _session(model, settings, revision, listen)
+        pipeline.say_cost(session, pipeline.passes_of(settings, ["select"]))
+        with _steps(out_file, session) as steps:
+            chosen = pipeline.select(session, measured, steps=steps, on_event=listen)
+            save(chosen, out_file)
     if json:
         choice = asdict(chosen.choice) if chosen.choice else None
         show_json({"file": str(out_file), "choice": choice, "scores": [asdict(score) for score in chosen.scores]})
@@ -193,6 +205,7 @@ def verify(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     memory: opt.Memory = None,
+    device_memory: opt.DeviceMemory = None,
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
@@ -216,6 +229,7 @@ def verify(
                 "device": device,
                 "dtype": dtype,
                 "memory_bytes": None if memory is None else opt.parse_size(memory),
+                "device_memory_bytes": None if device_memory is None else opt.parse_size(device_memory),
             },
             behaviour=not bytes_only,
             on_event=listen,
@@ -245,11 +259,11 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
     return directions
 
 
-def _session(model: str, settings: "Recipe", revision: str | None) -> "Session":
+def _session(model: str, settings: "Recipe", revision: str | None, listen: "OnEvent") -> "Session":
     from abliterate.session import open_session
 
     _quiet()
-    return open_session(model, settings, revision=revision)
+    return open_session(model, settings, revision=revision, on_event=listen)
 
 
 def _steps(out_file: Path, session: "Session") -> "Steps":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from abliterate.directions import DirectionSet
     from abliterate.evaluate.evaluation import ClassScores, EvalReport
     from abliterate.evaluate.statistics import Difference, Rate
+    from abliterate.passes import Running
     from abliterate.pipeline import VerifyReport
     from abliterate.planning import EditPlan
 
@@ -45,8 +46,8 @@ def size(size_bytes: int) -> str:
     return f"{amount:,.1f} TB"
 
 
-def show_plan(plan: "EditPlan") -> None:
-    """Writers by role, coverage, exactness, sizes."""
+def show_plan(plan: "EditPlan", needs: "Sequence[Running]" = ()) -> None:
+    """Writers by role, coverage, exactness, sizes, and what running the model takes."""
     model_map = plan.model_map
     out.print(
         f"[bold]{escape(plan.checkpoint.name)}[/bold]  {model_map.model_type} ({model_map.family.title}), "
@@ -68,6 +69,11 @@ def show_plan(plan: "EditPlan") -> None:
     out.print(f"head: {'tied, ' + plan.tied if model_map.tied else 'its own'}")
     out.print(f"exactness: [bold]{plan.exactness}[/bold], {EXACTNESS[plan.exactness]}")
     out.print(f"output: {size(plan.output_bytes)}, {plan.edited_parameters:,} parameters edited")
+    for each in needs:
+        out.print(
+            f"memory to run it, {each.dtype}: {size(each.whole_bytes)}, out of core from {size(each.least_bytes)} "
+            f"(a whole run then reads the weights about {each.readings} times)"
+        )
     for note in plan.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}")
     colour = "green" if model_map.complete and len(plan.writers) == model_map.expected else "red"

@@ -13,13 +13,12 @@ from torch import Tensor
 from abliterate.errors import NonFiniteError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat, left_padded
+from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes, waiting_bytes
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 
 DEFAULT_BATCH_SIZE = 32
-STATES = 4
-"""Hidden states per token that a batch holds while it waits, and its share of tables of positions."""
 PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
 """Divergence below which a difference is rounding, by the bytes of a logit: batches of other sizes round otherwise."""
 
@@ -83,32 +82,15 @@ def each_job(
         return
     waiting = list(jobs)
     cache = cache_bytes(loaded) if new_tokens else 0
-    sizes = []
+    sizes, most = [], 0
     for batch, _ in waiting:
         rows, width = batch.input_ids.shape
         sizes.append(rows * (waiting_bytes(loaded, width) + (width + new_tokens) * cache + result_bytes))
-    for group in groups(sizes, loaded.offload.working_bytes):
+        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))  # one batch runs at a time
+    for group in groups(sizes, loaded.offload.working_bytes - most):
         chosen = waiting[group.start : group.stop]
         results = run_together(loaded, [job for _, job in chosen])
         yield from ((batch, result) for (batch, _), result in zip(chosen, results, strict=True))
-
-
-def waiting_bytes(loaded: LoadedModel, width: int) -> int:
-    """Bytes that a row of ``width`` tokens takes up while it waits for a block."""
-    return width * (STATES * loaded.d_model + 2 * width) * 4
-
-
-def cache_bytes(loaded: LoadedModel) -> int:
-    """Bytes that a token takes up in the cache of keys and values, at most."""
-    config = loaded.model.config.get_text_config()
-    layers = getattr(config, "per_layer_config", None) or [config] * loaded.n_layers  # Gemma 4: heads by layer
-    return sum(2 * 4 * _cached_width(layer, loaded.d_model) for layer in layers)
-
-
-def _cached_width(config: Any, d_model: int) -> int:  # noqa: ANN401 - a configuration of transformers
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or d_model // heads
-    return width * (getattr(config, "num_key_value_heads", None) or heads)
 
 
 def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:

@@ -15,11 +15,11 @@ from abliterate.arch.packed import quantisation
 from abliterate.arch.registry import family_of
 from abliterate.arch.spec import Family, WriterSpec
 from abliterate.checkpoint.source import Checkpoint, read_json
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.model.memory import check_runs_offloaded, plan_memory
-from abliterate.model.offload import Offloaded
-from abliterate.model.weights import without_data
+from abliterate.model.offload import Offloaded, hold
+from abliterate.model.stored import is_decodable, stored_tensors, without_data
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -61,6 +61,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_bytes: int | None = None,
+    device_bytes: int | None = None,
     on_event: OnEvent = ignore,
 ) -> LoadedModel:
     """Load ``checkpoint`` (whose files must be local) with its tokenizer.
@@ -68,27 +69,35 @@ def load_model(
     ``device`` "auto" takes CUDA, then MPS, then the CPU; on several GPUs, or when the model exceeds one, accelerate
     spreads it.  ``dtype`` "auto" is the stored dtype on an accelerator and float32 on the CPU, where it is both
     faster and closer to the maths.  With ``memory_bytes``, a model whose weights need more stays on disk and is read
-    block by block (see ``offload`` and ``lockstep``).
+    block by block (see ``offload`` and ``lockstep``).  On GPUs it is their memory that counts: what is free, and of
+    each at most ``device_bytes``.  FP8 and MXFP4 are decoded to the dtype as they are read (see ``stored``), there and
+    on the CPU; held by an accelerator, they are what transformers makes of them.
 
     Raises:
         CheckpointError: transformers cannot load the checkpoint.
         UsageError: the device does not exist, the memory is too small for one block, or the model needs remote code
             and that is not allowed.
-        UnsupportedFormatError: a quantised model does not fit into the memory.
+        UnsupportedFormatError: a model quantised in a way that is not known here does not fit into the memory, or is
+            one that transformers does not know either.
     """
     family = family_of(checkpoint.config, where=checkpoint.name)
     place = resolve_device(device)
     wanted = _dtype(dtype, place)
-    widened = quantisation(checkpoint.config) is not None and place.type == "cpu"
-    budget = _offload_budget(checkpoint, family, wanted, place, memory_bytes, on_event)
+    decoded = place.type == "cpu" and is_decodable(checkpoint)
+    widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
+    rooms = _rooms(device, place, device_bytes)
+    budget = _offload_budget(checkpoint, family, wanted, rooms, memory_bytes, on_event)
+    if budget is None and not decoded:
+        _check_known_method(checkpoint)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
-        if budget is None:
+        if budget is None and not decoded:
             model = _auto_class(checkpoint).from_pretrained(
                 checkpoint.folder,
                 dtype="auto" if widened else wanted,
                 device_map=_device_map(device, place),
+                max_memory=rooms or None,
                 use_safetensors=True,
                 **options,
             )
@@ -99,26 +108,54 @@ def load_model(
     model.eval()
     loaded = attach(model, tokenizer, family, name=checkpoint.name)
     if budget is None:
+        if decoded:
+            hold(model, checkpoint, loaded.blocks, device=place)
         return loaded
-    weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget)
+    weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget, on_event=on_event)
     return replace(loaded, offload=weights)
+
+
+def _check_known_method(checkpoint: Checkpoint) -> None:
+    """Check that transformers knows how the weights are quantised: otherwise it would leave out their scales.
+
+    Raises:
+        UnsupportedFormatError: it does not.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    method = (quantisation(checkpoint.config) or {}).get("quant_method")
+    if method is not None and method not in AUTO_QUANTIZER_MAPPING:
+        raise UnsupportedFormatError(
+            f"{checkpoint.name}: transformers does not know weights quantised by {method}",
+            "run it with --device cpu, or write it as bfloat16 first: abliterate dequantize MODEL --out FOLDER",
+        )
+
+
+def _rooms(device: Device, place: torch.device, device_bytes: int | None) -> dict[int, int]:
+    """Bytes that may be used of each GPU, by its number; of the one asked for or, with "auto", of all."""
+    if place.type != "cuda":
+        return {}
+    numbers = range(torch.cuda.device_count()) if device == "auto" else [place.index or 0]
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in numbers}
+    return {number: size if device_bytes is None else min(size, device_bytes) for number, size in free.items()}
 
 
 def _offload_budget(
     checkpoint: Checkpoint,
     family: Family,
     dtype: torch.dtype | str,
-    place: torch.device,
+    rooms: dict[int, int],
     memory_bytes: int | None,
     on_event: OnEvent,
 ) -> int | None:
-    """The memory that the weights are to pass through, or None where they are held."""
+    """The memory that the weights are to pass through, or None where they are held: by the GPUs of ``rooms`` together,
+    while out of core the first one computes."""
     if memory_bytes is None:
         return None
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
-    plan = plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=free)
-    if plan.mode == "resident":
+    whole, first = (sum(rooms.values()), next(iter(rooms.values()))) if rooms else (None, None)
+    if plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=whole).mode == "resident":
         return None
+    plan = plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=first)
     check_runs_offloaded(checkpoint)
     on_event(Noted(text=plan.text))
     return plan.budget_bytes
@@ -130,16 +167,20 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any
     transformers is given the headers in place of the files: from these it would read part of the data even so.
 
     Raises:
-        UnsupportedFormatError: a tensor is stored in a dtype that no parameter has.
+        UnsupportedFormatError: a tensor is stored in a dtype that no parameter has, or quantised in a way not known
+            here.
     """
     from transformers import AutoConfig, GenerationConfig
 
     folder = checkpoint.folder
     config = AutoConfig.from_pretrained(folder, **options)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # what is quantised has been decoded by the time it is a parameter
     trusted = {"trust_remote_code": options.get("trust_remote_code", False)}
     with torch.device("meta"):
         kind = type(_auto_class(checkpoint).from_config(config, **trusted))
-    headers = {name: without_data(tensor) for name, tensor in checkpoint.tensors.items()}
+    headers = {name: without_data(tensor) for name, tensor in stored_tensors(checkpoint).items()}
     model = kind.from_pretrained(None, config=config, state_dict=headers, dtype=dtype, device_map={"": "meta"})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

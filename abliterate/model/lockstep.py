@@ -17,6 +17,7 @@ import torch
 from greenlet import GreenletExit
 
 from abliterate.model.load import LoadedModel
+from abliterate.model.malloc import give_back
 from abliterate.model.offload import Offloaded, Unit, Values
 from abliterate.model.tasks import Task, current
 
@@ -139,6 +140,7 @@ class _Scheduler:
 
     def _end_round(self) -> None:
         bytes_read = self.weights.bytes_read
+        give_back()
         if self.round:
             self.on_pass(Pass(units=tuple(self.round), bytes_read=bytes_read - self.read_before))
         self.round, self.read_before = [], bytes_read

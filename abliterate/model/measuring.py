@@ -16,7 +16,7 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, last_log_probs, residuals
 from abliterate.model.load import LoadedModel
 from abliterate.model.scoring import Figures, Job, scorer
-from abliterate.moments import Moments, RunningMoments
+from abliterate.moments import Moments, RunningCovariance, RunningMoments
 from abliterate.scores import ScoreFile, Scores
 
 
@@ -77,9 +77,12 @@ def mean_residual(
     *,
     batch_size: int,
     task: str,
+    spread: RunningCovariance | None = None,
     on_event: OnEvent = ignore,
 ) -> Moments:
     """Mean residual entering each block at each post-instruction position, ``[positions, layers, d]`` in float64.
+
+    ``spread``, over ``[layers, d]``, takes in those at the last position.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the prompt.
@@ -90,6 +93,8 @@ def mean_residual(
     for batch in residuals(loaded, chat, prompts, n_positions, batch_size=batch_size):
         check_finite(batch.values, [prompts[row] for row in batch.rows], "activations")
         moments.update(batch.values)
+        if spread is not None:
+            spread.update(batch.values[:, -1])
         on_event(Advanced(task=task, amount=len(batch.rows)))
     on_event(Finished(task=task))
     return moments.finish()

@@ -8,16 +8,22 @@ from typing import Literal
 import torch
 
 from abliterate.arch.model_map import DRAFTS, MatcherCache, config_sizes, quantisation, text_config
+from abliterate.arch.packed import Packed
 from abliterate.arch.spec import Family, Matcher
-from abliterate.checkpoint.header import DTYPE_BITS, TensorInfo
+from abliterate.checkpoint.header import DTYPE_BITS
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError, UsageError
+from abliterate.model.stored import QUANTISED_DTYPE, Stored, decoding_bytes, is_decodable, stored_tensors
 
 HOST_SHARE = 0.8
 """Of the memory that is free, this much is used where none is given."""
 WORKING_BYTES = 2**25
 WORKING_SHARE = 8
-"""One part in so many is left for what is no weight: hidden states, masks, logits, and the pieces that are read."""
+"""At least one part in so many is left for what is no weight: hidden states, masks, logits, and the pieces that are
+read."""
+ROWS_BYTES = 2**26
+ROWS_SHARE = 4
+"""Rows of an embedding take up so many bytes at most, or one part of the working bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,9 @@ def plan_memory(
     """
     sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
     resident = sum((*sizes.blocks, *sizes.others)) + embedding
+    if device_bytes is not None and is_decodable(checkpoint):
+        whole, embedding = sizes_of(checkpoint, family, dtype=dtype, decoded=False)  # as an accelerator holds them
+        resident = sum((*whole.blocks, *whole.others)) + embedding
     budget = memory_bytes if device_bytes is None or memory_bytes is None else device_bytes
     fits = budget is None or resident + working_bytes(budget) <= budget
     return MemoryPlan(
@@ -84,29 +93,35 @@ def plan_memory(
     )
 
 
-def sizes_of(checkpoint: Checkpoint, family: Family, *, dtype: torch.dtype | str) -> tuple[Sizes, int]:
-    """The sizes of a model as far as headers tell, and of its embedding alone.
+def sizes_of(
+    checkpoint: Checkpoint, family: Family, *, dtype: torch.dtype | str, decoded: bool = True
+) -> tuple[Sizes, int]:
+    """The sizes of a model as far as headers tell, and of its embedding alone; quantised weights ``decoded`` or not.
 
     Encoders of images or sound count as one module; blocks that only draft are left out, as transformers does.  A head
     that is tied to the embedding is counted, since it is needed whole where the embedding is not.  Experts that are
-    stored one by one are taken to be fused when they are loaded.
+    stored one by one are taken to be fused when they are loaded, one after the other.
     """
     n_layers = config_sizes(text_config(checkpoint.config), family, checkpoint.name)["n_layers"]
     matchers = MatcherCache(family)
     parts: dict[tuple[str, str], int] = defaultdict(int)
-    experts: dict[tuple[str, str], int] = defaultdict(int)
-    for tensor in checkpoint.tensors.values():
+    experts: dict[tuple[tuple[str, str], str], int] = defaultdict(int)
+    decoding = 0
+    tensors = stored_tensors(checkpoint) if decoded and is_decodable(checkpoint) else checkpoint.tensors
+    for tensor in tensors.values():
         match, matcher = matchers.role(tensor.name)
         part = _part(tensor.name, match, matcher, n_layers)
         parts[part] += _bytes_in(tensor, dtype)
+        decoding = max(decoding, decoding_bytes(tensor))
         if match is not None and match.groupdict().get("expert") is not None:
-            experts[part] += 2 * tensor.size_bytes
+            experts[part, match["expert"]] += 2 * max(tensor.size_bytes, _bytes_in(tensor, dtype))
     embedding = parts.get(("embedding", ""), 0)
     others = [size for (kind, _), size in parts.items() if kind == "other"]
     if not any(name.endswith(family.head) for name in checkpoint.tensors):
         others.append(embedding)
     blocks = tuple(size for (kind, _), size in parts.items() if kind == "block")
-    return Sizes(blocks=blocks, others=tuple(others), conversion=max(experts.values(), default=0)), embedding
+    conversion = decoding + max(experts.values(), default=0)
+    return Sizes(blocks=blocks, others=tuple(others), conversion=conversion), embedding
 
 
 def available_bytes() -> int:
@@ -125,15 +140,19 @@ def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:
     if memory_bytes is None:
         return True
     room = memory_bytes - working_bytes(memory_bytes)
-    smallest = sizes.passing_bytes(prefetch=False)
-    if smallest > room:
-        needed = max(smallest + WORKING_BYTES, smallest * WORKING_SHARE // (WORKING_SHARE - 1))
+    if sizes.passing_bytes(prefetch=False) > room:
         raise UsageError(
-            f"one layer of this model needs {needed / 2**20:,.0f} MiB of memory, "
+            f"one layer of this model needs {least_bytes(sizes) / 2**20:,.0f} MiB of memory, "
             f"more than the {memory_bytes / 2**20:,.0f} MiB given",
             "give more memory, or --dtype bfloat16, which halves what is needed",
         )
     return sizes.passing_bytes(prefetch=True) <= room
+
+
+def least_bytes(sizes: Sizes) -> int:
+    """The smallest memory in which a model runs: its largest unit and the working bytes."""
+    smallest = sizes.passing_bytes(prefetch=False)
+    return max(smallest + WORKING_BYTES, -(-smallest * WORKING_SHARE // (WORKING_SHARE - 1)))
 
 
 def can_keep(kept_bytes: int, passing: Sizes, memory_bytes: int | None, *, prefetch: bool) -> bool:
@@ -144,17 +163,22 @@ def can_keep(kept_bytes: int, passing: Sizes, memory_bytes: int | None, *, prefe
 
 
 def working_bytes(memory_bytes: int | None) -> int:
-    """What is left for everything that is no weight."""
+    """What is left at least for everything that is no weight."""
     return max(WORKING_BYTES, (memory_bytes or 0) // WORKING_SHARE)
 
 
+def rows_bytes(memory_bytes: int | None) -> int:
+    """What the rows of an embedding may take up, of the working bytes."""
+    return min(ROWS_BYTES, working_bytes(memory_bytes) // ROWS_SHARE)
+
+
 def check_runs_offloaded(checkpoint: Checkpoint) -> None:
-    """Check that the weights are stored as numbers.
+    """Check that the weights are stored as numbers, or quantised so that they can be decoded as they are read.
 
     Raises:
-        UnsupportedFormatError: they are quantised.
+        UnsupportedFormatError: they are quantised in another way.
     """
-    if quantisation(checkpoint.config) is not None:
+    if quantisation(checkpoint.config) is not None and not is_decodable(checkpoint):
         raise UnsupportedFormatError(
             f"{checkpoint.name}: its weights are quantised, and such a model is only run whole",
             "give it more memory, or write it as bfloat16 first: abliterate dequantize MODEL --out FOLDER",
@@ -176,6 +200,8 @@ def _part(name: str, match: re.Match[str] | None, matcher: Matcher | None, n_lay
     return "other", name
 
 
-def _bytes_in(tensor: TensorInfo, dtype: torch.dtype | str) -> int:
+def _bytes_in(tensor: Stored, dtype: torch.dtype | str) -> int:
+    if isinstance(dtype, str) and isinstance(tensor, Packed):
+        dtype = QUANTISED_DTYPE
     bits = DTYPE_BITS[tensor.dtype] if isinstance(dtype, str) else dtype.itemsize * 8
     return tensor.numel * bits // 8

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError
-from abliterate.model.memory import Sizes, can_keep, can_prefetch, working_bytes
+from abliterate.events import OnEvent, WeightsRead, ignore
+from abliterate.model.malloc import keep_no_holes
+from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
+from abliterate.model.stored import stored_tensors
 from abliterate.model.tasks import current
 from abliterate.model.weights import Recipe, make, recipes_of
 
@@ -61,13 +64,13 @@ class Offloaded:
 
     ``ranks`` and ``following`` are what the scheduler has learned of the order in which units are used.
 
-    ``memory_bytes`` bounds them: what it leaves beside two units holds modules outside the blocks that stay loaded.
-    Without it, nothing but small modules stays.
+    ``memory_bytes`` bounds them: what it leaves beside two units holds modules outside the blocks that stay loaded,
+    and then hidden states.  Without it, nothing but small modules stays.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
         CheckpointError: the checkpoint lacks a parameter.
-        UnsupportedFormatError: it stores one in a dtype that no parameter has.
+        UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class Offloaded:
         *,
         device: torch.device,
         memory_bytes: int | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
         self.device = device
+        self.on_event = on_event
         self.loads: Counter[str] = Counter()
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
@@ -87,25 +92,28 @@ class Offloaded:
         self._model = model
         self._folder = checkpoint.folder
         self._unit_bytes_read = 0
-        self._kept: set[Unit] = set()
+        self._readings = 1
+        self._in_reading: set[Unit] = set()
         self._loaded: dict[Unit, dict[Place, Tensor]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        recipes = recipes_of(model, checkpoint.tensors)
+        recipes = recipes_of(model, stored_tensors(checkpoint))
         self.size_bytes = sum(recipe.stored_bytes for recipe in recipes)
         _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
         self.units = _units(model, recipes, tuple(blocks), checkpoint.name)
         self.prefetch = can_prefetch(self.sizes(), memory_bytes)
-        self.working_bytes = working_bytes(memory_bytes)
+        self._staying = self._find_staying()
         in_order = [unit for unit in self.units if unit.is_block]
         self.following: dict[Unit, Unit] = dict(pairwise(in_order))
         for unit in self.units:
             self._set_up(unit)
+        self.working_bytes = self._working_bytes()
+        if memory_bytes is not None and device.type == "cpu":
+            keep_no_holes()
 
     def sizes(self, *, without: Container[Unit] = ()) -> Sizes:
         """Bytes of the parts that pass through memory."""
         others = [u for u in self.units if not u.is_block and u not in without and not self._by_rows(u)]
-        # Stacking and joining hold what they take and what they give at once.
-        converted = [2 * r.stored_bytes for unit in self.units for r in unit.recipes if r.transform is not None]
+        converted = [recipe.conversion_bytes for unit in self.units for recipe in unit.recipes]
         return Sizes(
             blocks=tuple(unit.size_bytes for unit in self.units if unit.is_block),
             others=tuple(unit.size_bytes for unit in others),
@@ -120,7 +128,7 @@ class Offloaded:
     @property
     def loaded(self) -> tuple[Unit, ...]:
         """The units that are loaded now, without those that stay."""
-        return tuple(unit for unit in self._loaded if unit not in self._kept)
+        return tuple(unit for unit in self._loaded if unit not in self._staying)
 
     def is_loaded(self, unit: Unit) -> bool:
         """Whether ``unit`` can run."""
@@ -148,12 +156,11 @@ class Offloaded:
             place: _put(place, values[name]) for name, places in unit.places.items() for place in places
         }
         self.loads[unit.name] += 1
-        if not unit.is_block and unit not in self._kept and self._may_stay(unit):
-            self._kept.add(unit)
+        self._tell(unit)
 
     def release(self, unit: Unit) -> None:
         """Take the parameters of ``unit`` out of its module, unless it is one that stays."""
-        if unit in self._loaded and unit not in self._kept:
+        if unit in self._loaded and unit not in self._staying:
             for place, before in self._loaded.pop(unit).items():
                 _put(place, before)
 
@@ -161,6 +168,16 @@ class Offloaded:
         """Release every unit but those that stay."""
         for unit in self.loaded:
             self.release(unit)
+
+    def _tell(self, unit: Unit) -> None:
+        """Say how far the weights have passed; a reading ends where one of its units comes again."""
+        if unit in self._in_reading:
+            self._in_reading.clear()
+            self._readings += 1
+        self._in_reading.add(unit)
+        done = sum(each.stored_bytes for each in self._in_reading)
+        total = sum(each.stored_bytes for each in self.units if each not in self._staying and not self._by_rows(each))
+        self.on_event(WeightsRead(reading=self._readings, part=unit.name, done=done, total=max(done, total)))
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
@@ -173,18 +190,33 @@ class Offloaded:
         """Embeddings go by rows; everything else waits for its call."""
         if self._by_rows(unit):
             (recipe,) = unit.recipes
-            self.rows.append(Rows(self._folder, recipe.sources[0][1], recipe.dtype))
+            most = rows_bytes(self._memory_bytes)
+            self.rows.append(Rows(self._folder, recipe.sources[0][1], recipe.dtype, most_bytes=most))
             _put((unit.module, "weight"), self.rows[-1].weight())
         else:
             self._guard(unit)
 
-    def _may_stay(self, unit: Unit) -> bool:
-        if unit.size_bytes <= ALWAYS_KEPT_BYTES or next(unit.module.children(), None) is not None:
-            return True  # a module with others inside runs around them
-        kept = {*self._kept, unit}
-        size = sum(other.size_bytes for other in kept)
-        passing = self.sizes(without=kept)
-        return can_keep(size, passing, self._memory_bytes, prefetch=self.prefetch)
+    def _working_bytes(self) -> int:
+        """Memory for everything that is no weight and no row of an embedding: what the weights leave."""
+        found = working_bytes(self._memory_bytes)
+        if self._memory_bytes is not None:
+            passing = self.sizes(without=self._staying).passing_bytes(prefetch=self.prefetch)
+            found = max(found, self._memory_bytes - passing - sum(unit.size_bytes for unit in self._staying))
+        return found - len(self.rows) * rows_bytes(self._memory_bytes)
+
+    def _find_staying(self) -> set[Unit]:
+        """Modules outside the blocks that stay loaded once used: small ones, and others while there is room."""
+        staying: set[Unit] = set()
+        others = (unit for unit in self.units if not unit.is_block and not self._by_rows(unit))
+        for unit in sorted(others, key=lambda unit: unit.size_bytes):
+            runs_around_others = next(unit.module.children(), None) is not None
+            if unit.size_bytes <= ALWAYS_KEPT_BYTES or runs_around_others or self._fits(staying | {unit}):
+                staying.add(unit)
+        return staying
+
+    def _fits(self, staying: set[Unit]) -> bool:
+        size = sum(unit.size_bytes for unit in staying)
+        return can_keep(size, self.sizes(without=staying), self._memory_bytes, prefetch=self.prefetch)
 
     def _by_rows(self, unit: Unit) -> bool:
         return self.device.type == "cpu" and _is_lookup(unit)
@@ -296,3 +328,20 @@ def _units(model: Any, recipes: tuple[Recipe, ...], blocks: tuple[nn.Module, ...
         )
         for key, (home, places) in gathered.items()
     )
+
+
+def hold(model: Any, checkpoint: Checkpoint, blocks: Iterable[nn.Module], *, device: torch.device) -> None:  # noqa: ANN401
+    """Load all of a model on the meta device, by the same reading that passes weights through memory.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a parameter, or a shard ends too early.
+        UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
+    """
+    recipes = recipes_of(model, stored_tensors(checkpoint))
+    _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
+    for unit in _units(model, recipes, tuple(blocks), checkpoint.name):
+        for recipe in unit.recipes:
+            for name, value in make(recipe, model, checkpoint.folder, device).items():
+                for place in unit.places.get(name, ()):
+                    _put(place, value)
+    model.tie_weights()  # so that tied places share one parameter again

@@ -1,11 +1,9 @@
 """How much of a forward pass fits into the memory that is free, and what it looks like when it does not."""
 
-from typing import Any
-
 import psutil
 import torch
 
-from abliterate.model.forward import cache_bytes
+from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes
 from abliterate.model.load import LoadedModel
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
@@ -24,21 +22,12 @@ def pass_tokens(loaded: LoadedModel, cached: int, shortest: int) -> int:
 
     There are ``cached`` tokens before each row, and a row has ``shortest`` tokens or more.
     """
-    config = loaded.model.config.get_text_config()
-    layers = getattr(config, "per_layer_config", None) or [config]
-    inner = max(_inner_width(layer) or 4 * loaded.d_model for layer in layers)
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    row = 4 * 8 * config.vocab_size + 2 * cached * cache_bytes(loaded)
-    token = 4 * (8 * loaded.d_model + 4 * inner * experts) + row // max(1, shortest - cached) + cache_bytes(loaded)
+    row = logit_bytes(loaded) + 2 * cached * cache_bytes(loaded)
+    token = running_bytes(loaded) + row // max(1, shortest - cached) + cache_bytes(loaded)
     free = free_bytes(loaded.device)
-    if loaded.offload is not None and loaded.device.type == "cpu":
+    if loaded.offload is not None:
         free = min(free, loaded.offload.working_bytes)
     return max(1, min(MOST_TOKENS[loaded.device.type], free // 2 // token))
-
-
-def _inner_width(config: Any) -> int:  # noqa: ANN401 - a configuration of transformers
-    width = getattr(config, "intermediate_size", None) or 0
-    return max(width) if isinstance(width, list | tuple) else width
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,12 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from abliterate.arch.packed import Packed
 from abliterate.checkpoint.directio import read_into
-from abliterate.checkpoint.header import TensorInfo
-from abliterate.model.weights import STORED, empty
-
-ROWS_BYTES = 2**26
-"""About as many bytes of rows are held at a time."""
+from abliterate.codecs import Held, packed_codec, plain
+from abliterate.model.stored import Stored, empty
 
 DESCRIBES = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__"}
 """Functions of a tensor that ask nothing about its numbers."""
@@ -23,14 +21,22 @@ class Rows:
     """The rows of one stored matrix, as far as they were asked for.
 
     ``memory`` has the shape of the whole matrix but takes up only the pages of the rows that were filled in, so the
-    lookup itself is the unmodified one of torch.
+    lookup itself is the unmodified one of torch.  About ``most_bytes`` of rows are held at a time.
     """
 
-    def __init__(self, folder: Path, stored: TensorInfo, dtype: torch.dtype) -> None:
-        self.path = folder / stored.shard
-        self.stored = stored
+    def __init__(self, folder: Path, stored: Stored, dtype: torch.dtype, *, most_bytes: int) -> None:
+        values = stored.values if isinstance(stored, Packed) else stored
+        self.path = folder / values.shard
+        self.start = values.start
+        self.shape = stored.shape
         self.dtype = dtype
-        self.bytes_read = 0
+        self._most_bytes = most_bytes
+        if isinstance(stored, Packed):
+            self.codec = packed_codec(folder, stored, Held())
+            self.bytes_read = stored.scales.size_bytes
+        else:
+            self.codec = plain(stored.dtype, stored.shape[1])
+            self.bytes_read = 0
         self._forget()
 
     def holding(self, ids: Int[Tensor, "*any"]) -> Tensor:
@@ -39,30 +45,29 @@ class Rows:
         Raises:
             CheckpointError: the shard ends too early.
         """
-        count, width = self.stored.shape
-        if self._n_held * width * self.dtype.itemsize > ROWS_BYTES:
+        count, width = self.shape
+        if self._n_held * width * self.dtype.itemsize > self._most_bytes:
             self._forget()
         wanted = ids.flatten().unique()
         wanted = wanted[(wanted >= 0) & (wanted < count)]  # the lookup itself refuses others
         for first, end in _runs(wanted[~self._held[wanted]].tolist()):
-            rows = torch.empty((end - first) * width, dtype=STORED[self.stored.dtype])
-            size = rows.numel() * rows.itemsize
-            read_into(self.path, self.stored.start + first * size // (end - first), rows.view(torch.uint8))
-            self._memory[first:end] = rows.view(end - first, width)
+            rows = torch.empty(end - first, width, dtype=self.codec.stored)
+            read_into(self.path, self.start + first * width * rows.itemsize, rows.view(torch.uint8).flatten())
+            self._memory[first:end] = self.codec.decode(rows, first, self.dtype)
             self._held[first:end] = True
             self._n_held += end - first
-            self.bytes_read += size
+            self.bytes_read += rows.nbytes
         return self._memory
 
     def weight(self) -> "RowWeight":
         """What stands in for the weight."""
-        face = torch.zeros(1, dtype=self.dtype).expand(self.stored.shape)
+        face = torch.zeros(1, dtype=self.dtype).expand(self.shape)
         weight = torch.Tensor._make_subclass(RowWeight, face)
         weight.rows = self
         return weight
 
     def _forget(self) -> None:
-        count, width = self.stored.shape
+        count, width = self.shape
         self._memory = empty(count * width, self.dtype, reserve=False).view(count, width)
         self._held = torch.zeros(count, dtype=torch.bool)
         self._n_held = 0

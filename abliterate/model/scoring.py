@@ -24,7 +24,8 @@ from torch import Tensor
 
 from abliterate.evaluate.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
-from abliterate.model.forward import last_of_batch, waiting_bytes
+from abliterate.model.footprint import waiting_bytes
+from abliterate.model.forward import last_of_batch
 from abliterate.model.heads import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.interventions import ablated, ablated_each, added_each, observed, plus_each, rows_apart
 from abliterate.model.load import LoadedModel
@@ -79,7 +80,8 @@ Figures = dict[str, Float[Tensor, " k"]]
 class Scorer:
     """Runs jobs on one model and its validation prompts; see ``scorer``.
 
-    ``batch_size`` bounds the prompts of a group, ``max_tokens`` the tokens of a pass.
+    ``batch_size`` bounds the prompts of a group, ``max_tokens`` the tokens of a pass.  ``room`` is what passes that
+    wait may take up out of core; as much again is for the one that runs (see ``pass_tokens``).
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Scorer:
         self.groups = list(_groups(encoded, range(len(encoded)), batch_size))
         self.harmless = list(_groups(encoded, range(len(harmful), len(encoded)), batch_size))
         self.n_prompts = len(encoded)
+        self.room = loaded.offload.working_bytes // 2 if loaded.offload else 0
         self.head = 0
         self.base = self._base_run()
         self._share_head(shared_tokens(encoded))
@@ -117,7 +120,7 @@ class Scorer:
         Where memory runs out, what was going on is begun again in halves; nothing that is done is lost.
         """
         waiting = list(jobs)
-        limit = self.loaded.offload.working_bytes if self.loaded.offload else 0
+        limit = self.room
         while waiting:
             first = next(groups([self._bytes(job) for job in waiting], limit))
             chosen = waiting[: first.stop]
@@ -223,7 +226,7 @@ class Scorer:
         most = self.max_tokens // max(group.ids[:, self.head :].numel() for group in self._groups_of(job))
         if self.loaded.offload:
             one = replace(job, candidates=job.candidates[:1])
-            most = min(most, self.loaded.offload.working_bytes // self._bytes(one))
+            most = min(most, self.room // self._bytes(one))
         return max(1, most)
 
     def _bytes(self, job: Job) -> int:
@@ -234,15 +237,17 @@ class Scorer:
     # --- the base run, and what may be taken from it ------------------------------------------------------------------
 
     def _base_run(self) -> Base:
-        offload, d, n_layers = self.loaded.offload, self.loaded.d_model, self.loaded.n_layers
+        offload = self.loaded.offload
         tokens = sum(group.ids.numel() for group in self.harmless)
-        room = (offload.working_bytes if offload else free_bytes(torch.device("cpu"))) // 4
-        keeps = tokens * n_layers * d * 4 <= room
+        states = tokens * self.loaded.n_layers * self.loaded.d_model * 4
+        keeps = states <= (self.room if offload else free_bytes(torch.device("cpu"))) // 4
+        if keeps:
+            self.room -= states
         turned = self.harmless[0].ids[:1].flip(1)  # another run in between, so that nothing is left of the first one
         thunks = [partial(self._plain, group, keeps=keeps) for group in self.harmless]
         sizes = [len(group.ids) * waiting_bytes(self.loaded, group.ids.shape[1]) for group in self.harmless]
         found: list[tuple[Tensor, list[Tensor], bool]] = []
-        for span in groups(sizes, offload.working_bytes if offload else sum(sizes)):
+        for span in groups(sizes, self.room if offload else sum(sizes)):
             chosen: list[Callable[[], Any]] = [*thunks[span.start : span.stop], partial(self._last, turned)]
             found += run_together(self.loaded, chosen)[:-1]
         log_probs = torch.empty(sum(map(len, (one for one, _, _ in found))), found[0][0].shape[1], dtype=torch.float64)

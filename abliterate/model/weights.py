@@ -5,10 +5,7 @@ as ``Recipe`` values from its own tables and carried out whenever the parameters
 fused tensor is made anew from the stored ones each time.
 """
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint.directio import PAGE, read_into
-from abliterate.checkpoint.header import TensorInfo
-from abliterate.errors import UnsupportedFormatError
+from abliterate.arch.packed import Packed
+from abliterate.model.malloc import give_back
+from abliterate.model.stored import Stored, decoding_bytes, dtype_of, empty, read_tensor, without_data
 
-STORED = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
-PIECE_BYTES = 2**22
-SMALL_BYTES = 2**16
 MOVES = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist",
          "Transpose"}  # fmt: skip
 """Operations of transformers that only move numbers: cast after them, tensors are half as large while they move."""
+
+Sources = tuple[tuple[str, Stored], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recipe:
     """How some parameters are made: ``sources`` pairs each stored tensor with the pattern of ``transform`` it matched.
 
-    ``transform`` is None where the parameter is the stored tensor under another name.
+    ``transform`` is None where the parameter is the stored tensor under another name.  ``dtype`` and ``shape`` are
+    those of the first target.  ``parts`` are the sources of each expert where experts are stacked one by one: they
+    are converted alone, into their place in the stack.
     """
 
     targets: tuple[str, ...]
-    sources: tuple[tuple[str, TensorInfo], ...]
+    sources: Sources
     transform: Any
     dtype: torch.dtype
+    shape: torch.Size
+    parts: tuple[Sources, ...] = ()
 
     @property
     def stored_bytes(self) -> int:
@@ -51,13 +47,32 @@ class Recipe:
         return sum(tensor.size_bytes for _, tensor in self.sources)
 
     @property
-    def cast_last(self) -> bool:
-        """Whether casting after the conversion gives the same numbers as before it, which is what transformers does."""
-        kinds = {tensor.dtype for _, tensor in self.sources}
-        return len(kinds) == 1 and all(type(operation).__name__ in MOVES for operation in self.transform.operations)
+    def read_dtype(self) -> torch.dtype:
+        """The dtype in which the sources of a conversion are held.
+
+        The stored one where casting after the conversion gives the same numbers as before it, which is what
+        transformers does.
+        """
+        kinds = {dtype_of(tensor) for _, tensor in self.sources}
+        if len(kinds) > 1 or any(isinstance(tensor, Packed) for _, tensor in self.sources):
+            return self.dtype  # values must not be rounded to another dtype on the way
+        return kinds.pop() if _only_moves(self.transform) else self.dtype
+
+    @property
+    def conversion_bytes(self) -> int:
+        """Memory that making the parameters takes beside them: joining holds what it takes and what it gives."""
+        decoding = max((decoding_bytes(tensor) for _, tensor in self.sources), default=0)
+        if self.transform is None:
+            return decoding
+        largest = max(sum(tensor.numel for _, tensor in part) for part in self.parts or (self.sources,))
+        return decoding + 2 * largest * self.read_dtype.itemsize
 
 
-def recipes_of(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[Recipe, ...]:  # noqa: ANN401 - of transformers
+def _only_moves(transform: Any) -> bool:  # noqa: ANN401 - a transform of transformers
+    return all(type(operation).__name__ in MOVES for operation in transform.operations)
+
+
+def recipes_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Recipe, ...]:  # noqa: ANN401 - of transformers
     """The recipes for ``model``, whose parameters have their final dtypes and lie on the meta device.
 
     Tensors that the model does not have are left out, as transformers leaves them out.
@@ -70,7 +85,7 @@ def recipes_of(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[Recipe, .
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    found: dict[str, tuple[Any, list[tuple[str, TensorInfo]]]] = {}
+    found: dict[str, tuple[Any, list[tuple[str, Stored]]]] = {}
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
@@ -85,12 +100,11 @@ def recipes_of(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[Recipe, .
             sources=tuple(sources),
             transform=transform,
             dtype=state[target].dtype,
+            shape=state[target].shape,
+            parts=_parts(model, target, transform, sources, state[target].shape),
         )
         for target, (transform, sources) in found.items()
     )
-
-
-_TRY_RESIDENT = "give it enough memory to be held whole (a larger --memory, or none)"
 
 
 def make(
@@ -107,22 +121,28 @@ def make(
     if recipe.transform is None:
         ((_, tensor),) = recipe.sources
         return {recipe.targets[0]: read_tensor(folder, tensor, recipe.dtype, device)}
-    dtype = STORED[recipe.sources[0][1].dtype] if recipe.cast_last else recipe.dtype
-    read = ((pattern, read_tensor(folder, tensor, dtype, device)) for pattern, tensor in recipe.sources)
-    made = _convert(model, recipe.targets[0], recipe.transform, read)
-    own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
-    _give_back()
+    first, transform = recipe.targets[0], recipe.transform
+
+    def converted(sources: Sources) -> dict[str, Tensor]:
+        dtype = recipe.read_dtype
+        read = ((pattern, read_tensor(folder, tensor, dtype, device)) for pattern, tensor in sources)
+        return _convert(model, first, transform, read)
+
+    if recipe.parts:
+        own = {first: _room_for(recipe.shape, recipe.dtype, device)}
+        for place, part in enumerate(recipe.parts):
+            own[first][place] = converted(part)[first][0]
+    else:
+        made = converted(recipe.sources)
+        own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
+    give_back()
     return own
 
 
-def _give_back() -> None:
-    """Have malloc return what the conversion has freed, where it can be asked (glibc)."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+def _room_for(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty(shape.numel(), dtype).reshape(shape)
 
 
 def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,57 +152,11 @@ def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
     return empty(value.numel(), dtype).copy_(value.flatten()).reshape(value.shape)
 
 
-def read_tensor(folder: Path, tensor: TensorInfo, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A stored tensor in ``dtype``, read in pieces where it must be cast.
-
-    Raises:
-        CheckpointError: the shard ends too early.
-    """
-    stored = STORED[tensor.dtype]
-    if device.type != "cpu" or stored == dtype:
-        whole = empty(tensor.numel, stored)
-        read_into(folder / tensor.shard, tensor.start, whole.view(torch.uint8))
-        return whole.reshape(tensor.shape).to(device).to(dtype)
-    out = empty(tensor.numel, dtype)
-    width = stored.itemsize
-    piece = empty(min(PIECE_BYTES // width, tensor.numel), stored)  # no large malloc: that one keeps what it got
-    for first in range(0, tensor.numel, len(piece) or 1):
-        part = piece[: tensor.numel - first]
-        read_into(folder / tensor.shard, tensor.start + first * width, part.view(torch.uint8))
-        out[first : first + len(part)] = part
-    return out.reshape(tensor.shape)
-
-
-def without_data(tensor: TensorInfo) -> Tensor:
-    """A tensor of the shape and dtype of ``tensor``, on the meta device.
-
-    Raises:
-        UnsupportedFormatError: it has a dtype that no parameter has.
-    """
-    if tensor.dtype not in STORED:
-        raise UnsupportedFormatError(f"{tensor.name}: {tensor.dtype} is not run out of core", _TRY_RESIDENT)
-    return torch.empty(tensor.shape, dtype=STORED[tensor.dtype], device="meta")
-
-
-def empty(numel: int, dtype: torch.dtype, *, reserve: bool = True) -> Tensor:
-    """Uninitialised memory, given back to the system as soon as it is dropped; malloc would keep some of it.
-
-    Without ``reserve`` it may be larger than the machine: only pages that are written take up memory, others read 0.
-    """
-    size = numel * dtype.itemsize
-    if size < SMALL_BYTES:
-        return torch.empty(numel, dtype=dtype)
-    flags = {}
-    if not reserve and _NO_RESERVE:
-        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE}
-    return torch.frombuffer(mmap.mmap(-1, -(-size // PAGE) * PAGE, **flags), dtype=dtype)[:numel]
-
-
 def _targets(
     model: Any,  # noqa: ANN401 - a model of transformers
     first: str,
     transform: Any,  # noqa: ANN401 - a transform of transformers
-    sources: Iterable[tuple[str, TensorInfo]],
+    sources: Iterable[tuple[str, Stored]],
 ) -> tuple[str, ...]:
     """All parameters that come of a conversion, found by carrying it out without data; ``first`` comes first."""
     if transform is None:
@@ -204,3 +178,28 @@ def _convert(
     with torch.no_grad():
         made = own.convert(first, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _parts(
+    model: Any,  # noqa: ANN401 - a model of transformers
+    first: str,
+    transform: Any,  # noqa: ANN401 - a transform of transformers
+    sources: Sequence[tuple[str, Stored]],
+    shape: torch.Size,
+) -> tuple[Sources, ...]:
+    """The sources of each place along the first axis, where the conversion stacks and goes on within each place."""
+    if transform is None or not _only_moves(transform):
+        return ()
+    stack, *others = transform.operations
+    if type(stack).__name__ != "MergeModulelist" or stack.dim != 0:
+        return ()
+    if not {type(operation).__name__ for operation in others} <= {"Concatenate", "Transpose"}:
+        return ()
+    lists: dict[str, list[tuple[str, Stored]]] = {}
+    for source in sources:
+        lists.setdefault(source[0], []).append(source)
+    if {len(found) for found in lists.values()} != {shape[0]}:
+        return ()
+    parts = tuple(zip(*lists.values(), strict=True))
+    made = _convert(model, first, transform, ((pattern, without_data(tensor)) for pattern, tensor in parts[0]))
+    return parts if [tuple(value.shape) for value in made.values()] == [(1, *shape[1:])] else ()

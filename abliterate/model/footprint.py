@@ -1,0 +1,54 @@
+"""Bytes that forward passes hold besides weights: while a batch waits between blocks, while it runs, and in its cache.
+
+All are estimates from the configuration, rather too large than too small.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from abliterate.model.load import LoadedModel
+
+STATES = 4
+"""Hidden states per token that a batch holds while it waits, and its share of tables of positions."""
+LOGIT_BYTES = 32
+"""Of one logit at the last position: as computed, in float64, its log-probability, and what is made of that."""
+
+
+def waiting_bytes(loaded: LoadedModel, width: int) -> int:
+    """Bytes that a row of ``width`` tokens takes up while it waits for a block."""
+    return width * (STATES * loaded.d_model + 2 * width) * 4
+
+
+def running_bytes(loaded: LoadedModel) -> int:
+    """Bytes that a token takes up beside that while it is in a block."""
+    config = loaded.model.config.get_text_config()
+    inner = max(_inner_width(layer) or 4 * loaded.d_model for layer in _layers(config, loaded.n_layers))
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return 4 * (8 * loaded.d_model + 4 * inner * experts)
+
+
+def logit_bytes(loaded: LoadedModel) -> int:
+    """Bytes that a row takes up at the end, where its logits are made."""
+    return LOGIT_BYTES * loaded.model.config.get_text_config().vocab_size
+
+
+def cache_bytes(loaded: LoadedModel) -> int:
+    """Bytes that a token takes up in the cache of keys and values, at most."""
+    config = loaded.model.config.get_text_config()
+    return sum(2 * 4 * _cached_width(layer, loaded.d_model) for layer in _layers(config, loaded.n_layers))
+
+
+def _layers(config: Any, count: int) -> Sequence[Any]:  # noqa: ANN401 - a configuration of transformers
+    """The configuration of each layer; they may differ (Gemma 4)."""
+    return list(getattr(config, "per_layer_config", None) or [config] * count)
+
+
+def _cached_width(config: Any, d_model: int) -> int:  # noqa: ANN401 - a configuration of transformers
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or d_model // heads
+    return width * (getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _inner_width(config: Any) -> int:  # noqa: ANN401 - a configuration of transformers
+    width = getattr(config, "intermediate_size", None) or 0
+    return max(width) if isinstance(width, list | tuple) else width

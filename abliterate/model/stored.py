@@ -1,0 +1,148 @@
+"""Stored tensors as they are read for a model: plain ones, and quantised ones, decoded on the way.
+
+A quantised tensor stands for one of the same shape as the model's parameter: its values, times their scales in float32,
+rounded once to the dtype of the computation.  That is what transformers' dequantisation gives where it knows the format
+and is asked for that dtype; it is done here because transformers leaves out the scales of some formats (ModelOpt), and
+refuses blocks that reach beyond a matrix (DeepSeek).
+"""
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.arch.packed import Packed, packed_tensors, quantisation
+from abliterate.checkpoint.directio import PAGE, read_into
+from abliterate.checkpoint.header import TensorInfo
+from abliterate.checkpoint.source import Checkpoint
+from abliterate.codecs import Held, decoded, packed_codec
+from abliterate.errors import UnsupportedFormatError
+
+STORED = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+PIECE_BYTES = 2**22
+DECODED_BYTES = 2**16
+"""Stored bytes decoded at a time: less than a MiB in float32, beyond which malloc takes fresh pages for each piece."""
+PIECE_COST = 16
+"""Bytes that decoding a byte takes at most: itself, its place in a table, its values and their scales."""
+SMALL_BYTES = 2**16
+QUANTISED_DTYPE = torch.bfloat16
+"""The dtype of quantised values where nobody asks for another."""
+
+Stored = TensorInfo | Packed
+
+
+def stored_tensors(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+    """The tensors of ``checkpoint`` by the names they have once dequantised; scales belong to their values.
+
+    Raises:
+        UnsupportedFormatError: it is quantised in a way that is not known here.
+    """
+    if quantisation(checkpoint.config) is None:
+        return checkpoint.tensors
+    packed, extra = packed_tensors(checkpoint)
+    kept = {name: packed.get(name, tensor) for name, tensor in checkpoint.tensors.items() if name not in extra}
+    return {tensor.name: tensor for tensor in kept.values()}
+
+
+def is_decodable(checkpoint: Checkpoint) -> bool:
+    """Whether ``checkpoint`` is quantised, and its values can be decoded here."""
+    if quantisation(checkpoint.config) is None:
+        return False
+    try:
+        packed_tensors(checkpoint)
+    except UnsupportedFormatError:
+        return False
+    return True
+
+
+def dtype_of(tensor: Stored) -> torch.dtype:
+    """The dtype that ``tensor`` has if it is not cast.
+
+    Raises:
+        UnsupportedFormatError: it is one that no parameter has.
+    """
+    if isinstance(tensor, Packed):
+        return QUANTISED_DTYPE
+    if tensor.dtype not in STORED:
+        raise UnsupportedFormatError(f"{tensor.name}: {tensor.dtype} is not run out of core", _TRY_RESIDENT)
+    return STORED[tensor.dtype]
+
+
+_TRY_RESIDENT = "give it enough memory to be held whole (a larger --memory, or none)"
+
+
+def without_data(tensor: Stored) -> Tensor:
+    """A tensor of the shape and dtype of ``tensor``, on the meta device.
+
+    Raises:
+        UnsupportedFormatError: it has a dtype that no parameter has.
+    """
+    return torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta")
+
+
+def decoding_bytes(tensor: Stored) -> int:
+    """Memory that reading takes beside the result: the scales, as they are stored and in float32, and a piece."""
+    if not isinstance(tensor, Packed):
+        return 0
+    wide = 0 if tensor.kind == "mxfp4" else tensor.scales.numel * torch.float32.itemsize
+    return tensor.scales.size_bytes + wide + PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
+
+
+def read_tensor(folder: Path, tensor: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stored tensor in ``dtype``, in pieces where it must be cast or decoded.
+
+    Raises:
+        CheckpointError: the shard ends too early.
+    """
+    if isinstance(tensor, Packed):
+        return _read_packed(folder, tensor, dtype).to(device)
+    stored = STORED[tensor.dtype]
+    if device.type != "cpu" or stored == dtype:
+        whole = empty(tensor.numel, stored)
+        read_into(folder / tensor.shard, tensor.start, whole.view(torch.uint8))
+        return whole.reshape(tensor.shape).to(device).to(dtype)
+    out = empty(tensor.numel, dtype)
+    width = stored.itemsize
+    piece = empty(min(PIECE_BYTES // width, tensor.numel), stored)  # no large malloc: that one keeps what it got
+    for first in range(0, tensor.numel, len(piece) or 1):
+        part = piece[: tensor.numel - first]
+        read_into(folder / tensor.shard, tensor.start + first * width, part.view(torch.uint8))
+        out[first : first + len(part)] = part
+    return out.reshape(tensor.shape)
+
+
+def _read_packed(folder: Path, packed: Packed, dtype: torch.dtype) -> Tensor:
+    out = empty(packed.numel, dtype).reshape(packed.shape)
+    matrices = out.view(-1, *packed.shape[-2:])
+    if packed.transposed:
+        matrices = matrices.mT
+    path = folder / packed.values.shard
+    piece = empty(max(DECODED_BYTES, packed.row_bytes), torch.uint8)
+
+    def read(start: int, size: int) -> Tensor:
+        read_into(path, start, piece[:size])
+        return piece[:size]
+
+    for matrix, first, values in decoded(packed, packed_codec(folder, packed, Held()), read, DECODED_BYTES):
+        matrices[matrix, first : first + len(values)] = values
+    return out
+
+
+def empty(numel: int, dtype: torch.dtype, *, reserve: bool = True) -> Tensor:
+    """Uninitialised memory, given back to the system as soon as it is dropped; malloc would keep some of it.
+
+    Without ``reserve`` it may be larger than the machine: only pages that are written take up memory, others read 0.
+    """
+    size = numel * dtype.itemsize
+    if size < SMALL_BYTES:
+        return torch.empty(numel, dtype=dtype)
+    flags = {}
+    if not reserve and _NO_RESERVE:
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE}
+    return torch.frombuffer(mmap.mmap(-1, -(-size // PAGE) * PAGE, **flags), dtype=dtype)[:numel]

@@ -1,0 +1,45 @@
+"""A whole run on a quarter of the memory that its weights take, each in a process of its own."""
+
+import filecmp
+import json
+import sys
+
+import pytest
+
+from bench.quarter import enlarged, run, weight_bytes
+
+RECIPE = """
+harmful = "bundled:tiny-chat"
+harmless = "bundled:tiny-chat"
+n_train = 8
+n_val = 2
+n_test = 4
+batch_size = 4
+max_new_tokens = 5
+refusal_tokens = ["I"]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_on_a_quarter_of_its_weights_gives_the_same(tmp_path, record_property):
+    """Direction, bytes and evaluation are those of the resident run; the memory is within the budget.
+
+    The memory of the program is that of a run of the bundled model, which takes 6 MB itself.
+    """
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    base = enlarged(tmp_path / "base")
+    budget = weight_bytes(base) // 4
+    program = run("tiny-chat", recipe, tmp_path / "program", budget)
+    whole = run(base, recipe, tmp_path / "whole", 2**34)
+    quarter = run(base, recipe, tmp_path / "quarter", budget)
+    record_property("peak_bytes", quarter.peak_bytes - program.peak_bytes)
+    assert quarter.peak_bytes - program.peak_bytes <= budget
+    assert whole.peak_bytes - program.peak_bytes > 3 * budget
+    one, other = (json.loads((its.out / "abliterate.json").read_text()) for its in (whole, quarter))
+    assert one["direction"]["sha256"] == other["direction"]["sha256"]
+    assert filecmp.cmp(whole.out / "model.safetensors", quarter.out / "model.safetensors", shallow=False)
+    assert one["evaluation"] == other["evaluation"]
+    for key in ("bypass", "induce", "kl_nats"):
+        pairs = zip(one["direction"]["scores"], other["direction"]["scores"], strict=True)
+        assert all(abs(mine[key] - its[key]) < 1e-5 for mine, its in pairs)
