@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +84,7 @@ def installed(wheel, tmp_path_factory):
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
-    theirs = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    theirs = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "heavy.pth").write_text("".join(f"{path}\n" for path in theirs))
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*command, "--disable-pip-version-check", wheel], check=True)
