@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: run report test check types fmt docs measured soak tiny-chat clean bench bench-edit bench-lockstep \
+.PHONY: run report test check types fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
   bench-selection bench-quarter bench-large bench-post-norm bench-quantised
 
 run: $(VENV)/installed
@@ -44,6 +44,11 @@ fmt: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m docs.generate
+
+# The documentation as pages to read in a browser; stops at a link that leads nowhere. (Not --quiet: it would not stop.)
+site: $(VENV)/installed-dev
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+	@echo "file://$(CURDIR)/out/site/index.html"
 
 # What the equivalence tests measure, for the table of architectures.
 measured: $(VENV)/installed-dev

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from abliterate import directions as direction_files
 from abliterate import inspecting, manifest, pipeline, publishing, relay
-from abliterate.bundled import is_bundled, resolve_model
+from abliterate.bundled import is_bundled, open_model
+from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import open_checkpoint
@@ -106,7 +107,7 @@ def edit(
         AbliterateError: the plan refuses, or reading or writing fails.
     """
     recipe = recipe or Recipe()
-    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
+    checkpoint = fetch(open_model(model, revision=revision))
     made = plan(checkpoint, **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
@@ -121,7 +122,7 @@ def dequantize(model: str | Path, out: str | Path, *, revision: str | None = Non
     Raises:
         AbliterateError: it is not quantised in a format known here, or reading or writing fails.
     """
-    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
+    checkpoint = fetch(open_model(model, revision=revision))
     return dequantise(checkpoint, Path(out), on_event=on_event)
 
 
@@ -130,10 +131,13 @@ def export_lora(
     out: str | Path,
     *,
     edited: str | Path | None = None,
+    revision: str | None = None,
     direction: DirectionSet | None = None,
     on_event: OnEvent = ignore,
 ) -> AdapterReport:
-    """The edit as a PEFT adapter: along ``direction``, or with direction and options of an ``edited`` folder.
+    """The edit as a PEFT adapter: along ``direction``, or with direction and options of an ``edited`` checkpoint.
+
+    ``edited`` is a folder that abliterate wrote, or its name on the Hub, at ``revision``.
 
     Raises:
         UsageError: neither is given.
@@ -141,12 +145,13 @@ def export_lora(
     """
     recipe = Recipe()
     if edited is not None:
-        document = manifest.read(Path(edited))
+        folder = finished_folder(edited, revision=revision).path
+        document = manifest.read(folder)
         recipe = Recipe.model_validate(document["recipe"])
-        direction = direction or direction_files.load(Path(edited) / document["direction"]["file"])
+        direction = direction or direction_files.load(folder / document["direction"]["file"])
     if direction is None:
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_checkpoint(resolve_model(base))), **recipe.plan_options)
+    made = plan(fetch(open_model(base)), **recipe.plan_options)
     return _export_lora(made, direction, Path(out), on_event=on_event)
 
 
@@ -155,33 +160,56 @@ def export_patch(
     base: str | Path,
     out: str | Path,
     *,
+    revision: str | None = None,
     purposes: Sequence[Purpose] = ("apply", "revert"),
     on_event: OnEvent = ignore,
 ) -> PatchReport:
-    """The edit as one file, to be applied to a base, or taken back; see ``patches.export``."""
-    return _export_patch(Path(edited), resolve_model(base), Path(out), purposes=purposes, on_event=on_event)
+    """The edit as one file, to be applied to a base, or taken back; see ``patches.export``.
+
+    ``edited`` is a folder that abliterate wrote, or its name on the Hub, at ``revision``.
+    """
+    folder = finished_folder(edited, revision=revision).path
+    return _export_patch(folder, base, Path(out), purposes=purposes, on_event=on_event)
 
 
 def apply_patch(base: str | Path, patch: str | Path, out: str | Path, *, on_event: OnEvent = ignore) -> Path:
     """Write ``base`` with the edit of a patch to ``out``; see ``patches.use``."""
-    return _apply_patch(resolve_model(base), Path(patch), Path(out), on_event=on_event)
+    return _apply_patch(base, Path(patch), Path(out), on_event=on_event)
 
 
-def revert_patch(edited: str | Path, patch: str | Path, out: str | Path, *, on_event: OnEvent = ignore) -> Path:
+def revert_patch(
+    edited: str | Path,
+    patch: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Path:
     """Write the base of ``edited`` to ``out``; see ``patches.use``."""
-    return _revert_patch(Path(edited), Path(patch), Path(out), on_event=on_event)
+    return _revert_patch(edited, Path(patch), Path(out), revision=revision, on_event=on_event)
 
 
 def reproduce(
-    folder: str | Path, *, base: str | Path | None = None, measure: bool = False, on_event: OnEvent = ignore
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    measure: bool = False,
+    on_event: OnEvent = ignore,
 ) -> Reproduction:
-    """Make a finished folder again from its manifest, and compare the bytes; see ``reproducing``."""
-    return _reproduce(Path(folder), base=base, measure=measure, on_event=on_event)
+    """Make a finished folder again from its manifest, and compare the bytes; see ``reproducing``.
+
+    ``folder`` may be a name on the Hub, at ``revision``: then the copy is made in the current folder.
+    """
+    place = finished_folder(folder, revision=revision)
+    beside = Path.cwd() if place.from_hub else None
+    return _reproduce(place.path, base=base, measure=measure, beside=beside, on_event=on_event)
 
 
 def verify(
     folder: str | Path,
     *,
+    revision: str | None = None,
     base: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
     behaviour: bool = True,
@@ -189,23 +217,25 @@ def verify(
 ) -> VerifyReport:
     """Prove a finished folder against its base; prompts and options come from its manifest unless ``changes`` says.
 
-    Without prompts (an ``edit`` with a given direction) the behaviour is not compared.  What was proven goes into the
-    manifest and the card of a folder that was not verified before.
+    ``folder`` may be a name on the Hub, at ``revision``.  Without prompts (an ``edit`` with a given direction) the
+    behaviour is not compared.  What was proven goes into the manifest and the card of a folder (not of the Hub cache)
+    that was not verified before.
 
     Raises:
         CheckpointError: not a folder that abliterate finished, or a file is damaged.
     """
-    folder = Path(folder)
+    place = finished_folder(folder, revision=revision)
+    folder = place.path
     document = manifest.read(folder)
     directions = direction_files.load(folder / document["direction"]["file"])
     recipe = Recipe.model_validate(document["recipe"]).with_changes(changes or {})
     source = document["source"]
-    revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
-    session = open_session(base or source["name"], recipe, revision=revision, on_event=on_event)
+    commit = source["revision"] if base is None and not Path(source["name"]).exists() else None
+    session = open_session(base or source["name"], recipe, revision=commit, on_event=on_event)
     made = plan(session.checkpoint, **recipe.plan_options)
     has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(base or source["name"])
     report = pipeline.verify(session, made, directions, folder, behaviour=behaviour and has_prompts, on_event=on_event)
-    if report.ok and document["verification"] is None:
+    if report.ok and document["verification"] is None and not place.from_hub:
         manifest.record(folder, session.checkpoint, report)
     return report
 
@@ -215,7 +245,7 @@ def push(
     name: str,
     *,
     private: bool = False,
-    revision: str | None = None,
+    branch: str | None = None,
     message: str | None = None,
     base: str | Path | None = None,
     verify: bool = True,
@@ -223,7 +253,7 @@ def push(
 ) -> Published:
     """Upload a finished and verified folder to the Hub; see ``publishing.push``."""
     return publishing.push(
-        Path(folder), name, private=private, revision=revision, message=message, base=base, verify=verify,
+        Path(folder), name, private=private, branch=branch, message=message, base=base, verify=verify,
         on_event=on_event,
     )  # fmt: skip
 
@@ -236,14 +266,15 @@ def stream(
     *,
     recipe: Recipe | None = None,
     revision: str | None = None,
+    branch: str | None = None,
     private: bool = False,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
     """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``."""
     return relay.stream(
-        model, direction, name, Path(out), recipe or Recipe(), revision=revision, private=private, message=message,
-        on_event=on_event,
+        model, direction, name, Path(out), recipe or Recipe(), revision=revision, branch=branch, private=private,
+        message=message, on_event=on_event,
     )  # fmt: skip
 
 

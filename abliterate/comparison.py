@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.arch.model_map import EDITABLE_DTYPES, Writer, map_model
+from abliterate.bundled import open_model
 from abliterate.checkpoint.directio import read_stretch
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.hub import fetch
-from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint
+from abliterate.checkpoint.source import HUBS_OWN, INDEX_NAME, Checkpoint
 from abliterate.codecs import Held, packed_codec
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
@@ -96,13 +97,15 @@ class Diff:
         return roles_known and len(self.changed) == self.writers and same_names
 
 
-def diff(base: str | Path, edited: str | Path, *, on_event: OnEvent = ignore) -> Diff:
+def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Diff:
     """Compare two checkpoints, tensor by tensor and file by file; those on the Hub are fetched.
+
+    ``revision`` is that of ``edited`` there.
 
     Raises:
         SourceError: one of them cannot be read.
     """
-    old, new = fetch(open_checkpoint(base)), fetch(open_checkpoint(edited))
+    old, new = fetch(open_model(base)), fetch(open_model(edited, revision=revision))
     writers, head = _writers(old)
     shared = [tensor for name, tensor in old.tensors.items() if name in new.tensors]
     on_event(Started(task=TASK, total=sum(tensor.size_bytes for tensor in shared), unit="bytes"))
@@ -235,5 +238,6 @@ def _compare_files(old: Checkpoint, new: Checkpoint) -> tuple[list[str], int]:
             identical += 1
         else:
             changed.append(name)
-    ours = [name for name in new.other_files if name not in names and not name.startswith("abliterate")]
+    known = {*names, *HUBS_OWN}
+    ours = [name for name in new.other_files if name not in known and not name.startswith("abliterate")]
     return changed + ours, identical

@@ -7,7 +7,7 @@ from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.output import JOURNAL, PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import same_content
-from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, read_json
+from abliterate.checkpoint.source import HUBS_OWN, INDEX_NAME, Checkpoint, read_json
 from abliterate.editor import COPY_BYTES
 from abliterate.planning import EditPlan
 from abliterate.surgery import untied_config
@@ -47,7 +47,7 @@ def same_bytes(old: Path, tensor: TensorInfo, new: Path, ours: TensorInfo, *, bl
 
 def strange_files(plan: EditPlan, result: Checkpoint) -> list[str]:
     """Files of the result that neither the base has nor this tool writes."""
-    known = {*plan.checkpoint.other_files, "README.md", "abliterate.json", JOURNAL}
+    known = {*plan.checkpoint.other_files, *HUBS_OWN, "README.md", "abliterate.json", JOURNAL}
     found = [*result.other_files, *result.left_out]
     return [name for name in found if name not in known and not name.startswith(f"{PRIVATE_FOLDER}/")]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from abliterate import directions as direction_files
 from abliterate import manifest, pipeline
@@ -15,7 +16,7 @@ from abliterate.bundled import resolve_model
 from abliterate.checkpoint import upload
 from abliterate.checkpoint.hub import cached
 from abliterate.checkpoint.output import JOURNAL
-from abliterate.checkpoint.source import Checkpoint, looks_like_path, open_folder
+from abliterate.checkpoint.source import HUBS_OWN, Checkpoint, looks_like_path, open_folder
 from abliterate.errors import CheckpointError, InterruptedRunError, OutputError, VerificationError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from abliterate.file_checks import sha256_file
@@ -32,9 +33,10 @@ DAMAGED = "do not publish it: edit the base again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What is on the Hub now: ``commit`` is the one that made it appear."""
+    """What is on the Hub now: ``commit`` is the one that made it appear on ``branch``."""
 
     name: str
+    branch: str
     url: str
     commit: str
     files: int
@@ -46,7 +48,7 @@ def push(
     name: str,
     *,
     private: bool = False,
-    revision: str | None = None,
+    branch: str | None = None,
     message: str | None = None,
     base: str | Path | None = None,
     verify: bool = True,
@@ -54,16 +56,18 @@ def push(
 ) -> Published:
     """Upload a finished folder to the model repository ``name``; ``verify`` proves it once more if the base is here.
 
+    ``branch`` (None: main) is made if it is not there.
+
     Raises:
+        UsageError: no branch can be called so.
         OutputError: the folder is unfinished, or the repository holds something else.
         VerificationError: the folder was never verified, or is not what was verified.
         HubError: the Hub refused or cannot be reached.
         InterruptedRunError: stopped; the same command continues.
     """
     document = finished_manifest(folder)
-    target = check_target(name, revision=revision, private=private, on_event=on_event)
-    if name == document["source"]["name"]:
-        raise OutputError(f"{name}: is the base itself", "push to a repository of your own")
+    refuse_base(document["source"]["name"], name, branch)
+    target = check_target(name, branch=branch, private=private, on_event=on_event)
     hashes = check_files(folder, document, base=base, verify=verify, on_event=on_event)
     warn_if_gated(folder, on_event)
     files = [(file, folder / file, hashes.get(file)) for file in manifest.files_of(folder)]
@@ -71,33 +75,48 @@ def push(
     on_event(Started(task=TASK, total=total, unit="bytes"))
     try:
         with upload.uploading(name, on_event):
-            upload.create(target)
+            target = upload.create(target)
             operations = _send(target, files, set(document["verification"]["sha256"]), on_event)
             commit = upload.commit(target, operations, message or default_message(document))
     except KeyboardInterrupt:
         raise interrupted(name) from None
     on_event(Finished(task=TASK))
-    return published(name, commit, files=len(files), size_bytes=total)
+    return published(target, commit, files=len(files), size_bytes=total)
+
+
+def refuse_base(base: str, name: str, branch: str | None) -> None:
+    """Keep the base what it is: it may get an edit on a branch, but not in its place.
+
+    Raises:
+        OutputError: the edit would take its place.
+    """
+    if name == base and branch in (None, upload.MAIN):
+        raise OutputError(f"{name}: is the base itself", "push to a repository of your own, or to a --branch")
 
 
 def check_target(
-    name: str, *, revision: str | None = None, private: bool = False, on_event: OnEvent = ignore
+    name: str, *, branch: str | None = None, private: bool = False, on_event: OnEvent = ignore
 ) -> upload.Target:
     """Whether ``name`` can be pushed to, as far as can be known before: worth asking before hours of work.
 
     Raises:
+        UsageError: no branch can be called so.
         OutputError: the repository holds something else, or is public and must not be.
         HubError: nobody is logged in, or the Hub refused or cannot be reached.
     """
     with upload.uploading(name, on_event):
-        return upload.look(name, revision=revision, private=private)
+        return upload.look(name, branch=branch, private=private)
 
 
-def published(name: str, commit: str, *, files: int, size_bytes: int) -> Published:
+def published(target: upload.Target, commit: str, *, files: int, size_bytes: int) -> Published:
     """The result, with the address of the page."""
     from huggingface_hub.constants import ENDPOINT
 
-    return Published(name=name, url=f"{ENDPOINT}/{name}", commit=commit, files=files, size_bytes=size_bytes)
+    page = "" if target.branch == upload.MAIN else f"/tree/{quote(target.branch)}"
+    return Published(
+        name=target.name, branch=target.branch, url=f"{ENDPOINT}/{target.name}{page}", commit=commit, files=files,
+        size_bytes=size_bytes,
+    )  # fmt: skip
 
 
 def interrupted(name: str) -> InterruptedRunError:
@@ -144,6 +163,7 @@ def check_files(
     """
     shards, others = document["verification"]["sha256"], document.get("files")
     found = [name for name in manifest.files_of(folder) if name not in manifest.OUR_FILES]
+    found = [name for name in found if name not in HUBS_OWN or name in (others or ())]
     if others is not None and (odd := sorted(set(found) ^ {*shards, *others})):
         what = "was not there when it was verified" if odd[0] in found else "is missing"
         raise VerificationError(f"{folder}: {odd[0]} {what}", "move it away" if odd[0] in found else DAMAGED)

@@ -23,12 +23,12 @@ from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, looks_like_path
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
 from abliterate.directions import DirectionSet
 from abliterate.editor import Editor, read_header
-from abliterate.errors import CheckpointError, OutputError, UsageError, VerificationError
+from abliterate.errors import CheckpointError, UsageError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.journal import Journal
 from abliterate.pipeline import VerifyReport
 from abliterate.planning import EditPlan, plan
-from abliterate.publishing import Published, default_message, interrupted, published, warn_if_gated
+from abliterate.publishing import Published, default_message, interrupted, published, refuse_base, warn_if_gated
 from abliterate.recipe import Recipe
 from abliterate.surgery import TASK as EDIT
 from abliterate.surgery import editor_for, edits_of, plain_failures, threads_for, write_other_files, write_shard
@@ -50,14 +50,17 @@ def stream(
     recipe: Recipe,
     *,
     revision: str | None = None,
+    branch: str | None = None,
     private: bool = False,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
     """Edit the Hub model ``model`` and upload it as ``name``; ``out.partial`` is the work folder, gone at the end.
 
+    ``revision`` is the base's; ``branch`` (None: main) is where the result goes, made if it is not there.
+
     Raises:
-        UsageError: ``model`` is not on the Hub.
+        UsageError: ``model`` is not on the Hub, or no branch can be called so.
         PlanRefusedError: the edit cannot be made, or the disk cannot hold two shards.
         VerificationError: a shard is not what it must be; nothing of it is to be seen on the Hub.
         HubError: the Hub refused or cannot be reached.
@@ -65,14 +68,13 @@ def stream(
     """
     if looks_like_path(model) or Path(model).is_dir():
         raise UsageError(f"{model}: lies on this disk", "edit it there, verify it, and push the result")
-    if model == name:
-        raise OutputError(f"{name}: is the base itself", "push to a repository of your own")
+    refuse_base(model, name, branch)
     work = out.with_name(out.name + ".partial")
     try:
         with quiet_client(on_event):
-            relay = _prepare(
-                model, direction, name, work, recipe, revision=revision, private=private, on_event=on_event
-            )
+            with plain_upload_errors(name):
+                target = upload.look(name, branch=branch, private=private)
+            relay = _prepare(model, direction, target, work, recipe, revision=revision, on_event=on_event)
             return relay.run(message)
     except KeyboardInterrupt:
         raise interrupted(name) from None
@@ -81,16 +83,13 @@ def stream(
 def _prepare(
     model: str,
     direction: DirectionSet,
-    name: str,
+    target: upload.Target,
     work: Path,
     recipe: Recipe,
     *,
     revision: str | None,
-    private: bool,
     on_event: OnEvent,
 ) -> "Relay":
-    with plain_upload_errors(name):
-        target = upload.look(name, revision=None, private=private)
     with plain_errors(model):
         remote = open_remote(model, revision=revision)
         files = RemoteFiles.of(model, remote.revision)
@@ -106,8 +105,8 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
-    with plain_upload_errors(name):
-        upload.create(target)
+    with plain_upload_errors(target.name):
+        target = upload.create(target)
     return Relay(
         plan=made, directions=direction, target=target, files=files, work=work, recipe=recipe, journal=journal,
         on_event=on_event,
@@ -118,7 +117,7 @@ def fingerprint_of(remote: Checkpoint, recipe: Recipe, direction: DirectionSet, 
     """What makes two streams the same."""
     free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
     document = {
-        "stream": [remote.name, remote.revision, target.name, target.revision],
+        "stream": [remote.name, remote.revision, target.name, target.branch],
         "recipe": recipe.model_dump(mode="json", exclude=free),
         "direction": direction.sha256,
     }
@@ -224,7 +223,7 @@ class Relay:
             self.on_event(Finished(task=task))
         size = sum(operation.upload_info.size for operation in operations)
         shutil.rmtree(self.work)
-        return published(self.target.name, commit, files=len(operations), size_bytes=size)
+        return published(self.target, commit, files=len(operations), size_bytes=size)
 
     def _pass_on(self, shard: Shard, editor: Editor, equation: Equation) -> None:
         """One shard: fetch, edit, prove, send, delete."""

@@ -44,9 +44,14 @@ class Reproduction:
 
 
 def reproduce(
-    folder: Path, *, base: str | Path | None = None, measure: bool = False, on_event: OnEvent = ignore
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    measure: bool = False,
+    beside: Path | None = None,
+    on_event: OnEvent = ignore,
 ) -> Reproduction:
-    """Make ``folder`` again from its manifest in a temporary folder beside it, and compare.
+    """Make ``folder`` again from its manifest in a temporary folder beside it (or in ``beside``), and compare.
 
     ``measure`` takes the direction from the prompts again instead of from the direction file.
 
@@ -67,9 +72,10 @@ def reproduce(
     ours = open_folder(folder, name=str(folder))
     expected = (document["verification"] or {}).get("sha256") or {}
     found = {shard.name: sha256_file(folder / shard.name) for shard in ours.shards}
-    with TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.reproduce-") as beside:
+    place = beside or folder.absolute().parent
+    with TemporaryDirectory(dir=place, prefix=f".{folder.name}.reproduce-") as temporary:
         output = prepare(
-            Path(beside) / "again",
+            Path(temporary) / "again",
             source=session.checkpoint.folder,
             fingerprint="reproduce",
             needed_bytes=made.output_bytes,

@@ -1,13 +1,13 @@
 """A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abliterate.bundled import BUNDLED_NAME, is_bundled, resolve_model
+from abliterate.bundled import BUNDLED_NAME, is_bundled, open_model
 from abliterate.checkpoint.hub import fetch
-from abliterate.checkpoint.source import Checkpoint, open_checkpoint
+from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PromptError
 from abliterate.events import OnEvent, ignore
 from abliterate.model.chat import ChatFormat
@@ -97,9 +97,7 @@ def open_session(
     Raises:
         SourceError: it cannot be opened or fetched.
     """
-    checkpoint = fetch(open_checkpoint(resolve_model(model), revision=revision))
-    if is_bundled(model):
-        checkpoint = replace(checkpoint, name=BUNDLED_NAME)
+    checkpoint = fetch(open_model(model, revision=revision))
     return Session(checkpoint=checkpoint, recipe=with_default_prompts(model, recipe), on_event=on_event)
 
 

@@ -4,6 +4,7 @@ python -m docs.picture
 """
 
 import io
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,8 +27,20 @@ def main() -> None:
         run.run(out_folder=folder / "tiny-chat-abliterated")
     finally:
         shutil.rmtree(folder)
-    picture = recorder.export_svg(title="abliterate").replace(str(folder) + "/", "")
+    picture = tidy(recorder.export_svg(title="abliterate"), str(folder) + "/")
     (Path(__file__).parent / "run.svg").write_text(picture, "utf-8")
+
+
+def tidy(picture: str, folder: str) -> str:
+    """Without ``folder`` in any line, which keeps the width of a letter, and without fonts from somewhere else."""
+
+    def shorter(match: re.Match[str]) -> str:
+        width, before, text = float(match[1]), match[2], match[3]
+        letters = len(text.replace("&#160;", " "))
+        return f'textLength="{width * (letters - len(folder)) / letters:g}"{before}>{text.replace(folder, "")}</text>'
+
+    lines = rf'textLength="([\d.]+)"([^>]*)>([^<]*{re.escape(folder)}[^<]*)</text>'
+    return re.sub(lines, shorter, re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

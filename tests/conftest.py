@@ -1,6 +1,9 @@
 """Settings of every test: offline, quiet, two threads."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on shared cores: 200 times slower
@@ -21,6 +24,18 @@ def _quiet():
     yield
     undo()
     measured.write()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package as pip builds it from this folder."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run([*command, "--wheel-dir", out, root], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (made,) = out.glob("*.whl")
+    return made
 
 
 @pytest.fixture(scope="session")

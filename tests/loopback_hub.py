@@ -1,8 +1,8 @@
 """A Hub on the loopback for the unmodified ``huggingface_hub``: repositories in memory, and faults on demand.
 
-It speaks what the client asks for: model info, tree, paths, resolve (ranges, ETags), repository and branch creation,
-preupload, LFS batch with single and multipart uploads, commit, and the write token of Xet.  What arrived can be read
-back byte by byte: ``hub.files("owner/name")``.
+It speaks what the client asks for: model info, refs, tree, paths, resolve (ranges, ETags), repository and branch
+creation, preupload, LFS batch with single and multipart uploads, commit, and the write token of Xet.  What arrived can
+be read back byte by byte: ``hub.files("owner/name")``.
 
 The client decides about Xet alone, from the installed packages: no answer of a server steers its uploads to LFS, so
 tests of LFS set ``HF_HUB_DISABLE_XET=1``.  Downloads use Xet only where an answer has the header ``X-Xet-Hash``, which
@@ -241,6 +241,11 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in sorted(tree)]
             self.json({"id": repo, "sha": commit, "private": held.private, "gated": held.gated, "siblings": siblings})
 
+    def refs(self, *, repo: str, **_: Any) -> None:
+        held = self.repo_of(repo)
+        if held:
+            self.json(held.refs())
+
     def tree(self, *, repo: str, rev: str, **_: Any) -> None:
         found = self.tree_of(repo, rev)
         if found:
@@ -291,12 +296,17 @@ class Handler(BaseHTTPRequestHandler):
             repo.commit("main", {".gitattributes": Blob(data=b"*.safetensors lfs\n", large=False)}, "initial commit")
             self.json({"url": f"{self.server.url}/{name}", "name": name})
 
-    def branch(self, *, repo: str, rev: str, **_: Any) -> None:
+    def branch(self, *, repo: str, rev: str, body: bytes, **_: Any) -> None:
         held = self.repo_of(repo, write=True)
-        if held and unquote(rev) in held.branches:
+        if not held:
+            return
+        start = held.resolve(json.loads(body or b"{}").get("startingPoint", "main"))
+        if unquote(rev) in held.branches:
             self.refuse(409, "", "Reference already exists")
-        elif held:
-            held.branches[unquote(rev)] = held.branches["main"]
+        elif start is None:
+            self.refuse(404, "RevisionNotFound", "Invalid starting point")
+        else:
+            held.branches[unquote(rev)] = start
             self.json({})
 
     def validate(self, **_: Any) -> None:
@@ -369,12 +379,14 @@ class Handler(BaseHTTPRequestHandler):
         self.json({}, status=200 if known else 404)
 
     def commit(self, *, repo: str, rev: str, body: bytes, **_: Any) -> None:
-        if not self.repo_of(repo, write=True):
+        held = self.repo_of(repo, write=True)
+        if not held:
             return
-        found = self.tree_of(repo, rev)
-        if not found:
+        parent = held.branches.get(unquote(rev))  # a tag or a commit can be read, not committed to
+        if parent is None:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
             return
-        held, parent, old = found
+        old = held.trees[parent]
         tree, header = dict(old), {}
         for entry in map(json.loads, body.splitlines()):
             key, value = entry["key"], entry["value"]
@@ -420,6 +432,7 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     (rf"GET /api/models/{REPO}", Handler.info),
     (rf"GET /api/models/{REPO}/revision/(?P<rev>[^/]+)", Handler.info),
+    (rf"GET /api/models/{REPO}/refs", Handler.refs),
     (rf"GET /api/models/{REPO}/tree/(?P<rev>[^/]+)", Handler.tree),
     (rf"POST /api/models/{REPO}/paths-info/(?P<rev>[^/]+)", Handler.paths),
     (rf"(?:GET|HEAD) /{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", Handler.file),

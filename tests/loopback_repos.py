@@ -56,12 +56,13 @@ class Blob:
 
 @dataclass(kw_only=True)
 class Repo:
-    """Commits by id, branches by name, the messages in order."""
+    """Commits by id, branches and tags by name, the messages in order."""
 
     private: bool = False
     gated: str | bool = False
     trees: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, tree: dict[str, Blob], message: str, *, oid: str | None = None) -> str:
@@ -72,5 +73,15 @@ class Repo:
         return oid
 
     def resolve(self, revision: str) -> str | None:
-        found = self.branches.get(unquote(revision), unquote(revision))
+        found = {**self.tags, **self.branches}.get(unquote(revision), unquote(revision))
         return found if found in self.trees else None
+
+    def refs(self) -> dict[str, list[dict[str, str]]]:
+        """What the Hub answers of branches and tags."""
+
+        def entries(kind: str, found: Mapping[str, str]) -> list[dict[str, str]]:
+            return [
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit} for name, commit in found.items()
+            ]
+
+        return {"branches": entries("heads", self.branches), "tags": entries("tags", self.tags), "converts": []}

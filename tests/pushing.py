@@ -57,6 +57,7 @@ def run(home: Path, hub: Hub, *args: object, **environment: str) -> subprocess.C
         shown, said = process.communicate(timeout=180)
     assert TOKEN not in shown + said
     assert "Signature" not in said
+    assert "thrown while requesting" not in said
     assert "Traceback" not in said
     return subprocess.CompletedProcess(args, process.returncode, shown, said)
 

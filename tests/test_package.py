@@ -1,29 +1,23 @@
 """The wheel: everything the program needs is in it, and it runs from an installation of its own."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from abliterate import __version__
 from abliterate.recipe import bundled_recipes
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("hatchling")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    done = subprocess.run([*command, "--wheel-dir", out, ROOT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (made,) = out.glob("*.whl")
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +105,17 @@ def test_the_image_copies_what_exists():
     copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
     assert copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_has_what_was_tested():
+    """Its torch is the one of the constraints, and its Python one that the package takes."""
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    installs = [line for line in text.splitlines() if "pip install" in line]
+    assert len(installs) == 2
+    assert all("--constraint /src/constraints.txt" in line for line in installs)
+    assert "torch==" in (ROOT / "constraints.txt").read_text("utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    version = re.search(r"^FROM python:(\S+?)-slim", text, flags=re.MULTILINE)[1]
+    assert Version(version) in SpecifierSet(project["requires-python"])
+    extras = re.search(r"/src\[(.*)\]", text)[1].split(",")
+    assert set(extras) <= project["optional-dependencies"].keys()

@@ -62,8 +62,8 @@ def test_every_file_arrives_byte_for_byte_in_one_commit(part_bytes, out, hub, tm
     assert any("/part/3" in line for line in hub.requests) == (part_bytes is not None)
     shown = json.loads(done.stdout)
     assert shown == {
-        "name": NEW, "url": f"{hub.url}/{NEW}", "commit": hub.repos[NEW].branches["main"], "files": len(content(out)),
-        "size_bytes": sum(map(len, content(out).values())),
+        "name": NEW, "branch": "main", "url": f"{hub.url}/{NEW}", "commit": hub.repos[NEW].branches["main"],
+        "files": len(content(out)), "size_bytes": sum(map(len, content(out).values())),
     }  # fmt: skip
 
 
@@ -80,14 +80,6 @@ def test_what_is_there_is_not_sent_again(out, hub, tmp_path):
     assert run(tmp_path, hub, "push", out, NEW).returncode == 0
     assert hub.uploaded_bytes() == 0
     assert len(hub.repos[NEW].messages) == 2
-
-
-def test_a_branch_is_made_and_main_stays_as_it_is(out, hub, tmp_path):
-    done = run(tmp_path, hub, "push", out, NEW, "--revision", "rank-1", "--message", "mine")
-    assert done.returncode == 0, done.stderr
-    assert hub.files(NEW, "rank-1") == content(out)
-    assert visible(hub) == {".gitattributes"}
-    assert hub.repos[NEW].messages[-1] == "mine"
 
 
 def test_terms_and_licence_of_the_base_are_in_the_card(out, hub, tmp_path):

@@ -253,8 +253,9 @@ def test_shards_that_are_not_large_wait_for_the_commit(hub, tmp_path):
         {"match": "GET .*00002-of", "skip": 3, "cut": 1000},
         {"match": "GET .*00001-of", "skip": 1, "status": 503},
         {"match": "HEAD .*00002-of", "drop": True},
+        {"match": "PUT /lfs", "skip": 1, "drop": True},
     ],
-    ids=["cut", "unavailable", "dropped"],
+    ids=["cut", "unavailable", "dropped", "dropped while sending"],
 )
 def test_a_hub_in_trouble_is_asked_again(fault, hub, tmp_path):
     base = write_llama(tmp_path / "base", shards=3)

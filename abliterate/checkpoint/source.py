@@ -24,6 +24,8 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".o
 """Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
 
 IGNORED_PARTS = (".git", ".cache", "__pycache__")
+HUBS_OWN = (".gitattributes",)
+"""What the Hub puts into a repository by itself: no file of a checkpoint, whether the base has it or not."""
 OUR_MANIFEST, OUR_FOLDER = "abliterate.json", "abliterate"
 """What an edit leaves in its output: when that is edited again, the folder is made anew."""
 

@@ -6,14 +6,15 @@ sent again, and nothing refers to it yet), and a single commit at the end names 
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
-from abliterate.errors import HubError, OutputError
+from abliterate.errors import HubError, OutputError, UsageError
 from abliterate.events import OnEvent
 
 if TYPE_CHECKING:
@@ -24,13 +25,16 @@ OUR_MANIFEST = "abliterate.json"
 UNIMPORTANT = (".gitattributes", "README.md")
 """Files of a repository that holds nothing yet."""
 
+NOT_A_BRANCH = re.compile(r"$|-|/|refs/|.*(?:[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|/$|\.$|\.lock$)")
+"""What git takes for no branch, and the ``refs/`` of pull requests, which cannot be made."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A model repository to upload to.  ``head`` is its latest commit and ``files`` what it holds; None: not there."""
+    """A branch of a model repository.  ``head`` is its latest commit (None: not there), ``files`` what it holds."""
 
     name: str
-    revision: str
+    branch: str
     private: bool
     head: str | None = None
     files: tuple[str, ...] = ()
@@ -66,18 +70,21 @@ def uploading(name: str, on_event: OnEvent) -> Iterator[None]:
         yield
 
 
-def look(name: str, *, revision: str | None, private: bool) -> Target:
-    """Look at the repository ``name`` before anything is made or sent.
+def look(name: str, *, branch: str | None, private: bool) -> Target:
+    """Look at ``branch`` (None: main) of the repository ``name`` before anything is made or sent.
 
     Raises:
+        UsageError: no branch can be called so.
         HubError: nobody is logged in, or the Hub refuses.
         OutputError: it is public though ``private`` was asked for, or it holds files that this tool did not write.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    branch = revision or MAIN
+    branch = MAIN if branch is None else branch
+    if NOT_A_BRANCH.match(branch):
+        raise UsageError(f"--branch {branch!r}: not the name of a branch", "choose a plain one, such as rank-1")
     validate_repo_id(name)
     if name.count("/") != 1:
         raise HubError(f"{name}: not the name of a repository of somebody", "names look like owner/model")
@@ -87,33 +94,46 @@ def look(name: str, *, revision: str | None, private: bool) -> Target:
     try:
         info = api.model_info(name)
     except RepositoryNotFoundError:
-        return Target(name=name, revision=branch, private=private)
+        return Target(name=name, branch=branch, private=private)
     if private and not info.private:
         raise OutputError(
             f"{name}: exists, and is public", "make it private on its settings page, or push to another repository"
         )
-    try:
-        info = info if branch == MAIN else api.model_info(name, revision=branch)
-    except RevisionNotFoundError:
-        return Target(name=name, revision=branch, private=private)
+    main = info.sha
+    if branch != MAIN:
+        refs = api.list_repo_refs(name)
+        if branch in {tag.name for tag in refs.tags}:  # else the commit would fail, after everything is sent
+            raise OutputError(f"{name}: {branch!r} is a tag, not a branch", "choose another --branch")
+        if branch not in {there.name for there in refs.branches}:
+            return Target(name=name, branch=branch, private=private)
+        info = api.model_info(name, revision=branch)
     files = tuple(sibling.rfilename for sibling in info.siblings or [])
     strange = [file for file in files if file not in UNIMPORTANT]
-    if strange and OUR_MANIFEST not in files:
+    # A branch that is at main's commit, as a new one is, holds nothing of its own that could be lost.
+    if strange and OUR_MANIFEST not in files and (branch == MAIN or info.sha != main):
         raise OutputError(
             f"{name}: holds files already that abliterate did not write ({strange[0]})",
-            "push to a new repository, or to another --revision",
+            "push to a new repository, or to another --branch",
         )
-    return Target(name=name, revision=branch, private=private, head=info.sha, files=files)
+    return Target(name=name, branch=branch, private=private, head=info.sha, files=files)
 
 
-def create(target: Target) -> None:
-    """Make the repository and the branch, unless they are there."""
+def create(target: Target) -> Target:
+    """Make the repository and the branch, unless they are there; gives back the target as it is then.
+
+    A new branch begins at main's commit: what it has from there goes with the one commit, as an earlier upload would.
+    """
     from huggingface_hub import HfApi
 
-    if target.head is None:
-        HfApi().create_repo(target.name, private=target.private or None, exist_ok=True)
-        if target.revision != MAIN:
-            HfApi().create_branch(target.name, branch=target.revision, exist_ok=True)
+    if target.head is not None:
+        return target
+    api = HfApi()
+    api.create_repo(target.name, private=target.private or None, exist_ok=True)
+    if target.branch == MAIN:
+        return target
+    api.create_branch(target.name, branch=target.branch, exist_ok=True)
+    info = api.model_info(target.name, revision=target.branch)
+    return replace(target, head=info.sha, files=tuple(sibling.rfilename for sibling in info.siblings or []))
 
 
 def send(target: Target, files: Sequence[tuple[str, Path, str | None]]) -> "list[CommitOperationAdd]":
@@ -129,7 +149,7 @@ def send(target: Target, files: Sequence[tuple[str, Path, str | None]]) -> "list
     HfApi().preupload_lfs_files(
         target.name,
         additions=operations,
-        revision=target.revision,
+        revision=target.branch,
         free_memory=False,
         gitignore_content="",  # else a .gitignore among the files would leave others out
     )
@@ -155,7 +175,7 @@ def commit(target: Target, operations: "list[CommitOperationAdd]", message: str)
         target.name,
         [*operations, *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale)],
         commit_message=message,
-        revision=target.revision,
+        revision=target.branch,
         parent_commit=target.head,
     )
     _confirm(target, operations, made.oid)

@@ -118,8 +118,9 @@ class Waits(logging.Handler):
 def quiet_client(on_event: OnEvent) -> Iterator[None]:
     """No bars and no log lines of the client: what matters of them becomes events."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.logging import get_logger
 
-    logger = logging.getLogger("huggingface_hub")
+    logger = get_logger("huggingface_hub")  # theirs: importing it adds a handler, which must not come after ours
     handlers, had_bars = logger.handlers, not are_progress_bars_disabled()
     logger.handlers = [Waits(on_event)]
     with warnings.catch_warnings(record=True) as caught:

@@ -9,6 +9,7 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 
 if TYPE_CHECKING:
+    from abliterate.checkpoint.source import Checkpoint
     from abliterate.planning import EditPlan
 
 
@@ -33,15 +34,15 @@ def plan(
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
     settings = opt.make_recipe(None, tied=tied, mtp=mtp, allow_partial=allow_partial)
-    from abliterate.bundled import resolve_model
+    from abliterate.bundled import open_model
 
     if guess:
-        show_guess(resolve_model(model), revision, as_json=json)
+        show_guess(open_model(model, revision=revision), as_json=json)
         return
     from abliterate.cli.tables import show_plan
     from abliterate.planning import plan as make_plan
 
-    made = make_plan(resolve_model(model), revision=revision, **settings.plan_options)
+    made = make_plan(open_model(model, revision=revision), **settings.plan_options)
     from abliterate.passes import running
 
     needs = running(made.checkpoint, made.model_map.family, settings)
@@ -80,17 +81,15 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     out.print(shown)
 
 
-def show_guess(model: str | Path, revision: str | None, *, as_json: bool) -> None:
-    """What the tensors of ``model`` look like, and a draft of a registry entry."""
+def show_guess(checkpoint: "Checkpoint", *, as_json: bool) -> None:
+    """What the tensors of ``checkpoint`` look like, and a draft of a registry entry."""
     from dataclasses import asdict
 
     from rich.markup import escape
 
     from abliterate.arch.guess import draft, guess
-    from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli.tables import table
 
-    checkpoint = open_checkpoint(model, revision=revision)
     guesses = guess(checkpoint)
     if as_json:
         show_json([asdict(one) for one in guesses])
@@ -107,8 +106,9 @@ def show_guess(model: str | Path, revision: str | None, *, as_json: bool) -> Non
 @guarded
 def diff(
     base: opt.Model,
-    edited: Annotated[str, typer.Argument(help="The checkpoint folder to compare with BASE.")],
+    edited: Annotated[str, typer.Argument(help="The checkpoint to compare with BASE: a folder, or a Hub name.")],
     top: Annotated[int, typer.Option(help="How many changed tensors to show.")] = 12,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of EDITED on the Hub.")] = None,
     json: opt.Json = False,
 ) -> None:
     """Say which tensors differ between two checkpoints, by how much, and along what.
@@ -117,12 +117,11 @@ def diff(
     """
     from dataclasses import asdict
 
-    from abliterate.bundled import resolve_model
     from abliterate.cli.tables import show_diff
     from abliterate.comparison import diff as compare
 
     with progress() as listen:
-        found = compare(resolve_model(base), edited, on_event=listen)
+        found = compare(base, edited, revision=revision, on_event=listen)
     if json:
         groups = [asdict(group) for group in found.groups]
         show_json({**asdict(found), "groups": groups, "only_writers": found.only_writers})

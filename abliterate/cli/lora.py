@@ -26,11 +26,13 @@ def export(
     base: Annotated[str, typer.Option(help="The base checkpoint: a folder, a Hub name, or tiny-chat.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Output folder of the adapter.")],
     edited: Annotated[
-        Path | None, typer.Argument(help="A folder that abliterate wrote: its direction and options are taken.")
+        str | None,
+        typer.Argument(help="A folder that abliterate wrote, or its name on the Hub: gives direction and options."),
     ] = None,
     direction: Annotated[Path | None, typer.Option(help="A direction file, instead of an edited folder.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
     """Write the edit of linear layers and embedding as an adapter, and name what it cannot express.
@@ -45,7 +47,7 @@ def export(
 
     chosen = read_direction(direction, position, layer)
     with progress() as listen:
-        report = api.export_lora(base, out_folder, edited=edited, direction=chosen, on_event=listen)
+        report = api.export_lora(base, out_folder, edited=edited, revision=revision, direction=chosen, on_event=listen)
     if json:
         show_json({**asdict(report), "out": str(report.out), "complete": report.complete})
         return

@@ -18,6 +18,7 @@ OptionalModel = Annotated[
     typer.Argument(help="A checkpoint folder or a Hub name (owner/model). Default: the bundled tiny chat model."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Finished = Annotated[str, typer.Argument(help="A folder that abliterate wrote, or its name on the Hub (owner/model).")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Harmful = Annotated[
     str | None,
@@ -91,6 +92,9 @@ TaskChat = Annotated[
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
 Push = Annotated[str | None, typer.Option(help="Upload the result to this repository of the Hub, OWNER/NAME.")]
+Branch = Annotated[
+    str | None, typer.Option(help="Branch of the repository to upload to; made if it is not there. Default: main.")
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="With --push: from Hub to Hub, shard by shard; the disk holds about two.")

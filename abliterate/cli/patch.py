@@ -26,12 +26,13 @@ PURPOSES: dict[str, tuple[Literal["apply", "revert"], ...]] = {
 @patch.command("export")
 @guarded
 def export(
-    edited: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
+    edited: opt.Finished,
     base: Annotated[str, typer.Option(help="The base checkpoint: a folder, a Hub name, or tiny-chat.")],
     out_file: Annotated[Path, typer.Option("--out", help="Where to write the patch.")],
     purpose: Annotated[
         str, typer.Option("--for", help="apply (small), revert (what the edit lost as well), or both.")
     ] = "both",
+    revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
     """Write what turns the base into the edited checkpoint, and back, to one safetensors file.
@@ -45,7 +46,9 @@ def export(
     from abliterate import api
 
     with progress() as listen:
-        report = api.export_patch(edited, base, out_file, purposes=PURPOSES[purpose], on_event=listen)
+        report = api.export_patch(
+            edited, base, out_file, revision=revision, purposes=PURPOSES[purpose], on_event=listen
+        )
     if json:
         show_json({**asdict(report), "file": str(report.file)})
         return
@@ -74,9 +77,10 @@ def apply(
 @patch.command("revert")
 @guarded
 def revert(
-    edited: Annotated[Path, typer.Argument(help="The edited checkpoint.")],
+    edited: Annotated[str, typer.Argument(help="The edited checkpoint: a folder, or a Hub name (owner/model).")],
     patch_file: PatchArgument,
     out_folder: OutFolder,
+    revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
     """Write the base that an edited checkpoint was made from, byte for byte, from the checkpoint and its patch alone.
@@ -86,7 +90,7 @@ def revert(
     from abliterate import api
 
     with progress() as listen:
-        written = api.revert_patch(edited, patch_file, out_folder, on_event=listen)
+        written = api.revert_patch(edited, patch_file, out_folder, revision=revision, on_event=listen)
     _written(written, json=json)
 
 

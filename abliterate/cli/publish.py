@@ -22,7 +22,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A finished and verified folder.")],
     name: Annotated[str, typer.Argument(help="The repository, OWNER/NAME. It is made if it is not there.")],
     private: opt.Private = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it is not there.")] = None,
+    branch: opt.Branch = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder of the base. Default: the one the manifest names.")] = None,
     verify: Annotated[
@@ -39,13 +39,24 @@ def push(
     stop_on_sigterm()
     with progress() as listen:
         done = api.push(
-            folder, name, private=private, revision=revision, message=message, base=base, verify=verify,
+            folder, name, private=private, branch=branch, message=message, base=base, verify=verify,
             on_event=listen,
         )  # fmt: skip
     if json:
         show_json(asdict(done))
     else:
         show_published(done)
+
+
+def check_push_options(push: str | None, branch: str | None, *, private: bool) -> None:
+    """Refuse what says how to upload where nothing is uploaded.
+
+    Raises:
+        UsageError: ``--branch`` or ``--private`` without ``--push``.
+    """
+    if push is None and (branch is not None or private):
+        option = "--private" if branch is None else "--branch"
+        raise UsageError(f"{option} says how to upload, and nothing is uploaded", "add --push OWNER/NAME")
 
 
 def stream_through(
@@ -56,6 +67,7 @@ def stream_through(
     recipe: "Recipe",
     *,
     revision: str | None,
+    branch: str | None,
     private: bool,
     as_json: bool,
 ) -> None:
@@ -72,8 +84,9 @@ def stream_through(
     stop_on_sigterm()
     with progress() as listen:
         done = api.stream(
-            model, direction, name, target, recipe=recipe, revision=revision, private=private, on_event=listen
-        )
+            model, direction, name, target, recipe=recipe, revision=revision, branch=branch, private=private,
+            on_event=listen,
+        )  # fmt: skip
     if as_json:
         show_json(asdict(done))
     else:

@@ -1,12 +1,11 @@
 """``abliterate reproduce``: make a checkpoint again from its manifest, and compare."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
-from abliterate.cli.options import Json
 
 if TYPE_CHECKING:
     from abliterate.reproducing import Reproduction
@@ -16,14 +15,17 @@ MOST_NAMES = 8
 
 @guarded
 def reproduce(
-    folder: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
+    folder: opt.Finished,
     base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure and select the direction again, not only the edit.")
     ] = False,
-    json: Json = False,
+    revision: opt.Revision = None,
+    json: opt.Json = False,
 ) -> None:
     """Make a checkpoint again from its manifest, in a temporary folder beside it, and say whether the bytes agree.
+
+    One of the Hub is made again in the current folder.
 
     Example: abliterate reproduce tiny-chat-abl
     """
@@ -35,7 +37,7 @@ def reproduce(
 
     quiet_transformers()
     with progress() as listen:
-        found = api.reproduce(folder, base=base, measure=measure, on_event=listen)
+        found = api.reproduce(folder, revision=revision, base=base, measure=measure, on_event=listen)
     if json:
         show_json({**asdict(found), "agrees": found.agrees})
     else:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from abliterate.cli import options as opt
 from abliterate.cli.console import err, guarded, out, progress, show_json
 from abliterate.cli.evaluate import ReportFile, check_report
-from abliterate.cli.publish import show_published, stop_on_sigterm, stream_through
+from abliterate.cli.publish import check_push_options, show_published, stop_on_sigterm, stream_through
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run(
         bool, typer.Option("--dry-run", help="Show the plan, check prompts and output, write nothing.")
     ] = False,
     push: opt.Push = None,
+    branch: opt.Branch = None,
     private: opt.Private = False,
     stream: opt.Stream = False,
     json: opt.Json = False,
@@ -88,13 +89,16 @@ def run(
 
     check_report(report)
     given = read_direction(direction, position, layer)
+    check_push_options(push, branch, private=private)
     if dry_run and stream:
         raise UsageError("--dry-run shows nothing of a stream", "`abliterate plan MODEL` does")
     if dry_run:
         _dry_run(model, target, settings, revision=revision, as_json=json)
         return
     if stream:
-        stream_through(model, given, push, target, settings, revision=revision, private=private, as_json=json)
+        stream_through(
+            model, given, push, target, settings, revision=revision, branch=branch, private=private, as_json=json
+        )
         return
     from abliterate import api, manifest, pipeline, publishing
     from abliterate.model.load import quiet_transformers
@@ -104,7 +108,7 @@ def run(
     err.print("$ abliterate " + shlex.join(sys.argv[1:]), style="dim", markup=False)
     with progress() as listen:
         if push:
-            publishing.check_target(push, private=private, on_event=listen)
+            publishing.check_target(push, branch=branch, private=private, on_event=listen)
         result = pipeline.run(
             model, target, settings, revision=revision, direction=given, with_evaluation=evaluate, on_event=listen
         )
@@ -114,7 +118,8 @@ def run(
 
             title = f"{document['source']['name']}, abliterated"
             write_report(report, title, result.evaluation, directions=result.directions, manifest=document)
-        done = api.push(result.out, push, private=private, verify=False, on_event=listen) if push else None
+        how = {"private": private, "branch": branch, "verify": False, "on_event": listen}
+        done = api.push(result.out, push, **how) if push else None
     if json:
         sent = {"published": asdict(done)} if done else {}
         show_json({"out": str(result.out), **sent, **document})
@@ -136,14 +141,13 @@ def run(
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
-    from abliterate.bundled import resolve_model
+    from abliterate.bundled import open_model
     from abliterate.checkpoint.output import check_place, check_space
-    from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli import tables
     from abliterate.planning import plan
     from abliterate.session import prompts_of, with_default_prompts
 
-    checkpoint = open_checkpoint(resolve_model(model), revision=revision)
+    checkpoint = open_model(model, revision=revision)
     made = plan(checkpoint, **settings.plan_options)
     if checkpoint.root is not None:
         check_place(target, checkpoint.root)

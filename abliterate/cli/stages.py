@@ -7,7 +7,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
-from abliterate.cli.publish import stream_through
+from abliterate.cli.publish import check_push_options, stream_through
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def edit(
     mtp: opt.Mtp = None,
     allow_partial: opt.AllowPartial = None,
     push: opt.Push = None,
+    branch: opt.Branch = None,
     private: opt.Private = False,
     stream: opt.Stream = False,
     json: opt.Json = False,
@@ -153,8 +154,11 @@ def edit(
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
     if stream:
         target = out_folder or opt.default_out(model)
-        stream_through(model, chosen, push, target, settings, revision=revision, private=private, as_json=json)
+        stream_through(
+            model, chosen, push, target, settings, revision=revision, branch=branch, private=private, as_json=json
+        )
         return
+    check_push_options(push, branch, private=private)
     with progress() as listen:
         edited = api.edit(
             model, chosen, out_folder or opt.default_out(model), recipe=settings, revision=revision, on_event=listen
@@ -193,7 +197,7 @@ def dequantize(
 
 @guarded
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that abliterate wrote.")],
+    folder: opt.Finished,
     base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Do not load the models.")] = False,
     harmful: opt.Harmful = None,
@@ -202,6 +206,7 @@ def verify(
     dtype: opt.Dtype = None,
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
+    revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
     """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
@@ -216,6 +221,7 @@ def verify(
     with progress() as listen:
         report = api.verify(
             folder,
+            revision=revision,
             base=base,
             changes={
                 "harmful": harmful,

@@ -14,12 +14,13 @@ from torch import Tensor
 from abliterate import directions as direction_files
 from abliterate import manifest
 from abliterate.arch.model_map import Writer
+from abliterate.bundled import open_model
 from abliterate.checkpoint.directio import Slab, SourceFile, view_of
 from abliterate.checkpoint.header import Shard
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import same_content
-from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, open_folder
+from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder
 from abliterate.codecs import DTYPES, Plain
 from abliterate.editor import COPY_BYTES, read_header
 from abliterate.errors import OutputError, VerificationError
@@ -84,7 +85,7 @@ def export(
         raise OutputError(f"{out}: exists already", "choose another --out, or move it away")
     found = manifest.read(edited)
     recipe = Recipe.model_validate(found["recipe"])
-    made = plan(fetch(open_checkpoint(base)), **recipe.plan_options)
+    made = plan(fetch(open_model(base)), **recipe.plan_options)
     result = open_folder(edited, name=str(edited))
     directions = direction_files.load(edited / found["direction"]["file"])
     writer, counts = PatchWriter(out), Counts()

@@ -16,6 +16,7 @@ from torch import Tensor
 from abliterate import __version__
 from abliterate import directions as direction_files
 from abliterate.arch.model_map import Writer
+from abliterate.bundled import open_model
 from abliterate.checkpoint.directio import Slab, SourceFile, view_of
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.hub import fetch
@@ -53,7 +54,7 @@ def apply(
         SourceError: something cannot be read.
     """
     file = _open(patch, "apply")
-    made = plan(fetch(open_checkpoint(base)), **Recipe.model_validate(file.document["recipe"]).plan_options)
+    made = plan(fetch(open_model(base)), **Recipe.model_validate(file.document["recipe"]).plan_options)
     names = [writer.tensor.name for writer in made.writers if writer.tensor.numel]
     source = Source(file=file, checkpoint=made.checkpoint, side="base")
     source.check()
@@ -67,14 +68,17 @@ def apply(
 
 
 def revert(
-    edited: Path,
+    edited: str | Path,
     patch: Path,
     out: Path,
     *,
+    revision: str | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     on_event: OnEvent = ignore,
 ) -> Path:
     """Write the base of ``edited`` to ``out``, from ``edited`` and ``patch`` alone: byte for byte, by its hashes.
+
+    ``edited`` is a folder, or a name on the Hub, at ``revision``.
 
     Raises:
         UsageError: the patch was exported to be applied only.
@@ -82,7 +86,7 @@ def revert(
         SourceError: something cannot be read.
     """
     file = _open(patch, "revert")
-    checkpoint = fetch(open_checkpoint(edited))
+    checkpoint = fetch(open_checkpoint(edited, revision=revision))
     source = Source(file=file, checkpoint=checkpoint, side="edited")
     source.check()
     shards: Mapping[str, Any] = file.document["shards"]

@@ -1,0 +1,43 @@
+"""A checkpoint that abliterate wrote: by its folder, or by its name on the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from abliterate.checkpoint.hub import plain_errors
+from abliterate.checkpoint.source import OTHER_WEIGHTS, OUR_MANIFEST, looks_like_path, read_json
+from abliterate.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedFolder:
+    """Where it lies on this disk.  What came from the Hub lies in its cache, and nothing is written there."""
+
+    path: Path
+    from_hub: bool
+
+
+def finished_folder(name: str | Path, *, revision: str | None = None) -> FinishedFolder:
+    """The folder ``name``; where there is none and ``name`` is OWNER/NAME, that repository, fetched to the Hub cache.
+
+    Raises:
+        CheckpointError: the repository holds no ``abliterate.json``; nothing of it is fetched.
+        HubError: it cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or looks_like_path(str(name)) or str(name).count("/") != 1:
+        return FinishedFolder(path=folder, from_hub=False)
+    return FinishedFolder(path=_fetch(str(name), revision), from_hub=True)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    with plain_errors(name):
+        info = HfApi().model_info(name, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        if OUR_MANIFEST not in files:
+            raise CheckpointError(f"{name}: has no {OUR_MANIFEST}", "give a repository that abliterate uploaded to")
+        manifest = read_json(Path(hf_hub_download(name, OUR_MANIFEST, revision=info.sha)))
+        named = {*manifest.get("files", ()), *manifest["source"]["shards"]}
+        wanted = [file for file in files if file in named or not file.endswith(OTHER_WEIGHTS)]
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
