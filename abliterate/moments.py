@@ -71,7 +71,7 @@ class RunningCovariance:
             return
         values = batch.detach().to(device="cpu", dtype=torch.float64)
         mean = values.mean(0)
-        deviations = (values - mean).movedim(0, -2).flatten(0, -3)
+        deviations = (values - mean).movedim(0, -2).reshape(-1, *batch.shape[:1], *batch.shape[-1:])
         self._flat.baddbmm_(deviations.mT, deviations)
         self._move(len(values), mean)
 
@@ -99,7 +99,7 @@ class RunningCovariance:
         """Take in ``count`` observations around ``mean``, whose squared deviations are in the sum already."""
         total = self._count + count
         step = mean - self._mean
-        rows = step.flatten(0, -2)
+        rows = step.view(-1, step.shape[-1])
         self._flat.baddbmm_(rows[:, :, None], rows[:, None, :], alpha=self._count * count / total)
         self._mean += step * (count / total)
         self._count = total

@@ -94,10 +94,11 @@ def measure(
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
 
     def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
-        spread = RunningCovariance((loaded.n_layers, loaded.d_model)) if covariance is not None else None
+        wanted = loaded.n_layers if covariance is not None else 0
+        spread = [RunningCovariance((loaded.d_model,)) for _ in range(wanted)] or None
         task = f"measure {kind} prompts"
         found = {"mean": measuring.mean_residual(loaded, chat, prompts, task=task, spread=spread, **options).mean}
-        return found if spread is None else {**found, "covariance": spread.finish().covariance}
+        return {**found, "covariance": torch.stack([its.finish().covariance for its in spread])} if spread else found
 
     loaded, chat = session.loaded, session.chat
     if covariance is not None:

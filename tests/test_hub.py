@@ -65,7 +65,7 @@ def test_a_plan_reads_headers_by_range_and_no_tensors(hub, tmp_path):
     shown = abliterate(tmp_path, "plan", "owner/model", "--json", HF_ENDPOINT=hub.url)
     assert shown.returncode == 0, shown.stderr
     remote, local = json.loads(shown.stdout), plan(hub.folder).to_json()
-    different = {"model", "revision", "input_bytes", "output_bytes", "estimated_seconds", "writers"}
+    different = {"model", "revision", "input_bytes", "output_bytes", "estimated_seconds", "writers", "running"}
     assert {k: v for k, v in remote.items() if k not in different} == {
         k: v for k, v in local.items() if k not in different
     }

@@ -85,7 +85,8 @@ def test_killed_anywhere_and_finished_by_the_same_command(base, tmp_path):
     assert not killed
     assert calls > 50
     whole = content(tmp_path / "whole")
-    points = random.Random(0).sample(range(calls), min(POINTS, calls))
+    ends = {*range(8), *range(calls - 8, calls)}  # where folders are made and get their names
+    points = sorted({*random.Random(0).sample(range(calls), min(POINTS, calls)), *ends})
     for point in points:
         out = tmp_path / f"out-{point}"
         killed, _ = edit_and_die(base, out, fatal=point)
@@ -104,6 +105,7 @@ def test_killed_anywhere_and_finished_by_the_same_command(base, tmp_path):
         assert finished.out == out
         assert content(out) == whole
         assert not partial.exists()
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
 def test_a_source_that_changed_meanwhile_is_noticed(base, tmp_path):

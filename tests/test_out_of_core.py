@@ -11,7 +11,7 @@ from abliterate.bundled import model_path
 from abliterate.checkpoint.source import open_checkpoint, open_folder
 from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate, last_log_probs, residuals
+from abliterate.model.forward import generate, last_log_probs, see_residuals
 from abliterate.model.load import _offload_budget, _rooms, load_model
 from abliterate.model.lockstep import groups
 from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
@@ -53,16 +53,21 @@ class TestBundledModel:
         assert not results[1].is_inference()
 
     def test_residuals(self, pair):
-        whole, ours = ([*residuals(m, ChatFormat(m.tokenizer), self.PROMPTS, 3, batch_size=2)] for m in pair)
-        assert [one.rows for one in whole] == [one.rows for one in ours]
-        assert all_equal([one.values for one in ours], [one.values for one in whole])
+        whole, ours = {}, {}
+        for loaded, seen in zip(pair, (whole, ours), strict=True):
+            chat = ChatFormat(loaded.tokenizer)
+            see_residuals(
+                loaded, chat, self.PROMPTS, 3, lambda *its, seen=seen: seen.update({its[:2]: its[2]}), batch_size=2
+            )
+        assert len(whole) == 3 * pair[0].n_layers
+        assert whole.keys() == ours.keys()
+        assert all_equal([ours[key] for key in whole], [*whole.values()])
 
     def test_it_tells_how_far_the_weights_have_passed(self, pair):
         _, ours = pair
         heard = []
         ours.offload.on_event = heard.append
-        residuals_of = residuals(ours, ChatFormat(ours.tokenizer), self.PROMPTS, 3, batch_size=2)
-        assert len([*residuals_of, *residuals_of]) == 3
+        see_residuals(ours, ChatFormat(ours.tokenizer), self.PROMPTS, 3, lambda *_: None, batch_size=2)
         last_log_probs(ours, ChatFormat(ours.tokenizer), self.PROMPTS, batch_size=2)
         ours.offload.on_event = lambda _: None
         first, second = ([each for each in heard if each.reading == n] for n in sorted({one.reading for one in heard}))

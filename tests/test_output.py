@@ -90,9 +90,16 @@ def test_the_partial_folder_of_another_plan_is_refused(tmp_path):
 )
 def test_a_partial_folder_that_is_not_ours_is_refused(journal, tmp_path):
     (tmp_path / "out.partial").mkdir()
-    if journal is not None:
+    if journal is None:
+        (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    else:
         (tmp_path / "out.partial" / JOURNAL).write_bytes(journal)
     refused(tmp_path / "out", write_llama(tmp_path / "base"), "no readable journal")
+
+
+def test_an_empty_partial_folder_is_in_nobodys_way(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    assert ready(tmp_path / "out", write_llama(tmp_path / "base")).done == {}
 
 
 def test_a_file_in_place_of_the_partial_folder_is_refused(tmp_path):

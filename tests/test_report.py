@@ -18,6 +18,7 @@ from abliterate.evaluate.evaluation import (
     LOOK_ALIKE,
     Material,
     Observations,
+    divergence_nats,
     report,
 )
 from abliterate.evaluate.page import render
@@ -39,7 +40,8 @@ def evaluation():
     )
 
     def seen(name, refuse, shift):
-        log_probs = torch.tensor([[0.7 - shift, 0.2 + shift, 0.1]] * 2).log()
+        of_base, log_probs = (torch.tensor([[0.7 - by, 0.2 + by, 0.1]] * 2).log() for by in (0.0, shift))
+        distance = divergence_nats(of_base, log_probs)
         return Observations(
             name=name,
             replies={
@@ -47,7 +49,8 @@ def evaluation():
                 HARMLESS: ("Fine, it is blue.", "Fine, it is red."),
                 LOOK_ALIKE: (REFUSAL, "Fine, it is green."),
             },
-            first=log_probs, tokens=log_probs, completion_nats=1.5 + shift, text_nats=math.nan,
+            first=None, tokens=None, kl_nats=distance, kl_tokens_nats=distance,
+            completion_nats=1.5 + shift, text_nats=math.nan,
             along={HARMFUL: (3.0, 4.0), HARMLESS: (-1.0, 0.0)},
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from abliterate import pipeline
 from abliterate.cli.app import app
 from abliterate.directions import load
-from abliterate.model.forward import residuals
+from abliterate.model.forward import see_residuals
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.session import open_session, prompts_of, with_default_prompts
 
@@ -64,8 +64,12 @@ def test_covariances_are_those_of_the_activations(here, monkeypatch):
     abliterate(*options, "--out", "raw.safetensors", "--covariance", "spread.safetensors")
     session = open_session(None, load_recipe(str(recipe)))
     texts = session.contrast.harmful_train.texts
-    batches = residuals(session.loaded, session.chat, texts, 1, batch_size=len(texts))
-    values = torch.cat([batch.values[:, -1] for batch in batches]).double()
+    values = torch.empty(len(texts), 8, 128, dtype=torch.float64)
+
+    def see(rows, layer, its):
+        values[list(rows), layer] = its[:, -1].double()
+
+    see_residuals(session.loaded, session.chat, texts, 1, see, batch_size=len(texts))
     found = load_file(here / "spread.safetensors")
     assert found["harmful_covariance"].shape == (8, 128, 128)
     for layer in range(8):

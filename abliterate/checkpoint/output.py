@@ -61,7 +61,9 @@ class OutputFolder:
             shutil.rmtree(self.path)
 
     def finish(self) -> Path:
-        """Drop the journal, flush the folder and give it its final name.
+        """Flush the folder and give it its final name, without the journal.
+
+        That waits beside the folder until it has its name: stopped in between, the same command still continues.
 
         Raises:
             OutputError: something appeared under the final name meanwhile.
@@ -71,8 +73,10 @@ class OutputFolder:
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
                 flush(path)
-        (self.path / JOURNAL).unlink(missing_ok=True)
+        aside = _journal_aside(self.final)
+        (self.path / JOURNAL).replace(aside)
         self.path.rename(self.final)
+        aside.unlink()
         flush(self.final.parent)
         return self.final
 
@@ -95,8 +99,9 @@ def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -
     check_place(final, source)
     partial = final.with_name(final.name + ".partial")
     folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint)
-    if partial.exists():
-        folder.done = _journal(partial, fingerprint)
+    if partial.is_file() or any(path.is_file() and path.name != f"{JOURNAL}.tmp" for path in partial.rglob("*")):
+        folder.done = _journal(folder)
+    _journal_aside(final).unlink(missing_ok=True)
     done = sum((partial / name).stat().st_size for name in folder.done if folder.is_done(name))
     check_space(final, needed_bytes - done)
     partial.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,19 @@ def check_place(final: Path, source: Path) -> None:
         raise OutputError(f"{final}: lies inside the Hub cache", "choose an --out outside the cache")
 
 
-def _journal(partial: Path, fingerprint: str) -> dict[str, int]:
+def _journal_aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.journal")
+
+
+def _journal(folder: OutputFolder) -> dict[str, int]:
+    """The files that are done of an unfinished folder.
+
+    Raises:
+        OutputError: it is that of other work.
+    """
+    partial, aside = folder.path, _journal_aside(folder.final)
+    if aside.is_file() and not (partial / JOURNAL).exists():
+        aside.replace(partial / JOURNAL)
     try:
         document = json.loads((partial / JOURNAL).read_bytes())
         known, done = document["fingerprint"], dict(document["done"])
@@ -182,7 +199,7 @@ def _journal(partial: Path, fingerprint: str) -> dict[str, int]:
         raise OutputError(
             f"{partial}: is in the way and has no readable journal", "move it away or delete it"
         ) from error
-    if known != fingerprint:
+    if known != folder.fingerprint:
         raise OutputError(
             f"{partial}: is the unfinished output of another run (model, direction or options differ)",
             "finish it with the command that began it, delete it, or choose another --out",

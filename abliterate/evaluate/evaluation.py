@@ -22,7 +22,7 @@ from abliterate.evaluate.statistics import Difference, Rate, exact_kl_nats, pair
 from abliterate.events import OnEvent, ignore
 from abliterate.linalg import unit
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate, last_log_probs, residuals
+from abliterate.model.forward import generate, last_log_probs, see_residuals
 from abliterate.model.likelihood import on_completions, on_text
 from abliterate.model.load import LoadedModel
 from abliterate.model.prompts import Prompt, PromptSet
@@ -43,9 +43,10 @@ class Material:
 class Observations:
     """What one model says.
 
-    ``first`` are its next-token log-probabilities after the harmless prompts, ``tokens`` those along the first tokens
-    of the base's replies to them, and ``completion_nats`` its mean cross-entropy per token on those replies (greedy
-    ones of the base, so that the base itself scores lowest).  ``text_nats`` is that on the text, NaN without one.
+    ``first`` are the next-token log-probabilities of a base after the harmless prompts, ``tokens`` those along the
+    first tokens of its replies to them; other models only say how far theirs are from that, ``kl_nats`` and
+    ``kl_tokens_nats``.  ``completion_nats`` is the mean cross-entropy per token on the base's replies (greedy ones, so
+    that the base itself scores lowest), ``text_nats`` that on the text, NaN without one.
     ``along``: for each kind, the component of every prompt along the unit direction, at its layer and position.
     ``mode`` is how it was asked, "" the template's own way, and ``opening`` the mark of a thinking which the template
     begins in its place.
@@ -53,8 +54,10 @@ class Observations:
 
     name: str
     replies: Mapping[str, tuple[str, ...]]
-    first: Float[Tensor, "prompts vocab"]
-    tokens: Float[Tensor, "tokens vocab"]
+    first: Float[Tensor, "prompts vocab"] | None
+    tokens: Float[Tensor, "tokens vocab"] | None
+    kl_nats: float
+    kl_tokens_nats: float
     completion_nats: float
     text_nats: float
     along: Mapping[str, tuple[float, ...]]
@@ -182,13 +185,16 @@ def observe(
     harmless = material.prompts[HARMLESS].texts
     spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
     completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size)
+    first = last_log_probs(loaded, chat, harmless, batch_size=batch_size)
     return Observations(
         name=name,
         mode=mode,
         opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
         replies=replies,
-        first=last_log_probs(loaded, chat, harmless, batch_size=batch_size),
-        tokens=tokens,
+        first=None if base else first,
+        tokens=None if base else tokens,
+        kl_nats=divergence_nats(base.first if base else first, first),
+        kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
         completion_nats=completion_nats,
         text_nats=on_text(loaded, chat, material.text, batch_size=batch_size),
         along={
@@ -212,8 +218,12 @@ def components(
     if choice is None:
         raise AssertionError("a direction was chosen")
     found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
-    for batch in residuals(loaded, chat, prompts, -choice.position, batch_size=batch_size):
-        found[list(batch.rows)] = batch.values[:, 0, choice.layer].double() @ r
+
+    def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
+        if layer == choice.layer:
+            found[list(rows)] = values[:, 0].double() @ r
+
+    see_residuals(loaded, chat, prompts, -choice.position, see, batch_size=batch_size)
     return tuple(found.tolist())
 
 
@@ -296,8 +306,8 @@ def _scores(material: Material, base: Observations, model: Observations, scorer:
             kind: score(p.prompts, model.replies[kind], scorer, opening=model.opening)
             for kind, p in material.prompts.items()
         },
-        kl_nats=_divergence(base.first, model.first),
-        kl_tokens_nats=_divergence(base.tokens, model.tokens),
+        kl_nats=model.kl_nats,
+        kl_tokens_nats=model.kl_tokens_nats,
         completion_nats=model.completion_nats,
         text_nats=model.text_nats,
         refusal_change={
@@ -307,8 +317,8 @@ def _scores(material: Material, base: Observations, model: Observations, scorer:
     )
 
 
-def _divergence(base: Float[Tensor, "n vocab"], other: Float[Tensor, "n vocab"]) -> float:
+def divergence_nats(base: Float[Tensor, "n vocab"] | None, other: Float[Tensor, "m other"]) -> float:
     """Mean KL(base || other); NaN where they are not over the same tokens."""
-    if base.shape != other.shape or not len(base):
+    if base is None or base.shape != other.shape or not len(base):
         return float("nan")
     return float(torch.stack([exact_kl_nats(p.double(), q.double()) for p, q in zip(base, other, strict=True)]).mean())

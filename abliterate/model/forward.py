@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,16 +80,23 @@ def each_job(
         yield from ((batch, job()) for batch, job in jobs)
         return
     waiting = list(jobs)
-    cache = cache_bytes(loaded) if new_tokens else 0
-    sizes, most = [], 0
-    for batch, _ in waiting:
-        rows, width = batch.input_ids.shape
-        sizes.append(rows * (waiting_bytes(loaded, width) + (width + new_tokens) * cache + result_bytes))
-        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))  # one batch runs at a time
-    for group in groups(sizes, loaded.offload.working_bytes - most):
+    shapes = [(*batch.input_ids.shape, new_tokens) for batch, _ in waiting]
+    for group in fitting(loaded, shapes, result_bytes=result_bytes):
         chosen = waiting[group.start : group.stop]
         results = run_together(loaded, [job for _, job in chosen])
         yield from ((batch, result) for (batch, _), result in zip(chosen, results, strict=True))
+
+
+def fitting(loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0) -> Iterator[range]:
+    """Stretches of batches (rows, tokens, new tokens) that fit beside the weights together: all wait while one runs."""
+    if loaded.offload is None:
+        raise AssertionError("the weights are in memory")
+    cache, most, sizes = cache_bytes(loaded), 0, []
+    for rows, width, new in shapes:
+        cached = (width + new) * cache if new else 0
+        sizes.append(rows * (waiting_bytes(loaded, width) + cached + result_bytes))
+        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))
+    yield from groups(sizes, loaded.offload.working_bytes - most)
 
 
 def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:
@@ -115,20 +121,32 @@ def last_log_probs(
     batch_size: int = DEFAULT_BATCH_SIZE,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "prompts vocab"]:
-    """Log-probabilities of the next token after each prompt, in float64, in the order of ``prompts``.
+    """Log-probabilities of the next token after each prompt, in float64, in the order of ``prompts``."""
+    return of_last_log_probs(loaded, chat, prompts, lambda found: found, batch_size=batch_size, advance=advance)
 
-    Raises:
-        NonFiniteError: a prompt's logits are NaN or infinite.
+
+def of_last_log_probs(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    figure: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Float[Tensor, "prompts *rest"]:
+    """What ``figure`` makes of the log-probabilities ``[batch, vocab]`` of the next token, a row for each prompt.
+
+    Distributions over a large vocabulary take up more than the states of a model: only the figures are kept.
     """
 
     def last(batch: Batch) -> Tensor:
-        log_probs = last_of_batch(loaded, batch)
+        found = figure(last_of_batch(loaded, batch))
         advance(len(batch.rows))
-        return log_probs
+        return found
 
     rows: list[Tensor | None] = [None] * len(prompts)
-    for batch, log_probs in each_batch(loaded, chat.batches(prompts, batch_size), last):
-        for row, values in zip(batch.rows, log_probs, strict=True):
+    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), last):
+        for row, values in zip(batch.rows, found, strict=True):
             rows[row] = values
     return torch.stack([row for row in rows if row is not None])
 
@@ -160,34 +178,35 @@ def check_finite(values: Float[Tensor, "prompts *rest"], prompts: Sequence[str],
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Residuals:
-    """The residual entering every block at the last ``n`` positions, for the prompts of one batch."""
+def see_residuals(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    n_positions: int,
+    see: Callable[[tuple[int, ...], int, Tensor], None],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Show ``see(rows, l, values)`` what enters each block ``l`` at the last ``n_positions`` tokens of each prompt.
 
-    rows: tuple[int, ...]
-    values: Float[Tensor, "batch positions layers d"]
+    ``rows`` are places in ``prompts``; ``values`` is ``[rows, positions, d]`` in float32 on the host.  Nothing is kept,
+    so that all prompts can share a reading of the weights whatever the memory.
+    """
 
-
-def residuals(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], n_positions: int, *, batch_size: int
-) -> Iterator[Residuals]:
-    """Activations at the last ``n_positions`` tokens of each prompt, batch by batch."""
-
-    def entering(batch: Batch) -> Tensor:
-        seen: list[Tensor] = [torch.empty(0)] * loaded.n_layers
-
-        def see(layer: int, x: Tensor) -> None:
+    def run(batch: Batch) -> Tensor:
+        def show(layer: int, x: Tensor) -> None:
             # A copy: what is seen must not keep the whole state alive.
-            seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
+            values = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
+            see(batch.rows, layer, values)
 
-        with observed(loaded, see):
+        with observed(loaded, show):
             run_batch(loaded, batch)
-        return torch.stack(seen, dim=2)
+        advance(len(batch.rows))
+        return torch.empty(0)
 
-    seen_bytes = n_positions * loaded.n_layers * loaded.d_model * 4
-    batches = chat.batches(prompts, batch_size)
-    for batch, values in each_batch(loaded, batches, entering, result_bytes=seen_bytes):
-        yield Residuals(rows=batch.rows, values=values)
+    for _ in each_batch(loaded, chat.batches(prompts, batch_size), run):
+        pass
 
 
 def generate(

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import cache_bytes, waiting_bytes
+from abliterate.model.forward import fitting
 from abliterate.model.likelihood import predict
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import groups, run_together
+from abliterate.model.lockstep import run_together
 
 ENDS_THINKING = "</think>"
 KINDS = {"loglikelihood": "answers", "loglikelihood_rolling": "texts", "generate_until": "replies"}
@@ -99,18 +99,14 @@ class Held(HFLM):
 
     def _lockstep_parts(self, requests: Sequence[Any]) -> Iterator[list[list[int]]]:
         """Batches of requests (by place, of similar length), as many at a time as fit beside the weights."""
-        if self.loaded.offload is None:
-            raise AssertionError("the weights are in memory")
         widths = [len(self.tok_encode(request.args[0])) for request in requests]
         order = sorted(range(len(requests)), key=widths.__getitem__)
         batches = [order[first : first + self.rows] for first in range(0, len(order), self.rows)]
-        sizes = []
+        shapes = []
         for rows in batches:
-            width = max(widths[row] for row in rows)
             new = max(int(requests[row].args[1].get("max_gen_toks", self.max_gen_toks)) for row in rows)
-            each = waiting_bytes(self.loaded, width) + (width + new) * cache_bytes(self.loaded)
-            sizes.append(len(rows) * each)
-        for group in groups(sizes, self.loaded.offload.working_bytes):
+            shapes.append((len(rows), max(widths[row] for row in rows), new))
+        for group in fitting(self.loaded, shapes):
             yield batches[group.start : group.stop]
 
 

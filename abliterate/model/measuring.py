@@ -13,7 +13,7 @@ from abliterate.errors import PromptError
 from abliterate.evaluate.statistics import refusal_metric
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import check_finite, last_log_probs, residuals
+from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
 from abliterate.model.scoring import Figures, Job, scorer
 from abliterate.moments import Moments, RunningCovariance, RunningMoments
@@ -49,12 +49,17 @@ def keep_typical(
     task = "filter prompts"
     prompts = [*harmful, *harmless]
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
-    log_probs = last_log_probs(
-        loaded, chat, prompts, batch_size=batch_size, advance=lambda n: on_event(Advanced(task=task, amount=n))
+    found = of_last_log_probs(
+        loaded,
+        chat,
+        prompts,
+        lambda log_probs: refusal_metric(log_probs, list(refusal_ids)),
+        batch_size=batch_size,
+        advance=lambda n: on_event(Advanced(task=task, amount=n)),
     )
     on_event(Finished(task=task))
-    check_finite(log_probs, prompts, "logits")
-    metric = refusal_metric(log_probs, list(refusal_ids)).tolist()
+    check_finite(found[:, None], prompts, "logits")
+    metric = found.tolist()
     refused = tuple(prompt for prompt, value in zip(harmful, metric, strict=False) if value > 0)
     answered = tuple(prompt for prompt, value in zip(harmless, metric[len(harmful) :], strict=True) if value < 0)
     if not refused:
@@ -77,29 +82,32 @@ def mean_residual(
     *,
     batch_size: int,
     task: str,
-    spread: RunningCovariance | None = None,
+    spread: Sequence[RunningCovariance] | None = None,
     on_event: OnEvent = ignore,
 ) -> Moments:
     """Mean residual entering each block at each post-instruction position, ``[positions, layers, d]`` in float64.
 
-    ``spread``, over ``[layers, d]``, takes in those at the last position.
+    ``spread``, one for each layer, takes in those at the last position.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the block and the prompt.
     """
     n_positions = len(chat.positions)
-    moments = RunningMoments((n_positions, loaded.n_layers, loaded.d_model))
-    on_event(Started(task=task, total=len(prompts), unit="prompts"))
-    for batch in residuals(loaded, chat, prompts, n_positions, batch_size=batch_size):
-        texts = [prompts[row] for row in batch.rows]
-        for layer in range(loaded.n_layers):
-            check_finite(batch.values[:, :, layer], texts, f"activations entering block {layer}")
-        moments.update(batch.values)
+    layers = [RunningMoments((n_positions, loaded.d_model)) for _ in range(loaded.n_layers)]
+
+    def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
+        check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")
+        layers[layer].update(values)
         if spread is not None:
-            spread.update(batch.values[:, -1])
-        on_event(Advanced(task=task, amount=len(batch.rows)))
+            spread[layer].update(values[:, -1])
+
+    on_event(Started(task=task, total=len(prompts), unit="prompts"))
+    see_residuals(
+        loaded, chat, prompts, n_positions, see, batch_size=batch_size,
+        advance=lambda n: on_event(Advanced(task=task, amount=n)),
+    )  # fmt: skip
     on_event(Finished(task=task))
-    return moments.finish()
+    return Moments(count=len(prompts), mean=torch.stack([layer.finish().mean for layer in layers], dim=1))
 
 
 def difference_of_means(chat: ChatFormat, harmful: Moments, harmless: Moments) -> DirectionSet:
