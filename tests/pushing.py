@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import abliterate
 from abliterate.directions import load
 from tests.checkpoints import directions, write_llama
 from tests.loopback_hub import Hub
+from tests.processes import Running
 
 TOKEN = "hf_averysecrettokenforthistest"
 HEAD = b"---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE\nextra_gated_prompt: Behave.\n---\n# Base\n"
@@ -42,13 +42,9 @@ def settings(home: Path, hub: Hub, **environment: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(home: Path, hub: Hub, *args: object, **environment: str) -> subprocess.Popen:
+def start(home: Path, hub: Hub, *args: object, **environment: str) -> Running:
     """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "abliterate", *map(str, args)],
-        env=settings(home, hub, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=home,
-    )  # fmt: skip
+    return Running([*map(str, args)], settings(home, hub, **environment), home)
 
 
 def run(home: Path, hub: Hub, *args: object, **environment: str) -> subprocess.CompletedProcess:

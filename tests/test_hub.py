@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from abliterate.cli.app import app
 from abliterate.planning import plan
 from tests.checkpoints import write_llama
 from tests.loopback_hub import COMMIT, running
+from tests.processes import Running
 
 TOKEN = "hf_averysecrettokenforthistest"
 
@@ -43,13 +43,11 @@ def abliterate(home, *args, **environment):
         "NO_PROXY": "*",
         **environment,
     }
-    shown = subprocess.run(
-        [sys.executable, "-m", "abliterate", *args],
-        env={**os.environ, **settings}, capture_output=True, text=True, check=False, cwd=home,
-    )  # fmt: skip
-    assert TOKEN not in shown.stdout + shown.stderr
-    assert "Traceback" not in shown.stderr
-    return shown
+    with Running(args, {**os.environ, **settings}, home) as process:
+        shown, said = process.communicate(timeout=180)
+    assert TOKEN not in shown + said
+    assert "Traceback" not in said
+    return subprocess.CompletedProcess(args, process.returncode, shown, said)
 
 
 def fails(shown, code, says):
