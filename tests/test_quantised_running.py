@@ -200,7 +200,7 @@ def test_headers_tell_the_sizes(kind, made):
 def test_a_whole_run_is_the_same_out_of_core(tmp_path):
     base = quantised_tiny_chat(tmp_path / "base")
     source = "bundled:tiny-chat"
-    recipe = Recipe(harmful=source, harmless=source, n_test=20)
+    recipe = Recipe(harmful=source, harmless=source, n_train=24, n_val=6, n_test=20)
     results = []
     for name, budget in (("whole", None), ("parts", 36 * 2**20)):
         its = recipe if budget is None else recipe.model_copy(update={"memory_bytes": budget})

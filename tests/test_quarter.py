@@ -11,8 +11,8 @@ from bench.quarter import enlarged, run, weight_bytes
 RECIPE = """
 harmful = "bundled:tiny-chat"
 harmless = "bundled:tiny-chat"
-n_train = 8
-n_val = 2
+n_train = 6
+n_val = 1
 n_test = 4
 batch_size = 4
 max_new_tokens = 5
