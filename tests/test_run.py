@@ -31,6 +31,15 @@ def finished(tmp_path_factory):
     return abliterate.run(None, tmp_path_factory.mktemp("run") / "out", RECIPE)
 
 
+FEW = RECIPE.with_changes({"n_train": 24, "n_val": 6, "n_test": 6, "max_new_tokens": 8})
+
+
+@pytest.fixture(scope="session")
+def few_finished(tmp_path_factory):
+    """The same on few prompts."""
+    return abliterate.run(None, tmp_path_factory.mktemp("run") / "out", FEW)
+
+
 @pytest.fixture(scope="session", params=["tiny-gemma3", "tiny-qwen2"])
 def finished_tied(request, tmp_path_factory):
     """``abliterate run`` on the models with tied heads."""
@@ -180,16 +189,16 @@ def stop_at(task):
 
 
 @pytest.mark.parametrize("task", ["score candidates", "edit", "verify", "edited: reply to harmless prompts"])
-def test_a_stopped_run_continues(finished, tmp_path, task):
+def test_a_stopped_run_continues(few_finished, tmp_path, task):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        abliterate.run(None, out, RECIPE, on_event=stop_at(task))
+        abliterate.run(None, out, FEW, on_event=stop_at(task))
     assert not out.exists()
     seen = []
-    abliterate.run(None, out, RECIPE, on_event=lambda event: seen.append(getattr(event, "task", "")))
+    abliterate.run(None, out, FEW, on_event=lambda event: seen.append(getattr(event, "task", "")))
     assert ("score candidates" in seen) == (task == "score candidates")  # the chosen direction was kept
     assert (out / "model-00001-of-00002.safetensors").read_bytes() == (
-        finished.out / "model-00001-of-00002.safetensors"
+        few_finished.out / "model-00001-of-00002.safetensors"
     ).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
 
