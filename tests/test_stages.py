@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from abliterate import pipeline
+from abliterate import finding
 from abliterate.cli.app import app
 from abliterate.directions import load
 from abliterate.model.forward import see_residuals
@@ -77,7 +77,7 @@ def test_covariances_are_those_of_the_activations(here, monkeypatch):
         assert torch.allclose(found["harmful_covariance"][layer].double(), expected, atol=1e-6 * float(expected.max()))
     difference = found["harmful_mean"] - found["harmless_mean"]
     assert torch.allclose(load(here / "raw.safetensors").candidates[-1], difference, atol=1e-4)
-    monkeypatch.setattr(pipeline, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(finding, "available_bytes", lambda: 2**20)
     short = CliRunner().invoke(app, [*map(str, options), "--covariance", "no.safetensors"])
     assert short.exit_code == 2
     assert "covariances of 8 layers of width 128 take 0.00 GiB" in short.stderr
