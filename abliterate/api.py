@@ -12,7 +12,6 @@ from abliterate.bundled import is_bundled, open_model
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
-from abliterate.checkpoint.source import open_checkpoint
 from abliterate.comparison import diff
 from abliterate.dequantising import dequantise
 from abliterate.directions import DirectionSet
@@ -147,7 +146,7 @@ def export_lora(
     if edited is not None:
         folder = finished_folder(edited, revision=revision).path
         document = manifest.read(folder)
-        recipe = Recipe.model_validate(document["recipe"])
+        recipe = manifest.recipe_of(document)
         direction = direction or direction_files.load(folder / document["direction"]["file"])
     if direction is None:
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
@@ -195,6 +194,7 @@ def reproduce(
     revision: str | None = None,
     base: str | Path | None = None,
     measure: bool = False,
+    trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Reproduction:
     """Make a finished folder again from its manifest, and compare the bytes; see ``reproducing``.
@@ -203,7 +203,9 @@ def reproduce(
     """
     place = finished_folder(folder, revision=revision)
     beside = Path.cwd() if place.from_hub else None
-    return _reproduce(place.path, base=base, measure=measure, beside=beside, on_event=on_event)
+    return _reproduce(
+        place.path, base=base, measure=measure, beside=beside, trust_remote_code=trust_remote_code, on_event=on_event
+    )
 
 
 def verify(
@@ -228,7 +230,7 @@ def verify(
     folder = place.path
     document = manifest.read(folder)
     directions = direction_files.load(folder / document["direction"]["file"])
-    recipe = Recipe.model_validate(document["recipe"]).with_changes(changes or {})
+    recipe = manifest.recipe_of(document).with_changes(changes or {})
     source = document["source"]
     commit = source["revision"] if base is None and not Path(source["name"]).exists() else None
     session = open_session(base or source["name"], recipe, revision=commit, on_event=on_event)
@@ -288,7 +290,7 @@ def eval(
 ) -> EvalReport:
     """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
-    others = [(EDITED, fetch(open_checkpoint(edited)))]
+    others = [(EDITED, fetch(open_model(edited)))]
     return pipeline.evaluate(session, others, directions=directions, on_event=on_event)
 
 
@@ -301,7 +303,7 @@ def compare(
 ) -> EvalReport:
     """Hold any checkpoints against ``base`` on the same prompts; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
-    opened = [(str(other), fetch(open_checkpoint(other))) for other in others]
+    opened = [(str(other), fetch(open_model(other))) for other in others]
     return pipeline.evaluate(session, opened, on_event=on_event)
 
 

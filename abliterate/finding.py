@@ -16,7 +16,7 @@ from abliterate import directions as direction_files
 from abliterate import manifest
 from abliterate.checkpoint.output import fingerprint
 from abliterate.directions import DirectionSet
-from abliterate.errors import UsageError
+from abliterate.errors import PromptError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.model import measuring
 from abliterate.model.memory import available_bytes
@@ -54,9 +54,18 @@ def measure(
     def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
         wanted = loaded.n_layers if covariance is not None else 0
         spread = [RunningCovariance((loaded.d_model,)) for _ in range(wanted)] or None
+        if spread and len(prompts) < 2:
+            raise PromptError(
+                f"{loaded.name}: one {kind} prompt is left, and a covariance takes two", "give more prompts"
+            )
         task = f"measure {kind} prompts"
         found = {"mean": measuring.mean_residual(loaded, chat, prompts, task=task, spread=spread, **options).mean}
-        return {**found, "covariance": torch.stack([its.finish().covariance for its in spread])} if spread else found
+        if spread is None:
+            return found
+        covariances = torch.empty(loaded.n_layers, loaded.d_model, loaded.d_model)
+        for layer in range(loaded.n_layers):
+            covariances[layer] = spread.pop(0).finish().covariance
+        return {**found, "covariance": covariances}
 
     loaded, chat = session.loaded, session.chat
     if covariance is not None:
@@ -113,7 +122,8 @@ def select(
     ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
     harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
     steps = steps or Steps()
-    prompts = _typical(session, harmful, harmless, ids, steps, "typical-val", options)
+    step = f"typical-val-{'-'.join(map(str, ids))}"  # candidates measured again may name other tokens
+    prompts = _typical(session, harmful, harmless, ids, steps, step, options)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     scores = measuring.score_candidates(loaded, chat, directions, prompts, ids, store=store, **options)
@@ -125,7 +135,7 @@ def select(
 
 
 def _check_room_for_covariances(session: Session) -> None:
-    """Check that the covariances of both classes fit into memory, in float64.
+    """Check that the covariances fit into memory: one class in float64 while it is summed, and both in float32.
 
     Raises:
         UsageError: they do not.

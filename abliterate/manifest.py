@@ -30,6 +30,9 @@ FORMAT = "abliterate-manifest-1"
 OUR_FILES = {FILE_NAME, "README.md"}
 """Files the manifest has no hash of: itself, and the card, which may be edited by hand."""
 
+OF_A_MACHINE = {"device", "memory_bytes", "device_memory_bytes", "trust_remote_code"}
+"""Options of a recipe that whoever uses a manifest decides."""
+
 LIBRARIES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "tokenizers")
 
 
@@ -202,6 +205,14 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder / FILE_NAME}: format {document.get('format')!r} is unknown", "update abliterate"
         )
     return document
+
+
+def recipe_of(document: Mapping[str, Any]) -> Recipe:
+    """The recipe in a manifest, without what belongs to the machine that wrote it.
+
+    A manifest may come from anybody, so leave to run code of a repository is not taken from it either.
+    """
+    return Recipe.model_validate({key: value for key, value in document["recipe"].items() if key not in OF_A_MACHINE})
 
 
 def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values

@@ -33,7 +33,13 @@ class RunningMoments:
         return self._count
 
     def update(self, batch: Float[Tensor, "n *shape"]) -> None:
-        """Add the observations stacked along the first axis of ``batch``, of any float dtype and device."""
+        """Add the observations stacked along the first axis of ``batch``, of any float dtype and device.
+
+        Raises:
+            ValueError: they have another shape, which adding would stretch.
+        """
+        if batch.shape[1:] != self._sum.shape:
+            raise ValueError(f"observations of shape {tuple(batch.shape[1:])} for {tuple(self._sum.shape)}")
         self._sum += batch.detach().to(device="cpu", dtype=torch.float64).sum(0)
         self._count += batch.shape[0]
 

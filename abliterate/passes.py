@@ -34,11 +34,12 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     kinds = 3 if recipe.look_alike else 2
     models = (models + (2 if recipe.controls else 0)) * (2 if recipe.thinking == "both" else 1)
     probing = 0 if recipe.refusal_tokens else PROBE_TOKENS
+    written = 0 if recipe.backend == "vllm" else kinds * recipe.max_new_tokens
     every = {
         "measure": probing + MEASURING,
         "select": SELECTING,
         "verify": VERIFYING,
-        "replies": models * (kinds * recipe.max_new_tokens + SCORING),
+        "replies": models * (written + SCORING),
     }
     return {stage: count for stage, count in every.items() if stage in stages}
 

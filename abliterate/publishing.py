@@ -112,7 +112,7 @@ def published(target: upload.Target, commit: str, *, files: int, size_bytes: int
     """The result, with the address of the page."""
     from huggingface_hub.constants import ENDPOINT
 
-    page = "" if target.branch == upload.MAIN else f"/tree/{quote(target.branch)}"
+    page = "" if target.branch == upload.MAIN else f"/tree/{quote(target.branch, safe='')}"
     return Published(
         name=target.name, branch=target.branch, url=f"{ENDPOINT}/{target.name}{page}", commit=commit, files=files,
         size_bytes=size_bytes,

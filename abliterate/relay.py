@@ -115,7 +115,7 @@ def _prepare(
 
 def fingerprint_of(remote: Checkpoint, recipe: Recipe, direction: DirectionSet, target: upload.Target) -> str:
     """What makes two streams the same."""
-    free = {"memory_bytes", "device", "dtype", "batch_size", "title"}
+    free = {"memory_bytes", "device_memory_bytes", "device", "dtype", "batch_size", "title"}
     document = {
         "stream": [remote.name, remote.revision, target.name, target.branch],
         "recipe": recipe.model_dump(mode="json", exclude=free),

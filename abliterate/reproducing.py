@@ -14,7 +14,6 @@ from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.events import OnEvent, ignore
 from abliterate.patches.use import sha256_of
 from abliterate.planning import plan
-from abliterate.recipe import Recipe
 from abliterate.session import open_session
 from abliterate.verification import sha256_file
 
@@ -49,6 +48,7 @@ def reproduce(
     base: str | Path | None = None,
     measure: bool = False,
     beside: Path | None = None,
+    trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Reproduction:
     """Make ``folder`` again from its manifest in a temporary folder beside it (or in ``beside``), and compare.
@@ -60,7 +60,7 @@ def reproduce(
         NotEnoughDiskError: a second copy does not fit on the disk.
     """
     document = manifest.read(folder)
-    recipe = Recipe.model_validate(document["recipe"])
+    recipe = manifest.recipe_of(document).with_changes({"trust_remote_code": trust_remote_code})
     source = document["source"]
     revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
     session = open_session(base or source["name"], recipe, revision=revision, on_event=on_event)

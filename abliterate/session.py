@@ -1,9 +1,12 @@
 """A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
 
+import gc
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from abliterate.bundled import BUNDLED_NAME, is_bundled, open_model
 from abliterate.checkpoint.hub import fetch
@@ -82,6 +85,9 @@ class Session:
     def release(self) -> None:
         """Let go of the model; it is loaded again when next asked for."""
         self.__dict__.pop("loaded", None)
+        gc.collect()  # modules that know who loads them are cycles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     @cached_property
     def contrast(self) -> ContrastSet:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from abliterate.checkpoint.source import open_checkpoint, open_folder
 from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
-from abliterate.model.load import _offload_budget, _rooms, load_model
+from abliterate.model.load import _placement, _rooms, load_model
 from abliterate.model.lockstep import groups
 from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
-from abliterate.model.memory import WORKING_BYTES, Sizes, can_prefetch, plan_memory
+from abliterate.model.memory import Sizes, can_prefetch, plan_memory, sizes_of
 from abliterate.passes import running
 from abliterate.recipe import Recipe
+from abliterate.rehearsal import KNOWN, make
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model
 from bench.sweep import largest_difference
 from tests import factories
@@ -142,26 +144,40 @@ class TestPlanning:
         with pytest.raises(UsageError, match="one layer of this model needs"):
             offloaded(saved(name), memory_bytes=first.least_bytes * 99 // 100)
 
-    def test_gpus_are_counted_together_and_bounded_one_by_one(self, saved, monkeypatch):
+    def test_what_may_be_used_of_each_gpu(self, monkeypatch):
         free = {0: 30 * 2**30, 1: 10 * 2**30}
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], 2**40))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number] - 2**30, 2**40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**30 + 2**20)  # kept by torch, and free
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**20)
         gpu = torch.device("cuda")
         assert _rooms("auto", gpu, None) == free
         assert _rooms("auto", gpu, 20 * 2**30) == {0: 20 * 2**30, 1: 10 * 2**30}
         assert _rooms("cuda:1", torch.device("cuda:1"), None) == {1: free[1]}
         assert _rooms("auto", CPU, 2**30) == {}
-        checkpoint = open_folder(saved("llama"), name="tiny")
-        family = family_of(checkpoint.config, where="tiny")
 
-        def budget(rooms):
-            return _offload_budget(checkpoint, family, torch.float32, rooms, 2**20, lambda _: None)
+    def test_the_first_gpu_that_holds_all_or_several_or_out_of_core(self, tmp_path):
+        checkpoint = open_folder(
+            make(replace(KNOWN["llama-3-70b"], layers=8, shards=1), tmp_path / "base"), name="base"
+        )
+        family = family_of(checkpoint.config, where="base")
+        plan = plan_memory(checkpoint, family, dtype=torch.bfloat16, memory_bytes=None)
+        whole, block = plan.resident_bytes, sizes_of(checkpoint, family, dtype=torch.bfloat16)[0].blocks[0]
 
-        whole = self.plan(saved("llama"), None).resident_bytes + WORKING_BYTES
-        assert budget({0: whole}) is None
-        assert budget({0: whole // 2, 1: whole - whole // 2}) is None  # accelerate spreads it
-        assert budget({0: whole // 2, 1: whole // 4}) == whole // 2  # out of core on the first
-        assert budget({}) == 2**20
+        def placed(*rooms, memory=2**20):
+            rooms = dict(enumerate(rooms))
+            return _placement(checkpoint, family, torch.bfloat16, rooms, memory, lambda _: None)
+
+        assert placed(whole // 4, 2 * whole).device_map == {"": 1}
+        assert placed(2 * whole).room_bytes == whole
+        several = placed(*[whole // 2] * 4)
+        assert several.device_map == "sequential"
+        assert sum(several.max_memory.values()) >= whole + 4 * block
+        assert all(size + several.room_bytes <= whole // 2 for size in several.max_memory.values())
+        assert placed(2 * whole // 3, whole // 3).budget_bytes == 2 * whole // 3
+        assert placed(memory=whole // 2).budget_bytes == whole // 2
+        assert placed(memory=3 * whole).room_bytes == 2 * whole
+        assert placed(memory=None).budget_bytes is None
 
     def test_too_little_memory_says_how_much_it_takes(self):
         sizes = Sizes(blocks=(100 * 2**20,) * 4, others=(2**20,))

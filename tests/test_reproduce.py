@@ -40,6 +40,35 @@ def test_a_run_comes_out_again_measured_anew(finished):
     assert [path.name for path in finished.parent.iterdir()] == ["out"]
 
 
+def test_a_manifest_gives_no_leave_to_run_code(edited, monkeypatch):
+    """Nor does it say which device or how much memory of this machine is used."""
+    path = edited / manifest.FILE_NAME
+    document = json.loads(path.read_text())
+    document["recipe"] |= {
+        "trust_remote_code": True,
+        "device": "cuda:7",
+        "memory_bytes": 2**20,
+        "harmful": "a",
+        "harmless": "b",
+    }
+    path.write_text(json.dumps(document))
+    seen = []
+
+    def verify(session, *_, **__):
+        seen.append(session.recipe)
+        raise CheckpointError("enough", "seen")
+
+    monkeypatch.setattr("abliterate.pipeline.verify", verify)
+    monkeypatch.setattr("abliterate.pipeline.measure", verify)
+    for asked in (lambda: abliterate.verify(edited), lambda: abliterate.reproduce(edited, measure=True)):
+        with pytest.raises(CheckpointError, match="enough"):
+            asked()
+    assert [(its.trust_remote_code, its.device, its.memory_bytes) for its in seen] == [(False, "auto", None)] * 2
+    with pytest.raises(CheckpointError, match="enough"):
+        abliterate.verify(edited, changes={"trust_remote_code": True})
+    assert seen[-1].trust_remote_code
+
+
 def test_an_edit_that_was_never_verified_is_compared_with_itself(edited):
     found = abliterate.reproduce(edited)
     assert found.agrees

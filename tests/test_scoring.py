@@ -10,9 +10,10 @@ from abliterate.arch.registry import family_of
 from abliterate.directions import DirectionSet
 from abliterate.events import Advanced
 from abliterate.model import scoring
-from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import padding_is_harmless
-from abliterate.model.interventions import ablated, ablated_each, added, added_each
+from abliterate.model.chat import ChatFormat, left_padded
+from abliterate.model.equivalence import stream_share
+from abliterate.model.forward import padding_is_harmless, run_batch, see_residuals
+from abliterate.model.interventions import ablated, ablated_each, added, added_each, observed
 from abliterate.model.load import attach
 from abliterate.model.measuring import Filtered, score_candidates
 from abliterate.scores import ScoreFile, Scores
@@ -32,6 +33,8 @@ NO_HEAD = (
     "gemma4", "gemma3n",
 )  # fmt: skip
 """Hybrids, layers that share keys and values, and a model without a cache: each prompt is run from its beginning."""
+NOT_LAST_ONLY = ("gpt-oss", "mamba2", "gemma3n")
+"""The last sublayer gives more than a tensor, mixes positions, or has an axis more."""
 NO_START = ("gemma4-text", "gemma4", "gemma3n")
 FAMILIES = (
     "llama", "gpt2", "opt", "qwen3-moe", "gpt-oss", "llama4-text", "gemma2", "gemma3-text", "gemma4", "deepseek-v3",
@@ -118,6 +121,7 @@ def test_figures_are_those_of_the_sweep(name, models):
         with scorer_of(loaded) as scoring_:
             assert scoring_.base.apart == (name != "gemma3n")
             assert scoring_.head == (0 if name in NO_HEAD else 4)
+            assert scoring_.short.last_only == (name not in NOT_LAST_ONLY)
             assert scoring_.base.starts == (set() if name in NO_START else set(range(1, loaded.n_layers)))
     assert largest_difference(ours, rival) < 1e-9
     assert largest_difference(small, rival) < 1e-9
@@ -302,3 +306,38 @@ def test_out_of_core_in_a_few_passes_or_in_more(name, saved):
     before = max(block_loads(ours))
     assert largest_difference(scored(ours), expected) < 1e-5
     assert max(block_loads(ours)) - before > 8
+
+
+# --- what is shown of the residual stream -----------------------------------------------------------------------------
+
+
+def alone(loaded, ids):
+    """What enters each block of one prompt, at all positions."""
+    seen = {}
+    batch = next(left_padded([ids], 1, 0))
+    with observed(loaded, seen.__setitem__):
+        run_batch(loaded, batch, keep=len(ids))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4-text"])
+def test_the_last_positions_are_shown_of_every_block(name, models):
+    """Gemma 4 runs the blocks that share keys and values on the positions alone whose logits are asked for."""
+    loaded = models(name)
+    chat = Chat(loaded)
+    seen = {}
+    with factories.really_float64():
+        see_residuals(loaded, chat, HARMFUL, 3, lambda rows, layer, x: seen.update({(rows, layer): x}), batch_size=3)
+        for (rows, layer), values in seen.items():
+            for row, its in zip(rows, values, strict=True):
+                assert its.shape == (3, loaded.d_model)
+                assert torch.allclose(its.double(), alone(loaded, chat.encode(HARMFUL[row]))[layer][0, -3:], atol=1e-5)
+    assert {layer for _, layer in seen} == set(range(loaded.n_layers))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-text"])
+def test_the_stream_share_of_blocks_that_run_on_the_last_position(name, models):
+    loaded = models(name)
+    with factories.really_float64():
+        share = stream_share(loaded, Chat(loaded), torch.eye(D, 1), HARMFUL, batch_size=3)
+    assert 0.01 < share <= 1

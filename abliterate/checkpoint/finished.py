@@ -38,6 +38,6 @@ def _fetch(name: str, revision: str | None) -> Path:
         if OUR_MANIFEST not in files:
             raise CheckpointError(f"{name}: has no {OUR_MANIFEST}", "give a repository that abliterate uploaded to")
         manifest = read_json(Path(hf_hub_download(name, OUR_MANIFEST, revision=info.sha)))
-        named = {*manifest.get("files", ()), *manifest["source"]["shards"]}
+        named = {*manifest.get("files", ()), *manifest.get("source", {}).get("shards", ())}
         wanted = [file for file in files if file in named or not file.endswith(OTHER_WEIGHTS)]
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))

@@ -25,7 +25,9 @@ OUR_MANIFEST = "abliterate.json"
 UNIMPORTANT = (".gitattributes", "README.md")
 """Files of a repository that holds nothing yet."""
 
-NOT_A_BRANCH = re.compile(r"$|-|/|refs/|.*(?:[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|/$|\.$|\.lock$)")
+NOT_A_BRANCH = re.compile(
+    r"$|-|/|\.|refs/|HEAD$|@$|.*(?:[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|/\.|@\{|/$|\.$|\.lock(?:/|$))"
+)
 """What git takes for no branch, and the ``refs/`` of pull requests, which cannot be made."""
 
 

@@ -110,6 +110,8 @@ def compare(
         judge=judge, judge_format=judge_format, tasks=tasks, task_limit=task_limit, task_path=task_path,
         task_shots=task_shots, task_chat=task_chat, system=system, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    if len({"base", *others}) <= len(others):
+        raise UsageError("two of the models have one name", "name each once, and none of them base")
     named = [(other, other) for other in others]
     _evaluate(base, named, settings, samples=samples, report_file=report, as_json=json)
 
@@ -124,15 +126,15 @@ def _evaluate(
     as_json: bool,
 ) -> None:
     from abliterate import manifest, pipeline
+    from abliterate.bundled import open_model
     from abliterate.checkpoint.hub import fetch
-    from abliterate.checkpoint.source import open_checkpoint
     from abliterate.cli.tables import show_evaluation
     from abliterate.model.load import quiet_transformers
     from abliterate.session import open_session
 
     check_report(report_file)
     pipeline.check_evaluation(settings)
-    opened = [(name, fetch(open_checkpoint(other))) for name, other in others]
+    opened = [(name, fetch(open_model(other))) for name, other in others]
     direction = _direction_of(opened[0][1].folder)
     if settings.controls and direction is None:
         raise UsageError(

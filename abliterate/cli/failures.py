@@ -22,8 +22,8 @@ def explain(error: BaseException) -> AbliterateError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return InterruptedRunError(
-            "interrupted; the unfinished output keeps its .partial name",
-            f"it continues where it stopped with: {shlex.join(['abliterate', *sys.argv[1:]])}",
+            "interrupted; an unfinished output keeps its .partial name",
+            f"what is finished is not done again by: {shlex.join(['abliterate', *sys.argv[1:]])}",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotEnoughDiskError("the disk is full", "free some space and run the same command: it continues")

@@ -44,8 +44,9 @@ def plan(
 
     made = make_plan(open_model(model, revision=revision), **settings.plan_options)
     from abliterate.passes import running
+    from abliterate.session import with_default_prompts
 
-    needs = running(made.checkpoint, made.model_map.family, settings)
+    needs = running(made.checkpoint, made.model_map.family, with_default_prompts(model, settings))
     if json:
         show_json({**made.to_json(), "running": [each.to_json() for each in needs]})
         return

@@ -21,6 +21,7 @@ def reproduce(
         bool, typer.Option("--measure", help="Measure and select the direction again, not only the edit.")
     ] = False,
     revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
     """Make a checkpoint again from its manifest, in a temporary folder beside it, and say whether the bytes agree.
@@ -37,7 +38,10 @@ def reproduce(
 
     quiet_transformers()
     with progress() as listen:
-        found = api.reproduce(folder, revision=revision, base=base, measure=measure, on_event=listen)
+        found = api.reproduce(
+            folder, revision=revision, base=base, measure=measure, trust_remote_code=bool(trust_remote_code),
+            on_event=listen,
+        )  # fmt: skip
     if json:
         show_json({**asdict(found), "agrees": found.agrees})
     else:

@@ -108,6 +108,7 @@ def run(
     err.print("$ abliterate " + shlex.join(sys.argv[1:]), style="dim", markup=False)
     with progress() as listen:
         if push:
+            publishing.refuse_base(str(model), push, branch)
             publishing.check_target(push, branch=branch, private=private, on_event=listen)
         result = pipeline.run(
             model, target, settings, revision=revision, direction=given, with_evaluation=evaluate, on_event=listen
@@ -133,7 +134,7 @@ def run(
     if result.evaluation is not None:
         tables.show_evaluation(result.evaluation)
         out.print()
-    if report is not None:
+    if report is not None and result.evaluation is not None:
         out.print(f"report: {report}", markup=False, soft_wrap=True)
     out.print(f"[bold green]done and verified:[/bold green] {escape(str(result.out))}", soft_wrap=True)
     if done is not None:

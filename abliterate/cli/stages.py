@@ -207,6 +207,7 @@ def verify(
     memory: opt.Memory = None,
     device_memory: opt.DeviceMemory = None,
     revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
     """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
@@ -229,6 +230,7 @@ def verify(
                 "device": device,
                 "dtype": dtype,
                 "memory_bytes": None if memory is None else opt.parse_size(memory),
+                "trust_remote_code": trust_remote_code,
                 "device_memory_bytes": None if device_memory is None else opt.parse_size(device_memory),
             },
             behaviour=not bytes_only,

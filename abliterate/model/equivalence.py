@@ -147,7 +147,8 @@ def stream_share(
 
         def see(_: int, x: Tensor) -> None:
             nonlocal worst
-            h = x[..., real.to(x.device), :].to(device="cpu", dtype=torch.float64)
+            seen = real[:, -x.shape[-2] :].to(x.device)  # Gemma 4 runs its last blocks on the last position only
+            h = x[..., seen, :].to(device="cpu", dtype=torch.float64)
             share = torch.linalg.vector_norm(h @ basis, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
             worst = torch.maximum(worst, share.nan_to_num(nan=float("inf")).max())
 

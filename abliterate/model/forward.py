@@ -201,7 +201,7 @@ def see_residuals(
             see(batch.rows, layer, values)
 
         with observed(loaded, show):
-            run_batch(loaded, batch)
+            run_batch(loaded, batch, keep=n_positions)  # Gemma 4 runs its last blocks on these only
         advance(len(batch.rows))
         return torch.empty(0)
 

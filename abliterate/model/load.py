@@ -17,7 +17,7 @@ from abliterate.arch.spec import Family, WriterSpec
 from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.model.memory import check_runs_offloaded, plan_memory
+from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
 
@@ -31,7 +31,7 @@ class LoadedModel:
 
     ``blocks`` are the decoder layers in order.  ``embedding`` and ``sites[l]`` are the modules whose outputs are added
     to the residual stream, before and in block ``l``: the writers, or the norms behind them.  ``offload`` is set where
-    the weights stay on disk.
+    the weights stay on disk; where they do not, ``room_bytes`` of the memory allowed are left beside them.
     """
 
     name: str
@@ -42,6 +42,7 @@ class LoadedModel:
     sites: tuple[tuple[nn.Module, ...], ...]
     d_model: int
     offload: Offloaded | None = None
+    room_bytes: int | None = None
 
     @property
     def n_layers(self) -> int:
@@ -86,7 +87,8 @@ def load_model(
     decoded = place.type == "cpu" and is_decodable(checkpoint)
     widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
     rooms = _rooms(device, place, device_bytes)
-    budget = _offload_budget(checkpoint, family, wanted, rooms, memory_bytes, on_event)
+    where = _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)
+    budget = where.budget_bytes
     if budget is None and not decoded:
         _check_known_method(checkpoint)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -96,8 +98,8 @@ def load_model(
             model = _auto_class(checkpoint).from_pretrained(
                 checkpoint.folder,
                 dtype="auto" if widened else wanted,
-                device_map=_device_map(device, place),
-                max_memory=rooms or None,
+                device_map={"": place} if place.type == "mps" else where.device_map,
+                max_memory=where.max_memory,
                 use_safetensors=True,
                 **options,
             )
@@ -110,7 +112,7 @@ def load_model(
     if budget is None:
         if decoded:
             hold(model, checkpoint, loaded.blocks, device=place)
-        return loaded
+        return replace(loaded, room_bytes=where.room_bytes)
     weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget, on_event=on_event)
     return replace(loaded, offload=weights)
 
@@ -131,34 +133,64 @@ def _check_known_method(checkpoint: Checkpoint) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where weights go: held as ``device_map`` and ``max_memory`` of transformers say, with ``room_bytes`` left (None:
+    whatever is free); or, with ``budget_bytes``, through so much memory, out of core."""
+
+    device_map: str | dict[str, Any] | None = None
+    max_memory: dict[int, int] | None = None
+    room_bytes: int | None = None
+    budget_bytes: int | None = None
+
+
 def _rooms(device: Device, place: torch.device, device_bytes: int | None) -> dict[int, int]:
     """Bytes that may be used of each GPU, by its number; of the one asked for or, with "auto", of all."""
     if place.type != "cuda":
         return {}
     numbers = range(torch.cuda.device_count()) if device == "auto" else [place.index or 0]
-    free = {number: torch.cuda.mem_get_info(number)[0] for number in numbers}
+    free = {number: free_on_gpu(number) for number in numbers}
     return {number: size if device_bytes is None else min(size, device_bytes) for number, size in free.items()}
 
 
-def _offload_budget(
+def free_on_gpu(number: int) -> int:
+    """Bytes that can be had of a GPU, those included that torch keeps for what it will need."""
+    kept = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
+    return torch.cuda.mem_get_info(number)[0] + kept
+
+
+def _placement(
     checkpoint: Checkpoint,
     family: Family,
     dtype: torch.dtype | str,
     rooms: dict[int, int],
     memory_bytes: int | None,
     on_event: OnEvent,
-) -> int | None:
-    """The memory that the weights are to pass through, or None where they are held: by the GPUs of ``rooms`` together,
-    while out of core the first one computes."""
+) -> Placement:
+    """Held by the host, by the first of the GPUs with ``rooms`` that holds all, or by several; else out of core, where
+    the first one computes."""
     if memory_bytes is None:
-        return None
-    whole, first = (sum(rooms.values()), next(iter(rooms.values()))) if rooms else (None, None)
-    if plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=whole).mode == "resident":
-        return None
-    plan = plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=first)
+        return Placement(device_map="sequential" if rooms else None)
+
+    def planned(room: int | None) -> MemoryPlan:
+        return plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=room)
+
+    if not rooms and (plan := planned(None)).mode == "resident":
+        return Placement(room_bytes=memory_bytes - plan.resident_bytes)
+    for number, room in rooms.items():
+        if (plan := planned(room)).mode == "resident":
+            return Placement(device_map={"": number}, room_bytes=room - plan.resident_bytes)
+    if len(rooms) > 1:
+        # One GPU after the other is filled, and the last block that does not fit leaves a gap.
+        gap = sizes_of(checkpoint, family, dtype=dtype)[0].passing_bytes(prefetch=False)
+        usable = {number: room - working_bytes(room) for number, room in rooms.items() if room > 2 * gap}
+        if planned(sum(usable.values()) - gap * len(usable)).mode == "resident":
+            left = min(working_bytes(rooms[number]) for number in usable)
+            return Placement(device_map="sequential", max_memory=usable, room_bytes=left)
+    plan = planned(next(iter(rooms.values()), None))
     check_runs_offloaded(checkpoint)
     on_event(Noted(text=plan.text))
-    return plan.budget_bytes
+    return Placement(budget_bytes=plan.budget_bytes)
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any) -> Any:  # noqa: ANN401
@@ -299,12 +331,6 @@ def _dtype(dtype: str, place: torch.device) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", f"use auto or one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _device_map(device: Device, place: torch.device) -> str | dict[str, Any] | None:
-    if place.type == "cpu":
-        return None
-    return "auto" if device == "auto" and place.type == "cuda" else {"": place}
 
 
 def _auto_class(checkpoint: Checkpoint) -> Any:  # noqa: ANN401 - an auto class of transformers

@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes
-from abliterate.model.load import LoadedModel
+from abliterate.model.load import LoadedModel, free_on_gpu
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """More tokens in a pass make it no faster: a processor's caches are full, a card is busy."""
@@ -13,7 +13,7 @@ MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, or of the host."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return free_on_gpu(device.index or 0)
     return int(psutil.virtual_memory().available)
 
 
@@ -25,8 +25,9 @@ def pass_tokens(loaded: LoadedModel, cached: int, shortest: int) -> int:
     row = logit_bytes(loaded) + 2 * cached * cache_bytes(loaded)
     token = running_bytes(loaded) + row // max(1, shortest - cached) + cache_bytes(loaded)
     free = free_bytes(loaded.device)
-    if loaded.offload is not None:
-        free = min(free, loaded.offload.working_bytes)
+    room = loaded.room_bytes if loaded.offload is None else loaded.offload.working_bytes
+    if room is not None:
+        free = min(free, room)
     return max(1, min(MOST_TOKENS[loaded.device.type], free // 2 // token))
 
 

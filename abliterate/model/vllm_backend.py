@@ -5,6 +5,7 @@ the signatures of vLLM 0.33.0, and tried on a stand-in with these only.
 """
 
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,6 +54,8 @@ def replies_of(
     Raises:
         CheckpointError: vLLM cannot run the model.
     """
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout may be for JSON
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers import GenerationConfig
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports] - an extra
 
