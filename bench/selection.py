@@ -72,9 +72,9 @@ Machine: {machine}.
 """
 WHY = """Every pass of either way is matrix products at the speed of the processor, so batching candidates gains little
 here by itself (it does where a pass is too small to fill the device).  What is gained is work left out: padding, logits
-and the last block's MLP at positions that nobody reads, the blocks below an addition, and the tokens that all prompts
-begin with, which are run once per candidate.  The last is the largest part where the chat template has a system prompt,
-and small where, as with the bundled model, it has none."""
+of positions that nobody reads, the blocks below an addition, and the tokens that all prompts begin with, which are run
+once per candidate.  The last is the largest part where the chat template has a system prompt, and small where, as with
+the bundled model, it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

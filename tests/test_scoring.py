@@ -33,8 +33,6 @@ NO_HEAD = (
     "gemma4", "gemma3n",
 )  # fmt: skip
 """Hybrids, layers that share keys and values, and a model without a cache: each prompt is run from its beginning."""
-NOT_LAST_ONLY = ("gpt-oss", "mamba2", "gemma3n")
-"""The last sublayer gives more than a tensor, mixes positions, or has an axis more."""
 NO_START = ("gemma4-text", "gemma4", "gemma3n")
 FAMILIES = (
     "llama", "gpt2", "opt", "qwen3-moe", "gpt-oss", "llama4-text", "gemma2", "gemma3-text", "gemma4", "deepseek-v3",
@@ -121,7 +119,6 @@ def test_figures_are_those_of_the_sweep(name, models):
         with scorer_of(loaded) as scoring_:
             assert scoring_.base.apart == (name != "gemma3n")
             assert scoring_.head == (0 if name in NO_HEAD else 4)
-            assert scoring_.short.last_only == (name not in NOT_LAST_ONLY)
             assert scoring_.base.starts == (set() if name in NO_START else set(range(1, loaded.n_layers)))
     assert largest_difference(ours, rival) < 1e-9
     assert largest_difference(small, rival) < 1e-9

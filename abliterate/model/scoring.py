@@ -4,11 +4,10 @@ The rows of a pass are prompts times candidates, each row under the intervention
 length go together, so nothing is padded, and there are logits at the last position only.  Besides:
 
 * An addition changes nothing below its layer: those passes begin there, with what entered it in the base run.
-* Only the last position is read, so the last block's MLP runs there alone.
 * All prompts begin with the same tokens of the chat template (the head).  Per candidate they are run once, and their
   keys and values go to all prompts.  Out of core they are not: it would take passes of their own.
 
-All are tried on the base run first, and left alone where they do not reproduce it.
+Both are tried on the base run first, and left alone where they do not reproduce it.
 """
 
 import inspect
@@ -108,7 +107,6 @@ class Scorer:
         self.head = 0
         self.base = self._base_run()
         self._share_head(shared_tokens(encoded))
-        self._check_last_only()
         self._check_starts()
         self.max_tokens = max_tokens or pass_tokens(loaded, self.head, min(map(len, encoded)))
 
@@ -300,16 +298,6 @@ class Scorer:
             same = False
         if not same:
             self.head = 0
-
-    def _check_last_only(self) -> None:
-        """Run the end of the last block at the last position only, if that gives the base run's figures."""
-        group = self.harmless[0]
-        past = repeated(self.base.head, len(group.ids)) if self.head else None
-        self.short.last_only = self.base.apart
-        try:
-            self.short.last_only &= self._same(group, self._last(group.ids[:, self.head :], past))
-        except CANNOT:
-            self.short.last_only = False
 
     def _check_starts(self) -> None:
         """Find the layers at which a run may begin: where that gives the base run's figures."""

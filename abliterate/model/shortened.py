@@ -1,7 +1,4 @@
-"""Forward passes that leave out what nobody reads: blocks below a layer, and the end of the last block.
-
-A pass that begins in the middle lets the blocks below hand on what they are given; and where logits are wanted at the
-last position only, so is all that the last block does after its attention.
+"""Forward passes that begin in the middle: the blocks below a layer hand on what they are given.
 
 The model's own code runs, so that masks, rotations and whatever else a block is given besides the residual are made as
 always.  Where a block takes something from one below it by another way (keys and values that layers share), such a
@@ -21,13 +18,9 @@ from abliterate.model.tasks import Task, current
 
 
 class Shortened:
-    """A model whose blocks can be passed over; where several tasks take turns at it, by each task on its own.
-
-    With ``last_only``, the last sublayer runs at the last position only and is zero elsewhere.
-    """
+    """A model whose blocks can be passed over; where several tasks take turns at it, by each task on its own."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.last_only = False
         self._loaded = loaded
         self._first: dict[Task | None, int] = {}
         self._lengths: dict[int, int] = {}
@@ -53,39 +46,17 @@ class Shortened:
         length = self._lengths[place]
         return (x, *[None] * (length - 1)) if length else x
 
-    def run_last(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """What the last sublayer gives; ``[rows, tokens, d]`` go in and out where it can be shortened.
-
-        Raises:
-            TypeError: it gives something else.
-        """
-        if not self.last_only or not args or args[0].ndim != 3:
-            return forward(*args, **kwargs)
-        last = forward(args[0][:, -1:], *args[1:], **kwargs)
-        if not isinstance(last, Tensor):
-            raise TypeError("the last sublayer gives more than a tensor")
-        out = last.new_zeros(*args[0].shape[:2], last.shape[-1])
-        out[:, -1:] = last
-        return out
-
 
 @contextmanager
 def shortened(loaded: LoadedModel) -> Iterator[Shortened]:
     """Prepare ``loaded`` for passes that begin in the middle."""
     short = Shortened(loaded)
     undoing = [_wrap(block, partial(short.run, place)) for place, block in enumerate(loaded.blocks)]
-    undoing.append(_wrap(_last_sublayer(loaded), short.run_last))
     try:
         yield short
     finally:
         for undo in undoing:
             undo()
-
-
-def _last_sublayer(loaded: LoadedModel) -> nn.Module:
-    """The part of the last block that holds the last of its writers: its MLP, mostly."""
-    site = loaded.sites[-1][-1]
-    return next(child for child in loaded.blocks[-1].children() if any(part is site for part in child.modules()))
 
 
 def _wrap(block: nn.Module, run: Callable[..., Any]) -> Callable[[], None]:
