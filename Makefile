@@ -25,9 +25,9 @@ report: $(VENV)/installed
 	@$(BIN)/abliterate run --out $(OUT) --controls --report out/report.html
 	@$(BIN)/python -m webbrowser -t "file://$(CURDIR)/out/report.html" >/dev/null 2>&1 || true
 
-# Two processes of one thread each: most tests are too small for two threads.
+# Three processes of one thread each: most tests are too small for two threads, and many wait for others they started.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
