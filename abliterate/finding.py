@@ -22,6 +22,7 @@ from abliterate.model import measuring
 from abliterate.model.memory import available_bytes
 from abliterate.model.refusal import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.moments import Moments, RunningCovariance
+from abliterate.recipe import NOT_IN_NUMBERS
 from abliterate.scores import ScoreFile
 from abliterate.selection import SelectionRule, choose
 from abliterate.session import Session
@@ -52,9 +53,10 @@ def measure(
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
 
     def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
-        wanted = loaded.n_layers if covariance is not None else 0
-        spread = [RunningCovariance((loaded.d_model,)) for _ in range(wanted)] or None
-        if spread and len(prompts) < 2:
+        spread = None
+        if covariance is not None:
+            spread = [RunningCovariance((loaded.d_model,)) for _ in range(loaded.n_layers)]
+        if spread is not None and len(prompts) < 2:
             raise PromptError(
                 f"{loaded.name}: one {kind} prompt is left, and a covariance takes two", "give more prompts"
             )
@@ -71,19 +73,13 @@ def measure(
     if covariance is not None:
         _check_room_for_covariances(session)
     step = "mean" if covariance is None else "mean-and-covariance"
-    stored = {
-        kind: steps.tensors(f"{step}-{kind}", lambda kind=kind, prompts=prompts: moments(kind, prompts))
-        for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless))
-    }
-    means = {
-        kind: Moments(count=len(prompts), mean=stored[kind]["mean"])
-        for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless))
-    }
-    measured = measuring.difference_of_means(chat, means["harmful"], means["harmless"])
+    found = {}
+    for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
+        stored = steps.tensors(f"{step}-{kind}", lambda kind=kind, prompts=prompts: moments(kind, prompts))
+        found[kind] = Moments(count=len(prompts), mean=stored["mean"], covariance=stored.get("covariance"))
+    measured = measuring.difference_of_means(chat, found["harmful"], found["harmless"])
     if covariance is not None:
-        direction_files.save_covariances(
-            covariance, {kind: replace(means[kind], covariance=its["covariance"]) for kind, its in stored.items()}
-        )
+        direction_files.save_covariances(covariance, found)
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
@@ -176,8 +172,8 @@ def _typical(
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
-    free = {"memory_bytes", "device_memory_bytes", "batch_size", "title"}
-    return fingerprint({**session.checkpoint.identity(), "recipe": session.recipe.model_dump(exclude=free)})
+    recipe = session.recipe.model_dump(exclude=NOT_IN_NUMBERS)
+    return fingerprint({**session.checkpoint.identity(), "recipe": recipe})
 
 
 def _refusal_tokens(session: Session, options: Mapping[str, Any]) -> RefusalTokens:

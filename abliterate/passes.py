@@ -11,7 +11,7 @@ import torch
 
 from abliterate.arch.spec import Family
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.model.memory import least_bytes, sizes_of, working_bytes
+from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_bytes
 from abliterate.model.refusal import PROBE_TOKENS
 from abliterate.recipe import Recipe
 
@@ -76,7 +76,7 @@ def running(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> tuple[Run
     found = []
     for name, dtype in (("in float32", torch.float32), ("in the stored dtype", "auto")):
         sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
-        whole = sum((*sizes.blocks, *sizes.others)) + embedding
+        whole = whole_bytes(sizes, embedding)
         found.append(
             Running(
                 dtype=name, whole_bytes=whole + working_bytes(whole), least_bytes=least_bytes(sizes), readings=readings

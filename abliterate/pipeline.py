@@ -20,7 +20,7 @@ from abliterate.model import harness, vllm_backend
 from abliterate.model.equivalence import Equivalence
 from abliterate.passes import cost, passes_of
 from abliterate.planning import EditPlan, plan
-from abliterate.recipe import Recipe
+from abliterate.recipe import NOT_IN_WORK, Recipe
 from abliterate.session import Session, open_session
 from abliterate.steps import Steps
 from abliterate.surgery import edit_checkpoint
@@ -246,8 +246,7 @@ def require_verified(report: VerifyReport, output: OutputFolder) -> None:
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
-    free = {"memory_bytes", "device_memory_bytes", "device", "dtype", "batch_size", "title"}
-    options = recipe.model_dump(exclude=free)
+    options = recipe.model_dump(exclude=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
     return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
 

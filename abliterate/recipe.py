@@ -12,6 +12,10 @@ from abliterate.errors import RecipeError
 
 DEFAULT_EDIT_BYTES = 512 * 2**20
 MOST_EDIT_BYTES = 2**30
+NOT_IN_NUMBERS = {"memory_bytes", "device_memory_bytes", "batch_size", "title"}
+"""Options that no number depends on, beyond rounding."""
+NOT_IN_WORK = NOT_IN_NUMBERS | {"device", "dtype"}
+"""Options in which two runs may differ and still be the same work."""
 
 
 class Recipe(BaseModel):

@@ -29,7 +29,7 @@ from abliterate.journal import Journal
 from abliterate.pipeline import VerifyReport
 from abliterate.planning import EditPlan, plan
 from abliterate.publishing import Published, default_message, interrupted, published, refuse_base, warn_if_gated
-from abliterate.recipe import Recipe
+from abliterate.recipe import NOT_IN_WORK, Recipe
 from abliterate.surgery import TASK as EDIT
 from abliterate.surgery import editor_for, edits_of, plain_failures, threads_for, write_other_files, write_shard
 from abliterate.verification import TASK as VERIFY
@@ -115,10 +115,9 @@ def _prepare(
 
 def fingerprint_of(remote: Checkpoint, recipe: Recipe, direction: DirectionSet, target: upload.Target) -> str:
     """What makes two streams the same."""
-    free = {"memory_bytes", "device_memory_bytes", "device", "dtype", "batch_size", "title"}
     document = {
         "stream": [remote.name, remote.revision, target.name, target.branch],
-        "recipe": recipe.model_dump(mode="json", exclude=free),
+        "recipe": recipe.model_dump(mode="json", exclude=NOT_IN_WORK),
         "direction": direction.sha256,
     }
     return fingerprint(document)

@@ -79,10 +79,10 @@ def plan_memory(
     within ``memory_bytes``.  Without ``memory_bytes`` everything is resident, wherever accelerate puts it.
     """
     sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
-    resident = sum((*sizes.blocks, *sizes.others)) + embedding
+    resident = whole_bytes(sizes, embedding)
     if device_bytes is not None and is_decodable(checkpoint):
         whole, embedding = sizes_of(checkpoint, family, dtype=dtype, decoded=False)  # as an accelerator holds them
-        resident = sum((*whole.blocks, *whole.others)) + embedding
+        resident = whole_bytes(whole, embedding)
     budget = memory_bytes if device_bytes is None or memory_bytes is None else device_bytes
     fits = budget is None or resident + working_bytes(budget) <= budget
     return MemoryPlan(
@@ -122,6 +122,11 @@ def sizes_of(
     blocks = tuple(size for (kind, _), size in parts.items() if kind == "block")
     conversion = decoding + max(experts.values(), default=0)
     return Sizes(blocks=blocks, others=tuple(others), conversion=conversion), embedding
+
+
+def whole_bytes(sizes: Sizes, embedding: int) -> int:
+    """What all weights take, of what ``sizes_of`` gives."""
+    return sum((*sizes.blocks, *sizes.others)) + embedding
 
 
 def available_bytes() -> int:

@@ -102,6 +102,8 @@ class Offloaded:
         self.units = _units(model, recipes, tuple(blocks), checkpoint.name)
         self.prefetch = can_prefetch(self.sizes(), memory_bytes)
         self._staying = self._find_staying()
+        passing = (unit for unit in self.units if unit not in self._staying and not self._by_rows(unit))
+        self._reading_bytes = sum(unit.stored_bytes for unit in passing)
         in_order = [unit for unit in self.units if unit.is_block]
         self.following: dict[Unit, Unit] = dict(pairwise(in_order))
         for unit in self.units:
@@ -177,8 +179,9 @@ class Offloaded:
             self._readings += 1
         self._in_reading.add(unit)
         done = sum(each.stored_bytes for each in self._in_reading)
-        total = sum(each.stored_bytes for each in self.units if each not in self._staying and not self._by_rows(each))
-        self.on_event(WeightsRead(reading=self._readings, part=unit.name, done=done, total=max(done, total)))
+        self.on_event(
+            WeightsRead(reading=self._readings, part=unit.name, done=done, total=max(done, self._reading_bytes))
+        )
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
