@@ -178,6 +178,9 @@ class TestPlanning:
         assert placed(memory=whole // 2).budget_bytes == whole // 2
         assert placed(memory=3 * whole).room_bytes == 2 * whole
         assert placed(memory=None).budget_bytes is None
+        assert placed(memory=None).device_map is None
+        assert placed(whole, memory=None).device_map == {"": 0}  # the one that was named
+        assert placed(whole, whole, memory=None).device_map == "auto"
 
     def test_too_little_memory_says_how_much_it_takes(self):
         sizes = Sizes(blocks=(100 * 2**20,) * 4, others=(2**20,))

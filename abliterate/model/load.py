@@ -170,7 +170,8 @@ def _placement(
     """Held by the host, by the first of the GPUs with ``rooms`` that holds all, or by several; else out of core, where
     the first one computes."""
     if memory_bytes is None:
-        return Placement(device_map="sequential" if rooms else None)
+        number = next(iter(rooms), None)
+        return Placement(device_map="auto" if len(rooms) > 1 else None if number is None else {"": number})
 
     def planned(room: int | None) -> MemoryPlan:
         return plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=room)
