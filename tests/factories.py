@@ -122,3 +122,8 @@ def save_direction(d: int, path: Path) -> Path:
     choice = Choice(position=-1, layer=0, rule="given")
     made = DirectionSet(candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,), choice=choice)
     return directions.save(made, path)
+
+
+def given_direction(path: Path) -> DirectionSet:
+    """The direction in a file, whoever wrote it."""
+    return directions.load(path)
