@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: run report test check types fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
+.PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
   bench-selection bench-quarter bench-large bench-post-norm bench-quantised
 
 run: $(VENV)/installed
@@ -29,14 +29,13 @@ report: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
+# Formats, lints, layers, types (pyright brings its own node where there is none), generated pages.
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m docs.generate --check
-
-# pyright brings its own node where there is none.
-types: $(VENV)/installed-dev
-	$(BIN)/pyright
 
 fmt: $(VENV)/installed-dev
 	$(BIN)/ruff format .
@@ -91,8 +90,8 @@ soak: $(VENV)/installed-dev
 
 tiny-chat: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
-	$(BIN)/python -m abliterate.tiny_chat.build --family llama --out abliterate/tiny_chat/model \
-	  --prompts abliterate/tiny_chat/prompts
+	$(BIN)/python -m abliterate.data.tiny_chat.build --family llama --out abliterate/data/tiny_chat/model \
+	  --prompts abliterate/data/tiny_chat/prompts
 
 $(VENV)/python-ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

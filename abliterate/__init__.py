@@ -7,6 +7,8 @@ importing the package costs nothing.
 
 from typing import TYPE_CHECKING, Any
 
+from abliterate.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from abliterate.api import Recipe as Recipe
     from abliterate.api import apply_patch as apply_patch
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from abliterate.api import select as select
     from abliterate.api import stream as stream
     from abliterate.api import verify as verify
-
-__version__ = "0.1.0"
 
 _API = (
     "Recipe",

@@ -6,36 +6,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from abliterate import directions as direction_files
-from abliterate import inspecting, manifest, pipeline, publishing, relay
-from abliterate.bundled import is_bundled, open_model
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
-from abliterate.comparison import diff
-from abliterate.dequantising import dequantise
-from abliterate.directions import DirectionSet
+from abliterate.data.bundled import is_bundled, open_model
+from abliterate.editing.planning import plan
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
+from abliterate.evaluate.inspection import Inspection
 from abliterate.events import OnEvent, ignore
-from abliterate.inspecting import Inspection
-from abliterate.lora import AdapterReport
-from abliterate.lora import export as _export_lora
+from abliterate.exports.dequantising import dequantise
+from abliterate.exports.lora import AdapterReport
+from abliterate.exports.lora import export as _export_lora
+from abliterate.exports.patches.export import PatchReport, Purpose
+from abliterate.exports.patches.export import export as _export_patch
+from abliterate.exports.patches.use import apply as _apply_patch
+from abliterate.exports.patches.use import revert as _revert_patch
+from abliterate.method.directions import DirectionSet
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
 from abliterate.model.interventions import ablated, added
-from abliterate.patches.export import PatchReport, Purpose
-from abliterate.patches.export import export as _export_patch
-from abliterate.patches.use import apply as _apply_patch
-from abliterate.patches.use import revert as _revert_patch
-from abliterate.pipeline import RunResult, VerifyReport
-from abliterate.planning import EditPlan, plan
-from abliterate.publishing import Published
+from abliterate.publishing import manifest, relay
+from abliterate.publishing import push as publishing
+from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.reproducing import Reproduction
-from abliterate.reproducing import reproduce as _reproduce
-from abliterate.session import Session, open_session
-from abliterate.trials import EDITED
+from abliterate.verification.comparison import diff
+from abliterate.verification.report import VerifyReport
+from abliterate.workflow import inspecting, pipeline
+from abliterate.workflow.pipeline import RunResult
+from abliterate.workflow.reproducing import Reproduction
+from abliterate.workflow.reproducing import reproduce as _reproduce
+from abliterate.workflow.session import Session, open_session
+from abliterate.workflow.trials import EDITED
 
 __all__ = [
     "Recipe", "apply_patch", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora", "export_patch",

@@ -94,6 +94,13 @@ class CheckpointError(SourceError):
 class NonFiniteError(SourceError):
     """A weight or an activation is NaN or infinite."""
 
+    def __init__(
+        self,
+        message: str,
+        hint: str = "the checkpoint is damaged: fetch it again, or repair that tensor before editing",
+    ) -> None:
+        super().__init__(message, hint)
+
 
 class HubError(SourceError):
     """The Hub refused or could not be reached."""

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from abliterate import directions
-from abliterate.directions import Choice, DirectionSet
-from abliterate.planning import plan
-from abliterate.rehearsal import KNOWN, make
+from abliterate.checkpoint import direction_file as directions
+from abliterate.data.rehearsal import KNOWN, make
+from abliterate.editing.planning import plan
+from abliterate.method.directions import Choice, DirectionSet
 
 LOOP = """
 import sys, pathlib, shutil, torch
 from safetensors.torch import load_file, save_file
 src, dst = map(pathlib.Path, sys.argv[1:3])
-from abliterate.directions import load
+from abliterate.method.directions import load
 r = load(pathlib.Path(sys.argv[3])).direction
 r = r / r.norm()
 dst.mkdir()

@@ -21,14 +21,14 @@ import torch
 from abliterate.arch.registry import family_of
 from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.source import open_folder
+from abliterate.data.rehearsal import KNOWN, make
 from abliterate.model.chat import Batch, left_padded
 from abliterate.model.forward import run_batch
 from abliterate.model.load import LoadedModel, attach, empty_model
 from abliterate.model.lockstep import run_together
 from abliterate.model.offload import Offloaded
-from abliterate.passes import passes_of
 from abliterate.recipe import Recipe
-from abliterate.rehearsal import KNOWN, make
+from abliterate.workflow.passes import passes_of
 
 NAME = "llama-3-70b"
 BATCHES, ROWS, TOKENS = 8, 4, 24

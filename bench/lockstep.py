@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from abliterate.bundled import model_path
 from abliterate.checkpoint.source import open_folder
+from abliterate.data.bundled import model_path
+from abliterate.data.rehearsal import CheckpointShapes, Shapes, make
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
 from abliterate.model.lockstep import run_together
-from abliterate.rehearsal import CheckpointShapes, Shapes, make
 from bench.edit_speed import machine
 
 SHAPES = Shapes(d_model=1536, d_ff=4096, layers=24, vocab=4096, heads=12, kv_heads=4, head_dim=128, shards=3)

@@ -16,13 +16,15 @@ from unittest import mock
 
 import torch
 
-from abliterate import edits, pipeline
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import projectors
+from abliterate.method import edits
 from abliterate.model.interventions import observed
 from abliterate.model.load import quiet_transformers
-from abliterate.planning import EditPlan, plan
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
-from abliterate.surgery import projectors
+from abliterate.workflow import pipeline
+from abliterate.workflow.session import open_session
 from tests import equivalence, factories, zoo
 
 FORMS = {"plain": None, "orthogonal to g r": (1e9,), "oblique": (0.0,), "regularised": edits.RIDGE_GRID}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from abliterate.blocks import TensorEdit, Workspace
-from abliterate.codecs import E2M1, EXPONENT_BIAS, Codec, Mxfp4, fp8_codec
-from abliterate.edits import apply, orthogonal
+from abliterate.arch.codecs import E2M1, EXPONENT_BIAS, Codec, Mxfp4, fp8_codec
+from abliterate.editing.blocks import TensorEdit, Workspace
+from abliterate.method.edits import apply, orthogonal
 
 D, N = 2880, 1024
 FORMATS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.tiny_chat import model_path
+from abliterate.data.tiny_chat import model_path
 
 LAYERS, INNER = 16, 8192
 RECIPE = """

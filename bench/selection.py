@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from abliterate.bundled import model_path
 from abliterate.checkpoint.source import open_folder
-from abliterate.directions import CandidateScore, DirectionSet
+from abliterate.data.bundled import model_path
+from abliterate.data.rehearsal import Shapes, make
+from abliterate.method.directions import CandidateScore, DirectionSet
 from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
 from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
 from abliterate.model.prompts import SplitSizes, contrast_set
 from abliterate.model.scoring import scorer
-from abliterate.rehearsal import Shapes, make
 from bench.edit_speed import machine
 from bench.lockstep import load_with_accelerate
 from bench.sweep import BATCH, largest_difference, last_log_probs, sweep

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from abliterate.directions import CandidateScore, DirectionSet
-from abliterate.evaluate.statistics import kl_nats, refusal_metric
+from abliterate.method.directions import CandidateScore, DirectionSet
+from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.forward import run_batch
 from abliterate.model.interventions import ablated, added

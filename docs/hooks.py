@@ -16,7 +16,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-PLACES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "abliterate/prompt_sets/README.md": "prompts.md"}
+PLACES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "abliterate/data/prompt_sets/README.md": "prompts.md",
+}
 """Pages of the repository that have a place in the navigation: path there, path on the site."""
 
 SOURCE = "source"

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.arch.formats import DTYPES
 from abliterate.checkpoint.output import prepare
-from abliterate.codecs import DTYPES
-from abliterate.planning import EditPlan, plan
-from abliterate.surgery import edit_checkpoint
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "U8",

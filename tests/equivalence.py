@@ -2,14 +2,15 @@
 
 import torch
 
+from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.registry import family_of
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import open_folder
-from abliterate.linalg import orthonormal_basis
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
+from abliterate.method.linalg import orthonormal_basis
 from abliterate.model.interventions import ablated, observed
 from abliterate.model.load import attach
-from abliterate.planning import EditPlan, plan
-from abliterate.surgery import edit_checkpoint
 from tests import factories
 
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from abliterate import directions
-from abliterate.directions import Choice, DirectionSet
+from abliterate.checkpoint import direction_file as directions
+from abliterate.method.directions import Choice, DirectionSet
 from tests.qwen1 import QWenLMHeadModel
 from tests.zoo import BUILDERS, CLASS_C
 

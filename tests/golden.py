@@ -49,13 +49,11 @@ def bases(work: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """Name, folder, options of the edit."""
     import torch
 
+    from abliterate.data.tiny_chat import model_path
     from tests import quantising
 
-    tiny_chat = HERE.parent / "abliterate" / "tiny_chat" / "model"
-    if not tiny_chat.is_dir():
-        tiny_chat = HERE.parent / "abliterate" / "data" / "tiny_chat" / "model"
-    yield "tiny-chat", tiny_chat, {}
-    yield "tiny-chat, rounded to nearest", tiny_chat, {"rounding": "nearest"}
+    yield "tiny-chat", model_path(), {}
+    yield "tiny-chat, rounded to nearest", model_path(), {"rounding": "nearest"}
     for name in ("tiny-gemma3", "tiny-qwen2"):
         yield name, HERE / "models" / name, {}
     yield "tiny-qwen2, tied head edited", HERE / "models" / "tiny-qwen2", {"tied": "shared"}

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from abliterate.planning import EditPlan
+from abliterate.arch.edit_plan import EditPlan
 
 FILE = Path(__file__).parent.parent / "abliterate" / "arch" / "measured.json"
 _FOUND: dict[str, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import abliterate
-from abliterate.directions import load
+from abliterate.checkpoint.direction_file import load
 from tests.checkpoints import directions, write_llama
 from tests.loopback_hub import Hub
 from tests.processes import Running

@@ -7,8 +7,8 @@ import shutil
 import torch
 from safetensors.torch import load_file
 
-from abliterate.codecs import Mxfp4, fp8_codec
-from abliterate.tiny_chat import model_path
+from abliterate.arch.codecs import Mxfp4, fp8_codec
+from abliterate.data.tiny_chat import model_path
 from tests import factories, zoo
 from tests.checkpoints import llama_config, llama_shapes, random_tensors, write
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from abliterate.checkpoint.source import open_folder
 from abliterate.checkpoint.upload import NOT_A_BRANCH
 from abliterate.cli.app import app
-from abliterate.tiny_chat import model_path
+from abliterate.data.tiny_chat import model_path
 from tests.checkpoints import write_llama
 from tests.loopback_hub import COMMIT, running
 from tests.pushing import TOKEN, content, direction_file, errors, finished, run

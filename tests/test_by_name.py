@@ -6,13 +6,13 @@ import shutil
 import pytest
 
 import abliterate
-from abliterate import manifest
-from abliterate.bundled import open_model
+from abliterate.checkpoint.direction_file import load
 from abliterate.checkpoint.source import open_folder
-from abliterate.directions import load
-from abliterate.patches.file import PatchFile
-from abliterate.publishing import check_files, finished_manifest
-from abliterate.tiny_chat import model_path
+from abliterate.data.bundled import open_model
+from abliterate.data.tiny_chat import model_path
+from abliterate.exports.patches.file import PatchFile
+from abliterate.publishing import manifest
+from abliterate.publishing.push import check_files, finished_manifest
 from tests.loopback_hub import running
 from tests.pushing import TOKEN, content, direction_file, errors, finished, run
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.checkpoint.header import MAX_HEADER_BYTES, parse_header, read_shard
-from abliterate.checkpoint.source import open_checkpoint, open_folder
+from abliterate.checkpoint.opening import open_checkpoint
+from abliterate.checkpoint.source import open_folder
 from abliterate.errors import AbliterateError, CheckpointError, UnsupportedFormatError
 from tests import checkpoints
 from tests.checkpoints import INDEX, with_header, write_llama

@@ -177,14 +177,14 @@ def test_whatever_is_raised_becomes_two_lines(error, code, says, here, monkeypat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("abliterate.planning.plan", fail)
+    monkeypatch.setattr("abliterate.editing.planning.plan", fail)
     result = run("plan", "base")
     two_lines(result, code, says)
     assert ("this is a bug" in result.stderr) == isinstance(error, RuntimeError)
 
 
 def test_debugging_shows_the_traceback(here, monkeypatch):
-    monkeypatch.setattr("abliterate.planning.plan", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("abliterate.editing.planning.plan", lambda *args, **kwargs: 1 / 0)
     assert "Traceback" in run("plan", "base", env={"ABLITERATE_DEBUG": "1"}).stderr
     assert "Traceback" not in run("plan", "base").stderr
 

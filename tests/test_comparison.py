@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from abliterate.comparison import diff
 from abliterate.errors import SourceError
-from abliterate.linalg import unit
+from abliterate.method.linalg import unit
+from abliterate.verification.comparison import diff
 from tests import checkpoints
 from tests.checkpoints import directions, overwrite, read, write_llama
 

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from abliterate import api, dequantising
+from abliterate import api
 from abliterate.checkpoint.source import open_folder
 from abliterate.cli.options import default_out
+from abliterate.editing.planning import plan
 from abliterate.errors import NotEnoughDiskError, OutputError, UnsupportedFormatError
-from abliterate.planning import plan
+from abliterate.exports import dequantising
 from tests import checkpoints, factories
 from tests.checkpoints import write
 from tests.quantising import (

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from abliterate.directions import CandidateScore, DirectionSet, load, save
+from abliterate.checkpoint.direction_file import load, save
 from abliterate.errors import SourceError, UsageError
+from abliterate.method.directions import CandidateScore, DirectionSet
 
 
 def some(*, chosen=True):

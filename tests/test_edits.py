@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate import edits
-from abliterate.edits import Projector, apply, feedback_rows, oblique, orthogonal, round_keeping_zero
-from abliterate.linalg import orthonormal_basis, unit
+from abliterate.method import edits
+from abliterate.method.edits import Projector, apply, feedback_rows, oblique, orthogonal, round_keeping_zero
+from abliterate.method.linalg import orthonormal_basis, unit
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None)

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate import directions, pipeline
+from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import DRAFTS
 from abliterate.arch.registry import families, family_of
+from abliterate.checkpoint import direction_file as directions
 from abliterate.checkpoint.source import open_folder
+from abliterate.editing.planning import plan
 from abliterate.errors import PlanRefusedError
-from abliterate.planning import EditPlan, plan
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
+from abliterate.workflow import pipeline
+from abliterate.workflow.session import open_session
 from tests import factories, measured, zoo
 from tests.equivalence import edit, kl, logits_and_share, run_case
 

@@ -10,8 +10,8 @@ from abliterate.arch.guess import draft, guess
 from abliterate.arch.registry import families
 from abliterate.arch.spec import Family
 from abliterate.checkpoint.source import open_folder
+from abliterate.editing.planning import plan
 from abliterate.errors import UnknownArchitectureError
-from abliterate.planning import plan
 from tests import factories, zoo
 from tests.checkpoints import llama_config, llama_shapes, random_tensors, write
 

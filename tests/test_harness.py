@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import abliterate
-from abliterate import manifest
-from abliterate.bundled import model_path
-from abliterate.checkpoint.source import open_checkpoint
+from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.cli.app import app
+from abliterate.data.bundled import model_path
+from abliterate.data.tiny_chat import prompts_path
 from abliterate.errors import UsageError
 from abliterate.evaluate.benchmarks import against_base, figure, published_for, score_of, scores_of
 from abliterate.evaluate.page import render
@@ -21,14 +21,14 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate
 from abliterate.model.harness import TaskRequest, check_tasks, run_tasks
 from abliterate.model.load import load_model
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
-from abliterate.tiny_chat import prompts_path
 from tests.offloading import block_loads
 
 pytest.importorskip("lm_eval", reason="no lm-eval here: the dev extra has it")
 import datasets
 
-from abliterate.model.harness_model import Held
+from abliterate.model.harness_model import HarnessModel
 
 DOCUMENTS = 24
 COMMON = """\
@@ -158,7 +158,7 @@ def test_a_reply_is_the_model_s_own_and_as_long_as_the_task_says(task, tokens, f
 
 def test_likelihoods_are_those_of_hflm(model):
     """The same sums from the logits of the answers alone; answers that differ in their last token share a row."""
-    held = Held(*model, name="base", batch_size=3)
+    held = HarnessModel(*model, name="base", batch_size=3)
     requests = [
         ((question, answer), held.tok_encode(question), held.tok_encode(answer, add_special_tokens=False))
         for question in ("<s>What is the colour of the lulm?", "<s>Where?", "<s>" + "Tell me the colour. " * 40)
@@ -168,7 +168,7 @@ def test_likelihoods_are_those_of_hflm(model):
     notes = []
     held.on_event = notes.append
     ours = held._loglikelihood_tokens(requests)
-    theirs = super(Held, held)._loglikelihood_tokens(requests, disable_tqdm=True)
+    theirs = super(HarnessModel, held)._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     short = [place for place, (_, context, tail) in enumerate(requests) if len(context) + len(tail) <= held.max_length]
     for place in short:
@@ -182,7 +182,7 @@ def test_the_tokenizer_is_left_as_it_was(model):
     before = loaded.tokenizer.pad_token
     loaded.tokenizer.pad_token = None
     try:
-        Held(loaded, chat, name="base", batch_size=1)
+        HarnessModel(loaded, chat, name="base", batch_size=1)
         assert loaded.tokenizer.pad_token is None
     finally:
         loaded.tokenizer.pad_token = before
@@ -193,7 +193,7 @@ def test_the_template_is_given_what_the_mode_says(model, monkeypatch):
     template = loaded.tokenizer.chat_template + "{%- if enable_thinking %}{{- '<think>' }}{%- endif %}"
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
     for options, ending in (({"enable_thinking": True}, "assistant\n<think>"), ({}, "assistant\n")):
-        held = Held(loaded, ChatFormat(loaded.tokenizer, options=options), name="base", batch_size=1)
+        held = HarnessModel(loaded, ChatFormat(loaded.tokenizer, options=options), name="base", batch_size=1)
         assert held.apply_chat_template([{"role": "user", "content": "a"}]).endswith(ending)
 
 

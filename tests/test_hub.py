@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import abliterate as abliterate_package
 from abliterate.cli.app import app
-from abliterate.planning import plan
+from abliterate.editing.planning import plan
 from tests.checkpoints import write_llama
 from tests.loopback_hub import COMMIT, running
 from tests.processes import Running

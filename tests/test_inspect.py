@@ -9,19 +9,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from abliterate import pipeline
 from abliterate.arch.registry import family_of
+from abliterate.checkpoint.direction_file import save
 from abliterate.checkpoint.source import open_folder
 from abliterate.cli.app import app
-from abliterate.directions import save
 from abliterate.errors import UsageError
 from abliterate.evaluate.charts import lines
+from abliterate.evaluate.inspection import SPANS
 from abliterate.evaluate.inspection_page import render_inspection
-from abliterate.inspecting import SPANS, inspect, random_text, spans_of, top_heads
 from abliterate.model.attribution import attribute
 from abliterate.model.chat import left_padded
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
+from abliterate.workflow import pipeline
+from abliterate.workflow.inspecting import inspect, random_text, spans_of, top_heads
+from abliterate.workflow.session import open_session
 from tests import equivalence, factories
 from tests.test_report import CHROMIUM, PROBE, chromium
 

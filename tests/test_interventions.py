@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from abliterate.arch.registry import family_of
-from abliterate.linalg import orthonormal_basis
+from abliterate.method.linalg import orthonormal_basis
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import padding_is_harmless, run_batch
 from abliterate.model.interventions import ablated, added, observed

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from abliterate import api, manifest
+from abliterate import api
+from abliterate.data.tiny_chat import model_path
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.evaluate.page import render
-from abliterate.evaluate.statistics import Rate
+from abliterate.method.statistics import Rate
 from abliterate.model.judges import Judge, JudgeSpec, judges, load_judge, meaning
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
-from abliterate.tiny_chat import model_path
 from tests.test_chat_format import CHATML, tokenizer
 
 PAIRS = [("What is a lake?", "Water."), ("Count {prompt} to {reply}", "1, 2, 3 {x}")]

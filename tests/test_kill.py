@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abliterate import api
-from abliterate.directions import Choice, DirectionSet
+from abliterate.method.directions import Choice, DirectionSet
 from tests import factories
 
 POINTS = int(os.environ.get("ABLITERATE_KILL_POINTS", "50"))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.linalg import cosine, orthonormal_basis, project_out, unit
+from abliterate.method.linalg import cosine, orthonormal_basis, project_out, unit
 from tests.checkpoints import directions
 
 SEEDS = st.integers(0, 2**32 - 1)

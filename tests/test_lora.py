@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import abliterate
+from abliterate.checkpoint.direction_file import load
 from abliterate.cli.app import app
-from abliterate.directions import load
 from abliterate.errors import PlanRefusedError
-from abliterate.lora import ADAPTER, CONFIG
+from abliterate.exports.lora import ADAPTER, CONFIG
 from abliterate.model.interventions import ablated
 from tests import checkpoints, equivalence, factories
 from tests.quantising import quantised_llama
@@ -132,7 +132,7 @@ def test_a_quantised_base_keeps_only_what_is_plain(tmp_path):
 
 
 def test_nothing_to_express_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("abliterate.lora.not_expressible", lambda writer: "made of stone")
+    monkeypatch.setattr("abliterate.exports.lora.not_expressible", lambda writer: "made of stone")
     base = checkpoints.write_llama(tmp_path / "base")
     direction = load(factories.save_direction(32, tmp_path / "direction.safetensors"))
     with pytest.raises(PlanRefusedError, match="made of stone"):

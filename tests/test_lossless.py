@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import abliterate
-from abliterate import directions as direction_files
-from abliterate.planning import plan
-from abliterate.surgery import untied_config
+from abliterate.arch.edit_plan import untied_config
+from abliterate.checkpoint import direction_file as direction_files
+from abliterate.editing.planning import plan
 from tests import checkpoints
 from tests.checkpoints import INDEX, SIDE_FILES, write_llama
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from abliterate import directions
-from abliterate.directions import Choice, DirectionSet
-from abliterate.rehearsal import KNOWN, make
+from abliterate.checkpoint import direction_file as directions
+from abliterate.data.rehearsal import KNOWN, make
+from abliterate.method.directions import Choice, DirectionSet
 from tests.checkpoints import write
 
 BUDGET = 512 * 2**20

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.moments import RunningCovariance, RunningMoments
+from abliterate.method.moments import RunningCovariance, RunningMoments
 
 few = settings(max_examples=30, deadline=None)
 

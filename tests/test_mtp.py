@@ -5,10 +5,10 @@ import torch
 
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import open_folder
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import UnknownTensorError
-from abliterate.planning import plan
-from abliterate.surgery import edit_checkpoint
-from abliterate.verification import verify_bytes
+from abliterate.verification.checkpoint_proof import verify_bytes
 from tests import factories
 from tests.checkpoints import write
 

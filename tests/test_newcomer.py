@@ -106,7 +106,7 @@ def day(installed, tmp_path_factory):
         reader = Person.new(place / "reader", installed.program, hub, None)
         if (author.work / PATCH).exists():
             shutil.copy(author.work / PATCH, reader.work)
-        hub.add("me/other", installed.packages / "abliterate" / "tiny_chat" / "model")
+        hub.add("me/other", installed.packages / "abliterate" / "data" / "tiny_chat" / "model")
         reader.types("plan", "plan", NAME)
         served = dict(hub.served)
         reader.types("verify", "verify", NAME)
@@ -118,7 +118,7 @@ def day(installed, tmp_path_factory):
         reader.types("push without a token", "push", "base-again", "me/mine")
         yield SimpleNamespace(
             hub=hub, author=author, reader=reader, pushed=pushed, served=served, package=package,
-            base=installed.packages / "abliterate" / "tiny_chat" / "model",
+            base=installed.packages / "abliterate" / "data" / "tiny_chat" / "model",
         )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from abliterate.arch.registry import family_of
-from abliterate.bundled import model_path
-from abliterate.checkpoint.source import open_checkpoint, open_folder
+from abliterate.checkpoint.opening import open_checkpoint
+from abliterate.checkpoint.source import open_folder
+from abliterate.data.bundled import model_path
+from abliterate.data.rehearsal import KNOWN, make
 from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
@@ -17,9 +19,8 @@ from abliterate.model.load import _placement, _rooms, load_model
 from abliterate.model.lockstep import groups
 from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
 from abliterate.model.memory import Sizes, can_prefetch, plan_memory, sizes_of
-from abliterate.passes import running
 from abliterate.recipe import Recipe
-from abliterate.rehearsal import KNOWN, make
+from abliterate.workflow.passes import running
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model
 from bench.sweep import largest_difference
 from tests import factories

@@ -12,9 +12,9 @@ import torch
 
 from abliterate.checkpoint import directio, output
 from abliterate.checkpoint.output import JOURNAL, prepare
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import InterruptedRunError, NonFiniteError, NotEnoughDiskError, OutputError
-from abliterate.planning import plan
-from abliterate.surgery import edit_checkpoint
 from tests import checkpoints
 from tests.checkpoints import directions, write_llama
 
@@ -164,7 +164,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import abliterate
-from abliterate import directions
+from abliterate.checkpoint import direction_file as directions
 def listen(event):
     partial = sys.argv[3] + ".partial"
     if os.path.exists(partial) and sum(name.startswith("model-00003") for name in os.listdir(partial)):
@@ -178,7 +178,7 @@ def test_a_killed_process_continues_to_the_same_bytes(tmp_path):
     from safetensors.torch import save_file
 
     import abliterate
-    from abliterate.directions import load
+    from abliterate.checkpoint.direction_file import load
 
     base = write_llama(tmp_path / "base", shards=5)
     save_file({"direction": directions()[:, 0].float()}, tmp_path / "d.safetensors")

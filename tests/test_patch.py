@@ -9,19 +9,18 @@ import torch
 from typer.testing import CliRunner
 
 import abliterate
-from abliterate import directions, manifest
-from abliterate.blocks import TensorEdit, Workspace
+from abliterate.arch.codecs import Plain
+from abliterate.checkpoint import direction_file as directions
 from abliterate.checkpoint.directio import patch as overwrite_bytes
 from abliterate.cli.app import app
-from abliterate.codecs import Plain
-from abliterate.directions import Choice, DirectionSet
-from abliterate.edits import orthogonal
+from abliterate.editing.blocks import TensorEdit, Workspace
+from abliterate.editing.planning import plan
 from abliterate.errors import CheckpointError, OutputError, UsageError, VerificationError
 from abliterate.events import Advanced
-from abliterate.patches import use
-from abliterate.patches.bitstreams import BitReader, BitWriter, Intervals, Sparse, ordinal, value, widths
-from abliterate.patches.file import PatchFile
-from abliterate.patches.replay import (
+from abliterate.exports.patches import use
+from abliterate.exports.patches.bitstreams import BitReader, BitWriter, Intervals, Sparse, ordinal, value, widths
+from abliterate.exports.patches.file import PatchFile
+from abliterate.exports.patches.replay import (
     Backwards,
     Forwards,
     Recorder,
@@ -32,7 +31,9 @@ from abliterate.patches.replay import (
     rounded,
     rows_of_block,
 )
-from abliterate.planning import plan
+from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.edits import orthogonal
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 from tests import checkpoints, test_kill
 from tests.quantising import quantised_gpt_oss, quantised_llama
@@ -247,9 +248,9 @@ def test_quantised_checkpoints(kind, tmp_path):
 
 def test_a_small_memory_budget_does_not_change_a_byte(tmp_path, monkeypatch):
     """Stacks and matrices larger than a buffer: feedback rows come last, and the corrections still fit."""
-    monkeypatch.setattr("abliterate.surgery.SMALLEST_PIECE", 4096)
-    monkeypatch.setattr("abliterate.patches.use.SMALLEST_PIECE", 4096)
-    monkeypatch.setattr("abliterate.patches.replay.BLOCK_ELEMENTS", 512)
+    monkeypatch.setattr("abliterate.editing.writing.SMALLEST_PIECE", 4096)
+    monkeypatch.setattr("abliterate.exports.patches.use.SMALLEST_PIECE", 4096)
+    monkeypatch.setattr("abliterate.exports.patches.replay.BLOCK_ELEMENTS", 512)
     base = checkpoints.write_llama(tmp_path / "base", sizes={"intermediate_size": 200, "vocab_size": 300})
     edited = edited_by_us(base, tmp_path / "edited")
     report = abliterate.export_patch(edited, base, tmp_path / "p.safetensors")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from abliterate.arch.registry import families
+from abliterate.editing.planning import plan
 from abliterate.errors import UnknownArchitectureError, UnknownTensorError, UnsupportedFormatError
-from abliterate.planning import plan
 from tests import checkpoints
 from tests.checkpoints import INDEX, llama_config, llama_shapes, random_tensors, with_header, write, write_llama
 

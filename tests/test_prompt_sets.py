@@ -21,7 +21,7 @@ from abliterate.model.prompts import (
     nearly_same,
 )
 
-FOLDER = Path(abliterate.__file__).parent / "prompt_sets"
+FOLDER = Path(abliterate.__file__).parent / "data" / "prompt_sets"
 SPLITS = {"train": 128, "val": 32, "test": 100}
 KINDS = ("harmful", "harmless")
 TOPICS = (

@@ -7,12 +7,12 @@ import socket
 
 import pytest
 
-from abliterate import manifest
 from abliterate.checkpoint.source import open_folder
 from abliterate.checkpoint.upload_errors import explain
+from abliterate.data.tiny_chat import model_path
 from abliterate.errors import CheckpointError, OutputError, VerificationError
-from abliterate.publishing import check_files, default_message, finished_manifest
-from abliterate.tiny_chat import model_path
+from abliterate.publishing import manifest
+from abliterate.publishing.push import check_files, default_message, finished_manifest
 from tests.loopback_hub import running
 from tests.pushing import TOKEN, content, direction_file, errors, finished, run, start
 
@@ -169,7 +169,7 @@ def test_what_is_not_what_was_verified_is_refused(case, verify, copy):
 
 def test_a_changed_manifest_does_not_help_where_the_base_is_here(copy):
     """Whoever changes a weight and its hash is found out by the proof."""
-    from abliterate.file_checks import sha256_file
+    from abliterate.checkpoint.hashes import sha256_file
 
     name = "model-00002-of-00003.safetensors"
     flip(copy / name)

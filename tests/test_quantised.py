@@ -6,16 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abliterate import comparison, pipeline
+from abliterate.arch.codecs import HeldScales, codec_of, fp8_codec
 from abliterate.arch.model_map import map_model
-from abliterate.blocks import TensorEdit
 from abliterate.checkpoint.source import open_folder
-from abliterate.codecs import Held, codec_of, fp8_codec
+from abliterate.editing.blocks import TensorEdit
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import piece_bytes
 from abliterate.errors import NonFiniteError, UnknownTensorError, UnsupportedFormatError, UsageError
-from abliterate.planning import plan
 from abliterate.recipe import Recipe
-from abliterate.surgery import piece_bytes
-from abliterate.verification import verify_bytes
+from abliterate.verification import comparison
+from abliterate.verification.checkpoint_proof import verify_bytes
+from abliterate.workflow import pipeline
 from tests import checkpoints, equivalence, factories
 from tests.checkpoints import directions, edit, write
 from tests.quantising import (
@@ -42,7 +43,7 @@ def decoded(folder):
     found = {}
     checkpoint = open_folder(folder, name="tiny")
     for writer in map_model(checkpoint).writers:
-        codec = codec_of(folder, writer, Held())
+        codec = codec_of(folder, writer, HeldScales())
         raw = checkpoints.read(folder, writer.tensor.name).view(-1, writer.row_elements)
         rows = codec.decode(raw.view(codec.stored), 0, torch.float64)
         d = writer.tensor.shape[writer.axis]

@@ -9,17 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from abliterate import api, pipeline
+from abliterate import api
+from abliterate.arch.codecs import Fp8, Mxfp4
 from abliterate.arch.packed import INPUT_SCALES
 from abliterate.arch.registry import family_of
 from abliterate.checkpoint.source import open_folder
-from abliterate.codecs import Fp8, Mxfp4
+from abliterate.data.tiny_chat import model_path
 from abliterate.model.load import empty_model, load_model
 from abliterate.model.memory import plan_memory, sizes_of
 from abliterate.model.offload import hold
 from abliterate.model.stored import decoding_bytes, stored_tensors
 from abliterate.recipe import Recipe
-from abliterate.tiny_chat import model_path
+from abliterate.workflow import pipeline
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model
 from tests.checkpoints import write
 from tests.offloading import CPU, all_equal, attached, batches, block_loads, load, logits, offloaded, together

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import abliterate
+from abliterate.checkpoint.direction_file import load
 from abliterate.checkpoint.shells import RemoteFile, RemoteFiles
 from abliterate.checkpoint.source import open_folder
-from abliterate.directions import load
+from abliterate.editing.planning import plan
 from abliterate.errors import UsageError
-from abliterate.planning import plan
-from abliterate.relay import needed_elsewhere, stream
+from abliterate.publishing.relay import needed_elsewhere, stream
 from tests import checkpoints, factories
 from tests.checkpoints import write_llama
 from tests.loopback_hub import running
@@ -323,7 +323,8 @@ SABOTAGE = """
 import sys
 from pathlib import Path
 import abliterate
-from abliterate import directions, editor
+from abliterate.checkpoint import direction_file as directions
+from abliterate.editing import shards as editor
 real = editor.Editor.write_shard
 def spoilt(self, shard, target, **options):
     real(self, shard, target, **options)
@@ -334,7 +335,7 @@ def spoilt(self, shard, target, **options):
 editor.Editor.write_shard = spoilt
 try:
     abliterate.stream("owner/model", directions.load(Path("d.safetensors")), "me/model", "work")
-except abliterate.api.pipeline.VerificationError as error:
+except abliterate.errors.VerificationError as error:
     sys.exit(f"{error.exit_code} {error}")
 """
 

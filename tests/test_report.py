@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from abliterate.directions import CandidateScore, Choice, DirectionSet
 from abliterate.evaluate.charts import Bar, HeatMap, colour, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import (
     HARMFUL,
@@ -22,6 +21,7 @@ from abliterate.evaluate.evaluation import (
     report,
 )
 from abliterate.evaluate.page import render
+from abliterate.method.directions import CandidateScore, Choice, DirectionSet
 from abliterate.model.prompts import Prompt, PromptSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -9,15 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 import abliterate
-from abliterate import manifest
 from abliterate.cli.app import app
 from abliterate.errors import CheckpointError
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe, load_recipe
 from tests import checkpoints
 from tests.test_patch import SHARD, edited_by_us, flip
 
 RECIPE = Recipe(harmful="bundled:tiny-chat", harmless="bundled:tiny-chat", max_new_tokens=8, n_test=8)
-SCHEMA = json.loads((files("abliterate") / "schemas/manifest-1.schema.json").read_text("utf-8"))
+SCHEMA = json.loads((files("abliterate") / "publishing/schemas/manifest-1.schema.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_a_manifest_gives_no_leave_to_run_code(edited, monkeypatch):
         seen.append(session.recipe)
         raise CheckpointError("enough", "seen")
 
-    monkeypatch.setattr("abliterate.pipeline.verify", verify)
-    monkeypatch.setattr("abliterate.pipeline.measure", verify)
+    monkeypatch.setattr("abliterate.workflow.pipeline.verify", verify)
+    monkeypatch.setattr("abliterate.workflow.pipeline.measure", verify)
     for asked in (lambda: abliterate.verify(edited), lambda: abliterate.reproduce(edited, measure=True)):
         with pytest.raises(CheckpointError, match="enough"):
             asked()

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
-from abliterate import manifest
+from abliterate.checkpoint.hashes import sha256_file
+from abliterate.data.tiny_chat import model_path, prompts_path
 from abliterate.errors import NonFiniteError, OutputError, PromptError, UsageError, VerificationError
 from abliterate.evaluate.replies import is_refusal
 from abliterate.events import Started
-from abliterate.file_checks import sha256_file
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
-from abliterate.tiny_chat import model_path, prompts_path
+from abliterate.workflow.session import open_session
 
 MODELS = Path(__file__).parent / "models"
 SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
@@ -207,7 +207,7 @@ def test_a_failed_verification_leaves_no_finished_folder(monkeypatch, tmp_path, 
     def sabotage(output, edit_plan, document):
         raise AssertionError("must not be reached")
 
-    real = abliterate.pipeline.edit
+    real = abliterate.workflow.pipeline.edit
 
     def edit_and_break(edit_plan, directions, output, recipe, **options):
         real(edit_plan, directions, output, recipe, **options)
@@ -216,8 +216,8 @@ def test_a_failed_verification_leaves_no_finished_folder(monkeypatch, tmp_path, 
         data[-1] ^= 1
         shard.write_bytes(data)
 
-    monkeypatch.setattr("abliterate.pipeline.edit", edit_and_break)
-    monkeypatch.setattr("abliterate.manifest.finish", sabotage)
+    monkeypatch.setattr("abliterate.workflow.pipeline.edit", edit_and_break)
+    monkeypatch.setattr("abliterate.publishing.manifest.finish", sabotage)
     with pytest.raises(VerificationError) as error:
         abliterate.run(None, tmp_path / "out", RECIPE, direction=finished.directions)
     assert error.value.exit_code == 4

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from abliterate.arch.registry import family_of
-from abliterate.directions import DirectionSet
 from abliterate.events import Advanced
+from abliterate.method.directions import DirectionSet
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
 from abliterate.model.equivalence import stream_share
@@ -16,7 +16,7 @@ from abliterate.model.forward import padding_is_harmless, run_batch, see_residua
 from abliterate.model.interventions import ablated, ablated_each, added, added_each, observed
 from abliterate.model.load import attach
 from abliterate.model.measuring import Filtered, score_candidates
-from abliterate.scores import ScoreFile, Scores
+from abliterate.model.scores import ScoreFile, Scores
 from bench.sweep import largest_difference, sweep
 from tests import factories, zoo
 from tests.offloading import block_loads, offloaded, resident

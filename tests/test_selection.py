@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from abliterate.directions import CandidateScore
 from abliterate.errors import PromptError
-from abliterate.selection import SelectionRule, choose, judge, pareto_front, pareto_knee
+from abliterate.method.directions import CandidateScore
+from abliterate.method.selection import SelectionRule, choose, judge, pareto_front, pareto_knee
 
 NAN = float("nan")
 RULE = SelectionRule()

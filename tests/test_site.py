@@ -44,10 +44,10 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "docs", root / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, root)
-    for name in ("recipes", "abliterate/prompt_sets", "abliterate/schemas"):
+    for name in ("recipes", "abliterate/data/prompt_sets", "abliterate/publishing/schemas"):
         shutil.copytree(ROOT / name, root / name)
-    (root / "abliterate" / "tiny_chat").mkdir()
-    shutil.copy(ROOT / "abliterate" / "tiny_chat" / "world.py", root / "abliterate" / "tiny_chat")
+    (root / "abliterate" / "data" / "tiny_chat").mkdir(parents=True)
+    shutil.copy(ROOT / "abliterate" / "data" / "tiny_chat" / "world.py", root / "abliterate" / "data" / "tiny_chat")
     return root
 
 
@@ -110,7 +110,7 @@ SPOILT = {
     "file of the code": ("docs/how-to.md", "[x](../abliterate/nowhere.py)", "nowhere.py"),
     "in the README": ("README.md", "[x](docs/nowhere.md)", "nowhere.md"),
     "anchor in the README": ("README.md", "[x](docs/how-to.md#no-such-heading)", "no-such-heading"),
-    "from outside in": ("abliterate/prompt_sets/README.md", "[x](nowhere.toml)", "nowhere.toml"),
+    "from outside in": ("abliterate/data/prompt_sets/README.md", "[x](nowhere.toml)", "nowhere.toml"),
     "absolute": ("docs/how-to.md", "[x](/concepts.md)", "/concepts.md"),
     "page that is in no menu": ("docs/forgotten.md", "# Forgotten", "forgotten.md"),
 }

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from abliterate import finding
+from abliterate.checkpoint.direction_file import load
 from abliterate.cli.app import app
-from abliterate.directions import load
 from abliterate.model.forward import see_residuals
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.session import open_session, prompts_of, with_default_prompts
+from abliterate.workflow import finding
+from abliterate.workflow.session import open_session, prompts_of, with_default_prompts
 
 PROMPTS = """
 n_train = 12

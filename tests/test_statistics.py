@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.evaluate import statistics
-from abliterate.evaluate.statistics import Rate, exact_kl_nats, kl_nats, paired_difference, refusal_metric
+from abliterate.method import statistics
+from abliterate.method.statistics import Rate, exact_kl_nats, kl_nats, paired_difference, refusal_metric
 
 few = settings(max_examples=40, deadline=None)
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import abliterate
-from abliterate import pipeline
 from abliterate.errors import PromptError
 from abliterate.events import Started
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
-from abliterate.steps import Steps
+from abliterate.workflow import pipeline
+from abliterate.workflow.session import open_session
+from abliterate.workflow.steps import Steps
 
 SOURCE = "bundled:tiny-chat"
 RECIPE = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=24, n_val=8, n_test=8, max_new_tokens=8)

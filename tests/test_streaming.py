@@ -12,18 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate import blocks, editor
 from abliterate.checkpoint import directio
 from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
 from abliterate.checkpoint.stream import Ring, StoppedError, Stretch, stream
-from abliterate.editor import header_with
+from abliterate.editing import blocks
+from abliterate.editing import shards as editor
+from abliterate.editing.planning import plan
+from abliterate.editing.shards import header_with
+from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import CheckpointError
-from abliterate.planning import plan
-from abliterate.surgery import edit_checkpoint
-from abliterate.verification import verify_bytes
+from abliterate.verification.checkpoint_proof import verify_bytes
 from tests import factories
 
 
@@ -205,7 +206,7 @@ def test_the_memory_budget_does_not_change_a_bit(tmp_path, monkeypatch, name, dt
     """Blocks of a few rows, matrices read twice and patched, or all at once: the same file."""
     base = factories.save(factories.build(name), tmp_path / "base", dtype=dtype)
     monkeypatch.setattr(blocks, "WORK_ELEMENTS", 256)
-    monkeypatch.setattr("abliterate.surgery.SMALLEST_PIECE", 1000)
+    monkeypatch.setattr("abliterate.editing.writing.SMALLEST_PIECE", 1000)
     small = edited_bytes(base, tmp_path / "small", memory_bytes=1)
     large = edited_bytes(base, tmp_path / "large", memory_bytes=2**30)
     buffered = edited_bytes(base, tmp_path / "buffered", memory_bytes=1, direct=False)
@@ -221,7 +222,7 @@ def test_shared_blocks_give_the_same_file(tmp_path, monkeypatch, name, direct):
     real = SharedFile.overwrite
     monkeypatch.setattr(editor, "share_blocks", lambda source, target: bool(shutil.copy(source, target)))
     monkeypatch.setattr(SharedFile, "overwrite", lambda *args: (written.append(len(args[2])), real(*args))[1])
-    monkeypatch.setattr("abliterate.surgery.SMALLEST_PIECE", 1000)
+    monkeypatch.setattr("abliterate.editing.writing.SMALLEST_PIECE", 1000)
     shared = edited_bytes(base, tmp_path / "shared", memory_bytes=1, direct=direct)
     assert shared == plain
     edit_plan = plan(base)

@@ -6,16 +6,17 @@ import shutil
 import pytest
 import torch
 
-from abliterate import edits
+from abliterate.arch.codecs import Plain
+from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
+from abliterate.checkpoint.budget import RESERVED_BYTES
 from abliterate.checkpoint.output import prepare
-from abliterate.codecs import DTYPES, Plain
-from abliterate.editor import RESERVED_BYTES
-from abliterate.edits import orthogonal, round_keeping_zero
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError
-from abliterate.linalg import orthonormal_basis
-from abliterate.planning import plan
-from abliterate.surgery import edit_checkpoint
+from abliterate.method import edits
+from abliterate.method.edits import orthogonal, round_keeping_zero
+from abliterate.method.linalg import orthonormal_basis
 from tests import checkpoints
 
 D = 256

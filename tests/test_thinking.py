@@ -9,16 +9,16 @@ import torch
 from typer.testing import CliRunner
 
 import abliterate
-from abliterate import manifest
-from abliterate.bundled import model_path
 from abliterate.cli.app import app
-from abliterate.directions import Choice, DirectionSet
+from abliterate.data.bundled import model_path
 from abliterate.errors import RecipeError, UsageError
 from abliterate.evaluate.page import render
+from abliterate.method.directions import Choice, DirectionSet
 from abliterate.model.forward import generate
 from abliterate.model.thinking import modes_of, prompt_ending
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
-from abliterate.session import open_session
+from abliterate.workflow.session import open_session
 from tests.test_report import CHROMIUM, PROBE, chromium
 
 END = "{{- '<|turn|>assistant\\n' }}"
@@ -211,7 +211,7 @@ def test_a_template_without_a_switch_is_refused_before_the_model_is_loaded(comma
     def never(*_, **__):
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("abliterate.session.load_model", never)
+    monkeypatch.setattr("abliterate.workflow.session.load_model", never)
     others = ["--out", str(tmp_path / "out")] if command == "run" else [str(models["none"])]
     shown = CliRunner().invoke(app, [command, str(models["none"]), *others, "--thinking", "both"])
     assert shown.exit_code == 2
@@ -220,7 +220,7 @@ def test_a_template_without_a_switch_is_refused_before_the_model_is_loaded(comma
 
 
 def test_another_model_without_a_switch_is_refused_as_well(models, monkeypatch):
-    monkeypatch.setattr("abliterate.session.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("abliterate.workflow.session.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="no switch for thinking"):
         abliterate.compare(models["quiet"], [models["none"]], Recipe(**SOURCES, thinking="on"))
 

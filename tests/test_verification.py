@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
+from abliterate.editing.planning import plan
 from abliterate.errors import SourceError
-from abliterate.linalg import orthonormal_basis
-from abliterate.planning import plan
-from abliterate.verification import verify_bytes
+from abliterate.method.linalg import orthonormal_basis
+from abliterate.verification.checkpoint_proof import verify_bytes
 from tests import checkpoints
 from tests.checkpoints import INDEX, directions, overwrite, read, write_llama
 

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import abliterate
-from abliterate.bundled import model_path
 from abliterate.cli.app import app
+from abliterate.data.bundled import model_path
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.model import vllm_backend
 from abliterate.recipe import Recipe

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import METHODS, Packed, packed_tensors, quantisation, text_config
 from abliterate.arch.registry import family_of
 from abliterate.arch.spec import RESIDUAL_AXIS, Family, Matcher, WriterSpec
@@ -17,7 +18,6 @@ from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
 
-EDITABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 DRAFTS = "next-token block"
 """The role of all writers in blocks that only draft tokens for the main model (MTP)."""
 
@@ -324,10 +324,10 @@ def _writer(
     layer: int | None,
     prefix: str,
 ) -> Writer:
-    if packed is None and tensor.dtype not in EDITABLE_DTYPES:
+    if packed is None and tensor.dtype not in DTYPES:
         raise UnsupportedFormatError(
             f"{tensor.shard}: '{tensor.name}' is stored as {tensor.dtype}, which cannot be edited",
-            f"use a checkpoint stored as one of {', '.join(EDITABLE_DTYPES)}",
+            f"use a checkpoint stored as one of {', '.join(DTYPES)}",
         )
     axis = _axes(tensor, packed.shape if packed else tensor.shape, spec, sizes).index(RESIDUAL_AXIS)
     if packed is not None:
@@ -348,7 +348,7 @@ def _norm(checkpoint: Checkpoint, tensor: TensorInfo, axis: int, name: str) -> T
             f"{checkpoint.name}: '{name}', the norm behind '{tensor.name}', is missing",
             "give a complete checkpoint; nothing was changed",
         )
-    if norm.shape != (tensor.shape[axis],) or norm.dtype not in EDITABLE_DTYPES:
+    if norm.shape != (tensor.shape[axis],) or norm.dtype not in DTYPES:
         raise UnknownTensorError(
             f"{norm.shard}: '{name}' has shape {list(norm.shape)} {norm.dtype}, "
             f"expected one gain for each of the {tensor.shape[axis]} channels of '{tensor.name}'",

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from abliterate.arch.formats import FP8, SCALES
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError
 
 METHODS = ("fp8", "compressed-tensors", "modelopt", "mxfp4")
 """Quantisation methods whose weights may be FP8 or MXFP4."""
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-SCALE_DTYPES = ("F32", "BF16", "F16", "F64", "F8_E8M0")
 PACKED_INTEGERS = (".qweight", ".weight_packed", ".g_idx", ".qzeros", ".absmax")
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 INPUT_SCALES = (".input_scale", ".activation_scale", ".input_global_scale", ".k_scale", ".v_scale")
@@ -120,7 +119,7 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
     found: dict[str, Packed] = {}
     extra: set[str] = set()
     for tensor in checkpoint.tensors.values():
-        packed = _fp8(checkpoint, tensor, grid) if tensor.dtype in FP8_DTYPES else _mxfp4(checkpoint, tensor)
+        packed = _fp8(checkpoint, tensor, grid) if tensor.dtype in FP8 else _mxfp4(checkpoint, tensor)
         if packed is not None:
             found[tensor.name] = packed
             extra.add(packed.scales.name)
@@ -134,7 +133,7 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
 def _fp8(checkpoint: Checkpoint, tensor: TensorInfo, grid: tuple[int, int]) -> Packed:
     named = (checkpoint.tensors.get(tensor.name + suffix) for suffix in SCALE_SUFFIXES)
     scales = next((found for found in named if found), None)
-    if scales is None or scales.dtype not in SCALE_DTYPES or len(tensor.shape) < 2:
+    if scales is None or scales.dtype not in SCALES or len(tensor.shape) < 2:
         raise UnsupportedFormatError(
             f"{tensor.shard}: '{tensor.name}' is stored as {tensor.dtype} and has no scale beside it",
             "give a complete checkpoint",

@@ -79,6 +79,12 @@ def read_shard(root: Path, name: str) -> Shard:
     return parse_header(raw, shard=name, file_size=size, where=str(path))
 
 
+def read_header(path: Path, shard: Shard) -> bytes:
+    """The first bytes of a shard: the length of its header and the header, as they are."""
+    with path.open("rb") as file:
+        return file.read(shard.data_start)
+
+
 def parse_header(raw: bytes, *, shard: str, file_size: int, where: str) -> Shard:
     """Parse the JSON of a header and check it against the size of its file.
 

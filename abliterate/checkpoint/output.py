@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate import __version__
 from abliterate.errors import NotEnoughDiskError, OutputError
+from abliterate.version import __version__
 
 JOURNAL = ".abliterate-journal.json"
 PRIVATE_FOLDER = "abliterate"

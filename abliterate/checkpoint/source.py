@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: a local folder, or a repository on the Hub.
+"""A checkpoint as its headers, configuration and file names describe it, and a folder opened as one.
 
-``open_checkpoint`` reads headers and ``config.json`` only.  For a Hub repository these come by range requests, so a
-plan of a 140 GB model fetches a few megabytes; ``fetch`` then downloads what the other stages need.
+Opening reads headers and ``config.json`` only.  For a Hub repository (``hub``) these come by range requests, so a plan
+of a 140 GB model fetches a few megabytes; ``hub.fetch`` then downloads what the other stages need.
 """
 
 import json
@@ -82,24 +82,6 @@ class Checkpoint:
                 f"{self.name}: only its headers are here", "fetch it with `abliterate.checkpoint.hub.fetch` first"
             )
         return self.root
-
-
-def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a local folder or, when no such folder exists, a Hub repository (headers only).
-
-    Raises:
-        CheckpointError: unreadable, inconsistent or hostile files.
-        UnsupportedFormatError: the weights are not stored as safetensors.
-        HubError: the repository cannot be reached.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return open_folder(folder, name=str(name), revision=revision)
-    if looks_like_path(str(name)):
-        raise CheckpointError(f"{name}: no such folder", "give a checkpoint folder, or a Hub name such as owner/model")
-    from abliterate.checkpoint.hub import open_remote
-
-    return open_remote(str(name), revision=revision)
 
 
 def looks_like_path(name: str) -> bool:

@@ -150,3 +150,17 @@ def _stopping(ring: Ring, reads: "list[Future[Tensor]]") -> Iterator[None]:
 def bytes_of(data: bytes) -> Tensor:
     """``data`` as a tensor of bytes."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@contextmanager
+def one_core(*, needed: bool = True) -> Iterator[None]:
+    """Arithmetic on one core while files are streamed: it is faster than the disk, and idle worker threads would burn
+    the other cores.  Not ``needed`` where there is more arithmetic than one core can do in that time.
+    """
+    before = torch.get_num_threads()
+    if needed:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from abliterate import __version__
 from abliterate.cli.chat import chat
 from abliterate.cli.evaluate import compare, evaluate
 from abliterate.cli.inspect import inspect
@@ -17,6 +16,7 @@ from abliterate.cli.publish import push
 from abliterate.cli.reproduce import reproduce
 from abliterate.cli.run import run
 from abliterate.cli.stages import dequantize, edit, measure, select, verify
+from abliterate.version import __version__
 
 app = typer.Typer(
     name="abliterate",

@@ -53,7 +53,7 @@ def chat(
     from abliterate import api
     from abliterate.cli.stages import read_direction
     from abliterate.model.load import quiet_transformers
-    from abliterate.session import open_session
+    from abliterate.workflow.session import open_session
 
     quiet_transformers()
     chosen = read_direction(direction, position, layer)

@@ -10,7 +10,7 @@ from abliterate.cli.console import guarded, progress, show_json
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
-    from abliterate.directions import DirectionSet
+    from abliterate.method.directions import DirectionSet
     from abliterate.recipe import Recipe
 
 Samples = Annotated[int, typer.Option(help="How many replies to harmful prompts to show.")]
@@ -125,12 +125,13 @@ def _evaluate(
     report_file: Path | None,
     as_json: bool,
 ) -> None:
-    from abliterate import manifest, pipeline
-    from abliterate.bundled import open_model
     from abliterate.checkpoint.hub import fetch
     from abliterate.cli.tables import show_evaluation
+    from abliterate.data.bundled import open_model
     from abliterate.model.load import quiet_transformers
-    from abliterate.session import open_session
+    from abliterate.publishing import manifest
+    from abliterate.workflow import pipeline
+    from abliterate.workflow.session import open_session
 
     check_report(report_file)
     pipeline.check_evaluation(settings)
@@ -169,9 +170,9 @@ def check_report(path: Path | None) -> None:
 
 def _direction_of(folder: Path) -> "DirectionSet | None":
     """The direction that lies in a folder that abliterate wrote."""
+    from abliterate.checkpoint.direction_file import load
     from abliterate.checkpoint.output import PRIVATE_FOLDER
-    from abliterate.directions import load
-    from abliterate.pipeline import DIRECTION_FILE
+    from abliterate.workflow.pipeline import DIRECTION_FILE
 
     path = folder / PRIVATE_FOLDER / DIRECTION_FILE
     return load(path) if path.is_file() else None

@@ -10,7 +10,7 @@ from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.cli.evaluate import check_report
 
 if TYPE_CHECKING:
-    from abliterate.inspecting import Inspection
+    from abliterate.evaluate.inspection import Inspection
 
 
 @guarded
@@ -44,9 +44,9 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from abliterate.cli.stages import read_direction
-    from abliterate.inspecting import inspect as inspect_model
     from abliterate.model.load import quiet_transformers
-    from abliterate.session import open_session
+    from abliterate.workflow.inspecting import inspect as inspect_model
+    from abliterate.workflow.session import open_session
 
     check_report(report)
     chosen = read_direction(direction, position, layer)
@@ -70,7 +70,7 @@ def inspect(
 
 def as_json(found: "Inspection") -> dict[str, Any]:
     """Means over the prompts, as plain data."""
-    from abliterate.inspecting import SPANS
+    from abliterate.evaluate.inspection import SPANS
 
     return {
         "heads": [{"layer": layer, "head": head} for layer, head in found.heads],
@@ -119,7 +119,7 @@ def _show(found: "Inspection") -> None:
 
 def _show_heads(found: "Inspection", names: list[str]) -> None:
     from abliterate.cli.tables import table
-    from abliterate.inspecting import SPANS
+    from abliterate.evaluate.inspection import SPANS
 
     heads = table(
         f"the {len(found.heads)} heads that write most along it on harmful prompts; where they look",

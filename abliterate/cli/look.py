@@ -9,8 +9,8 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 
 if TYPE_CHECKING:
+    from abliterate.arch.edit_plan import EditPlan
     from abliterate.checkpoint.source import Checkpoint
-    from abliterate.planning import EditPlan
 
 
 @guarded
@@ -34,17 +34,17 @@ def plan(
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
     settings = opt.make_recipe(None, tied=tied, mtp=mtp, allow_partial=allow_partial)
-    from abliterate.bundled import open_model
+    from abliterate.data.bundled import open_model
 
     if guess:
         show_guess(open_model(model, revision=revision), as_json=json)
         return
     from abliterate.cli.tables import show_plan
-    from abliterate.planning import plan as make_plan
+    from abliterate.editing.planning import plan as make_plan
 
     made = make_plan(open_model(model, revision=revision), **settings.plan_options)
-    from abliterate.passes import running
-    from abliterate.session import with_default_prompts
+    from abliterate.workflow.passes import running
+    from abliterate.workflow.session import with_default_prompts
 
     needs = running(made.checkpoint, made.model_map.family, with_default_prompts(model, settings))
     if json:
@@ -63,17 +63,17 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     """What ``docs/post-norm.md`` calls J and |a|, for each writer behind a norm; reads the norms."""
     from dataclasses import replace
 
-    from abliterate import directions
+    from abliterate.checkpoint import direction_file
     from abliterate.checkpoint.hub import fetch
     from abliterate.cli.tables import table
-    from abliterate.surgery import projectors
+    from abliterate.editing.writing import projectors
 
     behind = [writer for writer in plan.writers if writer.norms]
     if not behind:
         out.print("no norm stands behind a writer: the edit is exact whatever the direction")
         return
     plan = replace(plan, checkpoint=fetch(plan.checkpoint))
-    found = projectors(plan, directions.load(file).direction[:, None].double())
+    found = projectors(plan, direction_file.load(file).direction[:, None].double())
     shown = table("behind norms", "block", "writer", "J, predicted error", "|a|", "t", right=(0, 2, 3, 4))
     for writer in behind:
         made = found[writer.tensor.name]
@@ -119,7 +119,7 @@ def diff(
     from dataclasses import asdict
 
     from abliterate.cli.tables import show_diff
-    from abliterate.comparison import diff as compare
+    from abliterate.verification.comparison import diff as compare
 
     with progress() as listen:
         found = compare(base, edited, revision=revision, on_event=listen)

@@ -10,7 +10,7 @@ from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
-    from abliterate.patches.export import PatchReport
+    from abliterate.exports.patches.export import PatchReport
 
 patch = typer.Typer(help="The edit as one file: export it, apply it to a base, take it back.", no_args_is_help=True)
 

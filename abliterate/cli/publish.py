@@ -12,8 +12,8 @@ from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
-    from abliterate.directions import DirectionSet
-    from abliterate.publishing import Published
+    from abliterate.method.directions import DirectionSet
+    from abliterate.publishing.push import Published
     from abliterate.recipe import Recipe
 
 

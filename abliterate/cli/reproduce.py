@@ -8,7 +8,7 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 
 if TYPE_CHECKING:
-    from abliterate.reproducing import Reproduction
+    from abliterate.workflow.reproducing import Reproduction
 
 MOST_NAMES = 8
 

@@ -100,8 +100,11 @@ def run(
             model, given, push, target, settings, revision=revision, branch=branch, private=private, as_json=json
         )
         return
-    from abliterate import api, manifest, pipeline, publishing
+    from abliterate import api
     from abliterate.model.load import quiet_transformers
+    from abliterate.publishing import manifest
+    from abliterate.publishing import push as publishing
+    from abliterate.workflow import pipeline
 
     quiet_transformers()
     stop_on_sigterm()
@@ -142,11 +145,11 @@ def run(
 
 
 def _dry_run(model: str | None, target: Path, settings: "Recipe", *, revision: str | None, as_json: bool) -> None:
-    from abliterate.bundled import open_model
     from abliterate.checkpoint.output import check_place, check_space
     from abliterate.cli import tables
-    from abliterate.planning import plan
-    from abliterate.session import prompts_of, with_default_prompts
+    from abliterate.data.bundled import open_model
+    from abliterate.editing.planning import plan
+    from abliterate.workflow.session import prompts_of, with_default_prompts
 
     checkpoint = open_model(model, revision=revision)
     made = plan(checkpoint, **settings.plan_options)

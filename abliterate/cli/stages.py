@@ -11,11 +11,11 @@ from abliterate.cli.publish import check_push_options, stream_through
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
-    from abliterate.directions import DirectionSet
     from abliterate.events import OnEvent
+    from abliterate.method.directions import DirectionSet
     from abliterate.recipe import Recipe
-    from abliterate.session import Session
-    from abliterate.steps import Steps
+    from abliterate.workflow.session import Session
+    from abliterate.workflow.steps import Steps
 
 DirectionArgument = Annotated[Path, typer.Argument(help="A direction file written by measure or select.")]
 
@@ -52,8 +52,8 @@ def measure(
         device_memory=device_memory,
         system=system, refusal_token=refusal_token, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    from abliterate import pipeline
-    from abliterate.directions import save
+    from abliterate.checkpoint.direction_file import save
+    from abliterate.workflow import pipeline
 
     with progress() as listen:
         session = _session(model, settings, revision, listen)
@@ -103,9 +103,9 @@ def select(
     )  # fmt: skip
     from dataclasses import asdict
 
-    from abliterate import pipeline
+    from abliterate.checkpoint.direction_file import load, save
     from abliterate.cli.tables import show_selection
-    from abliterate.directions import load, save
+    from abliterate.workflow import pipeline
 
     measured = load(candidates)
     with progress() as listen:
@@ -214,9 +214,10 @@ def verify(
 
     Example: abliterate verify tiny-chat-abl
     """
-    from abliterate import api, manifest
+    from abliterate import api
     from abliterate.cli.tables import show_verification
     from abliterate.errors import VerificationError
+    from abliterate.publishing import manifest
 
     _quiet()
     with progress() as listen:
@@ -250,7 +251,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
         if position is not None or layer is not None:
             raise UsageError("--position and --layer choose a candidate of a file", "add --direction FILE")
         return None
-    from abliterate.directions import load
+    from abliterate.checkpoint.direction_file import load
 
     directions = load(path)
     if (position is None) != (layer is None):
@@ -262,7 +263,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
 
 
 def _session(model: str, settings: "Recipe", revision: str | None, listen: "OnEvent") -> "Session":
-    from abliterate.session import open_session
+    from abliterate.workflow.session import open_session
 
     _quiet()
     return open_session(model, settings, revision=revision, on_event=listen)
@@ -270,8 +271,8 @@ def _session(model: str, settings: "Recipe", revision: str | None, listen: "OnEv
 
 def _steps(out_file: Path, session: "Session") -> "Steps":
     """What is finished is kept beside the file that is to be written."""
-    from abliterate.pipeline import work_fingerprint
-    from abliterate.steps import Steps
+    from abliterate.workflow.pipeline import work_fingerprint
+    from abliterate.workflow.steps import Steps
 
     return Steps(out_file.with_name(out_file.name + ".partial"), work_fingerprint(session))
 

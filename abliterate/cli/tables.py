@@ -12,14 +12,14 @@ from abliterate.cli.console import out
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from abliterate.comparison import Diff
-    from abliterate.directions import DirectionSet
+    from abliterate.arch.edit_plan import EditPlan
     from abliterate.evaluate.benchmarks import TaskScore
     from abliterate.evaluate.evaluation import ClassScores, EvalReport
-    from abliterate.evaluate.statistics import Difference, Rate
-    from abliterate.passes import Running
-    from abliterate.pipeline import VerifyReport
-    from abliterate.planning import EditPlan
+    from abliterate.method.directions import DirectionSet
+    from abliterate.method.statistics import Difference, Rate
+    from abliterate.verification.comparison import Diff
+    from abliterate.verification.report import VerifyReport
+    from abliterate.workflow.passes import Running
 
 EXACTNESS = {
     "A": "equal to inference-time ablation",

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from abliterate.evaluate.replies import CLASSES, REFUSALS, ReplyClass
-from abliterate.evaluate.statistics import Rate
+from abliterate.method.statistics import Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from numbers import Real
 from typing import Any
 
-from abliterate.evaluate.statistics import Z95, Difference, paired_difference
+from abliterate.method.statistics import Z95, Difference, paired_difference
 
 IN_PERCENT = ("acc", "exact_match")
 """Metrics whose names begin so are shares of the documents; others are shown as they are."""

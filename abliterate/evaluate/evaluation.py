@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.directions import DirectionSet
 from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.reply_text import open_thinking, said
-from abliterate.evaluate.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.events import OnEvent, ignore
-from abliterate.linalg import unit
+from abliterate.method.directions import DirectionSet
+from abliterate.method.linalg import unit
+from abliterate.method.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
 from abliterate.model.likelihood import on_completions, on_text

@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-from abliterate import __version__
 from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.charts import HeatMap, heat_map, lines
+from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
 from abliterate.evaluate.page import Chart, filled
-from abliterate.inspecting import SPANS, Inspected, Inspection
+from abliterate.version import __version__
 
 HEAD_WIDTH = 44
 """Width of a column that is called by its layer and head, in pixels."""

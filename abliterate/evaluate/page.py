@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from abliterate.checkpoint.output import write_atomically
-from abliterate.directions import DirectionSet
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
-from abliterate.evaluate.statistics import Rate
+from abliterate.method.directions import DirectionSet
+from abliterate.method.statistics import Rate
 
 METRICS = (
     ("bypass", "bypass", "refusal log-odds on harmful prompts with the candidate ablated: lower is better"),

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.arch.spec import Family, WriterSpec
-from abliterate.linalg import unit
+from abliterate.method.linalg import unit
 from abliterate.model.chat import Batch
 from abliterate.model.forward import run_batch
 from abliterate.model.interventions import observed

@@ -93,11 +93,11 @@ def run_tasks(
     """
     import lm_eval
 
-    from abliterate.model.harness_model import Held
+    from abliterate.model.harness_model import HarnessModel
 
     tasks = _load(request, request.names)
     with _quiet():
-        wrapped = Held(loaded, chat, name=name, batch_size=batch_size, on_event=on_event)
+        wrapped = HarnessModel(loaded, chat, name=name, batch_size=batch_size, on_event=on_event)
         try:
             found = lm_eval.evaluate(
                 wrapped, tasks, limit=request.limit, bootstrap_iters=BOOTSTRAP, log_samples=True,

@@ -29,7 +29,7 @@ ENDS_THINKING = "</think>"
 KINDS = {"loglikelihood": "answers", "loglikelihood_rolling": "texts", "generate_until": "replies"}
 
 
-class Held(HFLM):
+class HarnessModel(HFLM):
     """``HFLM`` around a model and a tokenizer that are loaded: the weights are there once."""
 
     def __init__(

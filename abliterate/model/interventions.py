@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from abliterate.linalg import orthonormal_basis, project_out, unit
+from abliterate.method.linalg import orthonormal_basis, project_out, unit
 from abliterate.model.load import LoadedModel
 from abliterate.model.tasks import Task, current
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.directions import CandidateScore, DirectionSet
 from abliterate.errors import PromptError
-from abliterate.evaluate.statistics import refusal_metric
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.method.directions import CandidateScore, DirectionSet
+from abliterate.method.moments import Moments, RunningCovariance, RunningMoments
+from abliterate.method.statistics import refusal_metric
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
+from abliterate.model.scores import ScoreFile, Scores
 from abliterate.model.scoring import Figures, Job, scorer
-from abliterate.moments import Moments, RunningCovariance, RunningMoments
-from abliterate.scores import ScoreFile, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

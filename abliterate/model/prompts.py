@@ -138,7 +138,7 @@ def load_bundled(name: str, kind: str, split: str) -> PromptSet:
 
 def bundled_sets() -> Mapping[str, Path]:
     """The contrast sets that ship, by name: folders of ``{harmful,harmless}.{train,val,test}.jsonl``."""
-    from abliterate.tiny_chat import prompts_path
+    from abliterate.data.tiny_chat import prompts_path
 
     return {"contrast": _own_sets() / "contrast", "tiny-chat": prompts_path()}
 

@@ -8,9 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from abliterate.arch.codecs import HeldScales, packed_codec, plain
 from abliterate.arch.packed import Packed
 from abliterate.checkpoint.directio import read_into
-from abliterate.codecs import Held, packed_codec, plain
 from abliterate.model.stored import Stored, empty
 
 DESCRIBES = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__"}
@@ -32,7 +32,7 @@ class Rows:
         self.dtype = dtype
         self._most_bytes = most_bytes
         if isinstance(stored, Packed):
-            self.codec = packed_codec(folder, stored, Held())
+            self.codec = packed_codec(folder, stored, HeldScales())
             self.bytes_read = stored.scales.size_bytes
         else:
             self.codec = plain(stored.dtype, stored.shape[1])

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abliterate.evaluate.statistics import kl_nats, refusal_metric
+from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch

@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from abliterate.arch.codecs import HeldScales, decoded, packed_codec
+from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import Packed, packed_tensors, quantisation
 from abliterate.checkpoint.directio import PAGE, read_into
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.codecs import Held, decoded, packed_codec
 from abliterate.errors import UnsupportedFormatError
 
 STORED = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    **DTYPES, "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64,
 }  # fmt: skip
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
@@ -129,7 +130,7 @@ def _read_packed(folder: Path, packed: Packed, dtype: torch.dtype) -> Tensor:
         read_into(path, start, piece[:size])
         return piece[:size]
 
-    for matrix, first, values in decoded(packed, packed_codec(folder, packed, Held()), read, DECODED_BYTES):
+    for matrix, first, values in decoded(packed, packed_codec(folder, packed, HeldScales()), read, DECODED_BYTES):
         matrices[matrix, first : first + len(values)] = values
     return out
 

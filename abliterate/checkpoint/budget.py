@@ -1,0 +1,15 @@
+"""How a memory budget is shared out where files are streamed."""
+
+DEFAULT_BYTES = 512 * 2**20
+"""The memory budget of work that streams, where nobody asks for another."""
+
+MOST_BYTES = 2**30
+"""More than this does not make streaming faster."""
+
+RESERVED_BYTES = 96 * 2**20
+"""Of the memory budget: float buffers, held rows, headers, threads."""
+
+COPY_BYTES = 32 * 2**20
+"""The largest piece that is copied or compared at a time."""
+
+SMALLEST_PIECE = 2**16

@@ -1,0 +1,23 @@
+"""Opening a checkpoint by what the user typed: a local folder, or a repository on the Hub."""
+
+from pathlib import Path
+
+from abliterate.checkpoint.hub import open_remote
+from abliterate.checkpoint.source import Checkpoint, looks_like_path, open_folder
+from abliterate.errors import CheckpointError
+
+
+def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a local folder or, when no such folder exists, a Hub repository (headers only).
+
+    Raises:
+        CheckpointError: unreadable, inconsistent or hostile files.
+        UnsupportedFormatError: the weights are not stored as safetensors.
+        HubError: the repository cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return open_folder(folder, name=str(name), revision=revision)
+    if looks_like_path(str(name)):
+        raise CheckpointError(f"{name}: no such folder", "give a checkpoint folder, or a Hub name such as owner/model")
+    return open_remote(str(name), revision=revision)

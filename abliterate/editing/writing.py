@@ -1,0 +1,245 @@
+"""The streaming edit of a checkpoint: shard by shard (``editor``), never a whole model in memory."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.arch.codecs import HeldScales, codec_of
+from abliterate.arch.edit_plan import untied_config
+from abliterate.arch.gains import read_gain
+from abliterate.arch.model_map import Writer
+from abliterate.checkpoint.budget import DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
+from abliterate.checkpoint.directio import slab_bytes
+from abliterate.checkpoint.header import Shard, TensorInfo, read_header
+from abliterate.checkpoint.output import OutputFolder, copy_file, write_json
+from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
+from abliterate.checkpoint.stream import one_core
+from abliterate.editing.blocks import Rounding, TensorEdit, Workspace
+from abliterate.editing.planning import EditPlan
+from abliterate.editing.shards import HELD_BYTES, PIECES, TASK, Editor, InPlace, header_with
+from abliterate.errors import CheckpointError, NotEnoughDiskError, PlanRefusedError, UsageError
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.method import edits
+from abliterate.method.edits import Projector
+from abliterate.method.linalg import orthonormal_basis
+
+
+def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Projector]:
+    """The projector of every writer of the plan, by tensor name; reads the norm gains of class B writers.
+
+    Raises:
+        CheckpointError: a direction has the wrong width.
+        NonFiniteError: a norm weight is not finite.
+        PlanRefusedError: a norm's gain is zero along a direction.
+    """
+    if directions.shape[0] != plan.model_map.d_model:
+        raise CheckpointError(
+            f"the direction has {directions.shape[0]} components, {plan.checkpoint.name} has {plan.model_map.d_model}",
+            "use a direction measured on this model",
+        )
+    basis = orthonormal_basis(directions)
+    plain = edits.orthogonal(basis)
+    found = {}
+    for writer in plan.writers:
+        try:
+            found[writer.tensor.name] = (
+                plain if not writer.norms else edits.oblique(basis, read_gain(plan.checkpoint.folder, writer))
+            )
+        except ValueError as error:
+            raise PlanRefusedError(
+                f"{writer.tensor.shard}: '{writer.tensor.name}' cannot be edited: {error}",
+                "this writer's norm needs no edit along the direction or is damaged: look at its weight",
+            ) from error
+    return found
+
+
+def edit_checkpoint(
+    plan: EditPlan,
+    directions: Float[Tensor, "d k"],
+    output: OutputFolder,
+    *,
+    rounding: Rounding = "direction",
+    memory_bytes: int = DEFAULT_BYTES,
+    direct: bool = True,
+    on_event: OnEvent = ignore,
+) -> None:
+    """Write the edited checkpoint into ``output``: shards, index, configuration and every other file.
+
+    Files that an earlier run of the same plan completed are kept.  ``direct`` False uses the page cache.
+
+    Raises:
+        SourceError: the source is corrupt or not finite.
+        UsageError: rounding to nearest was asked for on a coarse grid.
+        NotEnoughDiskError: the disk filled up; what is complete stays, and the same command continues.
+    """
+    edit_of = edits_of(plan, directions, rounding)
+    write_checkpoint(plan, edit_of, output, memory_bytes=memory_bytes, direct=direct, on_event=on_event)
+
+
+def write_checkpoint(
+    plan: EditPlan,
+    edit_of: Callable[[Writer], InPlace],
+    output: OutputFolder,
+    *,
+    memory_bytes: int = DEFAULT_BYTES,
+    direct: bool = True,
+    on_event: OnEvent = ignore,
+    check: Callable[[str, Path], None] = lambda _name, _path: None,
+) -> None:
+    """Write the checkpoint that ``edit_of`` makes of every writer, and all files that come with it, into ``output``.
+
+    ``check`` may refuse a shard (name, file) before it counts as written.
+
+    Raises:
+        SourceError: the source is corrupt or not finite.
+        NotEnoughDiskError: the disk filled up.
+    """
+    source = plan.checkpoint
+    editor = editor_for(plan, edit_of, memory_bytes=memory_bytes, direct=direct, on_event=on_event)
+    on_event(Started(task=TASK, total=plan.output_bytes, unit="bytes"))
+
+    def write(shard: Shard, target: Path) -> None:
+        write_shard(editor, plan, shard, target)
+        check(shard.name, target)
+
+    with plain_failures(output, source), one_core(needed=not plan.packed):
+        write_shards(output, source, write, on_event=on_event)
+        write_other_files(plan, output)
+    on_event(Finished(task=TASK))
+
+
+def write_shards(
+    output: OutputFolder,
+    source: Checkpoint,
+    write: Callable[[Shard, Path], None],
+    *,
+    task: str = TASK,
+    on_event: OnEvent = ignore,
+) -> None:
+    """Have ``write`` (which tells its own progress) make every shard that an earlier run has not completed."""
+    for shard in source.shards:
+        if output.is_done(shard.name):
+            on_event(Advanced(task=task, amount=shard.size_bytes))
+        else:
+            output.complete(shard.name, partial(write, shard))
+
+
+def edits_of(
+    plan: EditPlan, directions: Float[Tensor, "d k"], rounding: Rounding = "direction"
+) -> Callable[[Writer], InPlace]:
+    """The edit of every writer of ``plan``; reads the norm gains of class B writers.
+
+    Raises:
+        SourceError: a gain is not finite.
+        UsageError: rounding to nearest was asked for on a coarse grid.
+    """
+    packed = next((writer for writer in plan.writers if writer.packed), None)
+    if packed is not None and rounding == "nearest":
+        raise UsageError(
+            f"rounding to nearest leaves much of the direction in '{packed.tensor.name}', stored as {packed.format}",
+            "leave --rounding at its default",
+        )
+    found, held, work = projectors(plan, directions), HeldScales(), Workspace()
+
+    def edit_of(writer: Writer) -> TensorEdit:
+        tensor = writer.tensor
+        where, codec = f"{tensor.shard}: '{tensor.name}'", codec_of(plan.checkpoint.folder, writer, held)
+        return TensorEdit.of(where, found[tensor.name], codec, work, rounding)
+
+    return edit_of
+
+
+def editor_for(
+    plan: EditPlan,
+    edit_of: Callable[[Writer], InPlace],
+    *,
+    memory_bytes: int = DEFAULT_BYTES,
+    direct: bool = True,
+    on_event: OnEvent = ignore,
+) -> Editor:
+    """What writes the shards of ``plan``."""
+    return Editor(
+        folder=plan.checkpoint.folder,
+        writers={writer.tensor.name: writer for writer in plan.writers},
+        edit_of=edit_of,
+        piece_bytes=piece_bytes(plan, memory_bytes),
+        direct=direct,
+        on_event=on_event,
+    )
+
+
+def write_shard(editor: Editor, plan: EditPlan, shard: Shard, target: Path) -> None:
+    """Write one shard of ``plan``, with the head that untying adds where it belongs there."""
+    header, added = edited_header(plan, shard)
+    editor.write_shard(shard, target, header=header, copied=added)
+
+
+def write_other_files(plan: EditPlan, output: OutputFolder) -> None:
+    """Index, configuration and every other file of the checkpoint."""
+    _write_index(plan, output)
+    _write_config(plan, output)
+    for name in plan.checkpoint.other_files:
+        if name != "config.json" and not output.is_done(name):
+            copy_file(plan.checkpoint.folder / name, output.path / name)
+
+
+@contextmanager
+def plain_failures(output: OutputFolder, source: Checkpoint) -> Iterator[None]:
+    """Failures of reading and writing, said in words.
+
+    Raises:
+        NotEnoughDiskError: the disk filled up.
+        CheckpointError: anything else that the system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughDiskError(
+                f"{output.path}: the disk is full", "free some space and run the same command: it continues"
+            ) from error
+        raise CheckpointError(f"{error.filename or source.folder}: {error.strerror}", "check the file") from error
+
+
+def piece_bytes(plan: EditPlan, memory_bytes: int) -> int:
+    """The largest piece of a file that the budget lets the ring hold ``PIECES`` times."""
+    held = HELD_BYTES * max((writer.row_values for writer in plan.writers if not writer.in_rows), default=0)
+    held += max((writer.packed.scales.size_bytes for writer in plan.writers if writer.packed), default=0)
+    return max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES - held) // PIECES - slab_bytes(0))
+
+
+def edited_header(plan: EditPlan, shard: Shard) -> tuple[bytes | None, TensorInfo | None]:
+    """The header of an edited shard and the tensor copied to its end, where untying adds a head; else nothing."""
+    embedding = plan.model_map.embedding.tensor
+    if plan.added_head is None or embedding.shard != shard.name:
+        return None, None
+    header = read_header(plan.checkpoint.folder / shard.name, shard)
+    return header_with(header, plan.added_head, embedding, shard.size_bytes - shard.data_start), embedding
+
+
+def _write_index(plan: EditPlan, output: OutputFolder) -> None:
+    if plan.checkpoint.index is None:
+        return
+    if plan.added_head is None:
+        copy_file(plan.checkpoint.folder / INDEX_NAME, output.path / INDEX_NAME)
+        return
+    embedding = plan.model_map.embedding.tensor
+    metadata = dict(plan.checkpoint.index.get("metadata") or {})
+    for key, amount in (("total_size", embedding.size_bytes), ("total_parameters", embedding.numel)):
+        if key in metadata:
+            metadata[key] += amount
+    weight_map = dict(plan.checkpoint.index["weight_map"])
+    weight_map[plan.added_head] = embedding.shard
+    write_json(output.path / INDEX_NAME, {**plan.checkpoint.index, "metadata": metadata, "weight_map": weight_map})
+
+
+def _write_config(plan: EditPlan, output: OutputFolder) -> None:
+    if not plan.sets_untied:
+        copy_file(plan.checkpoint.folder / "config.json", output.path / "config.json")
+        return
+    write_json(output.path / "config.json", untied_config(plan.checkpoint.config))

@@ -1,0 +1,175 @@
+"""The edit as a PEFT adapter of rank k, for what such an adapter can express.
+
+``W' - W = -write (read^T W)`` is a product of two thin matrices: ``B = -write [d, k]`` and ``A = read^T W [k, n]``,
+with ``alpha = k`` so that PEFT scales by 1.  It holds for linear layers, plain or behind a norm, and for the token
+embedding.  Not for biases (an adapter has none), nor for experts (models keep them in one fused parameter), nor for
+what is quantised or stored transposed: those are named, and while they keep writing the direction, the adapter alone is
+not the whole edit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from abliterate.arch.codecs import as_rows
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.arch.formats import DTYPES
+from abliterate.arch.model_map import Writer
+from abliterate.checkpoint.directio import Slab, SourceFile
+from abliterate.checkpoint.output import prepare, write_atomically, write_json
+from abliterate.editing.writing import projectors
+from abliterate.errors import PlanRefusedError
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.method.directions import DirectionSet
+from abliterate.method.edits import Projector
+
+TASK = "adapter"
+BLOCK_BYTES = 8 * 2**20
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterReport:
+    """An adapter that was written; ``left_out`` says of every writer it cannot express why."""
+
+    out: Path
+    rank: int
+    expressed: tuple[str, ...]
+    left_out: Mapping[str, str]
+    tied: bool
+    size_bytes: int
+
+    @property
+    def complete(self) -> bool:
+        """Every writer is expressed: base and adapter together are the edit."""
+        return not self.left_out
+
+
+def export(plan: EditPlan, directions: DirectionSet, out: Path, *, on_event: OnEvent = ignore) -> AdapterReport:
+    """Write the adapter that ``plan`` along ``directions`` comes to, into ``out``.
+
+    Raises:
+        PlanRefusedError: nothing of the plan can be expressed.
+        OutputError: ``out`` exists, or lies in the base.
+    """
+    left_out = {writer.name: why for writer in plan.writers if (why := not_expressible(writer))}
+    expressed = [writer for writer in plan.writers if writer.name not in left_out]
+    if not expressed:
+        raise PlanRefusedError(
+            f"{plan.checkpoint.name}: no writer can be expressed by an adapter ({next(iter(left_out.values()))})",
+            "edit the checkpoint itself, or export a patch",
+        )
+    made = projectors(plan, directions.direction[:, None])
+    rank = next(iter(made.values())).read.shape[1]
+    output = prepare(out, source=plan.checkpoint.folder, fingerprint=f"lora {directions.sha256}", needed_bytes=0)
+    on_event(Started(task=TASK, total=sum(writer.tensor.size_bytes for writer in expressed), unit="bytes"))
+    tensors: dict[str, Tensor] = {}
+    for writer in expressed:
+        tensors |= _factors(plan.checkpoint.folder, writer, made[writer.tensor.name])
+        on_event(Advanced(task=TASK, amount=writer.tensor.size_bytes))
+    on_event(Finished(task=TASK))
+    save_file(tensors, output.path / ADAPTER, metadata={"format": "pt"})
+    write_json(output.path / CONFIG, _config(plan, rank, expressed))
+    write_atomically(output.path / "README.md", _card(plan, left_out).encode())
+    size = (output.path / ADAPTER).stat().st_size
+    return AdapterReport(
+        out=output.finish(),
+        rank=rank,
+        expressed=tuple(writer.name for writer in expressed),
+        left_out=left_out,
+        tied=plan.model_map.tied,
+        size_bytes=size,
+    )
+
+
+def not_expressible(writer: Writer) -> str:
+    """Why an adapter cannot hold the edit of ``writer``; empty where it can."""
+    if writer.packed is not None:
+        return f"stored as {writer.format}"
+    if writer.drafts:
+        return "in a next-token block, which transformers does not load"
+    if len(writer.tensor.shape) == 1:
+        return "a bias: adapters change matrices only"
+    if len(writer.tensor.shape) > 2 or ".experts." in writer.name:
+        return "an expert: models keep all experts in one parameter"
+    if writer.role == "embedding":
+        return "" if writer.in_rows else "an embedding stored transposed"
+    if writer.role.startswith("stored copy"):
+        return "the head of a tied model"
+    return "stored transposed" if writer.in_rows else ""
+
+
+def _factors(root: Path, writer: Writer, projector: Projector) -> dict[str, Tensor]:
+    """``A`` and ``B`` of one writer in float32, under the names PEFT gives them."""
+    module = "base_model.model." + writer.tensor.name.removesuffix(".weight")
+    reads = _read_along(root, writer, projector.read).to(torch.float32)
+    writes = (-projector.write).to(torch.float32)
+    if writer.role == "embedding":
+        return {f"{module}.lora_embedding_A": reads, f"{module}.lora_embedding_B": writes.clone()}
+    return {f"{module}.lora_A.weight": reads, f"{module}.lora_B.weight": writes.clone()}
+
+
+def _read_along(root: Path, writer: Writer, read: Float[Tensor, "d k"]) -> Float[Tensor, "k n"]:
+    """``read^T W`` in float64, block by block."""
+    tensor, width, stored = writer.tensor, writer.row_elements, DTYPES[writer.tensor.dtype]
+    row_bytes = width * stored.itemsize
+    rows = tensor.numel // width
+    step = max(1, BLOCK_BYTES // row_bytes)
+    found = torch.zeros(read.shape[1], rows if writer.in_rows else width, dtype=torch.float64)
+    slab = Slab(step * row_bytes)
+    with SourceFile(root / tensor.shard) as file:
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            raw = file.read(slab, tensor.start + row * row_bytes, count * row_bytes)
+            block = as_rows(raw, stored, width).to(torch.float64)
+            if writer.in_rows:
+                found[:, row : row + count] = (block @ read).T
+            else:
+                found += read[row : row + count].T @ block
+    return found
+
+
+def _config(plan: EditPlan, rank: int, expressed: list[Writer]) -> dict[str, Any]:
+    """``adapter_config.json``: modules by their full names, so that nothing else matches."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": plan.checkpoint.name,
+        "revision": plan.checkpoint.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": [writer.tensor.name.removesuffix(".weight") for writer in expressed],
+    }
+
+
+def _card(plan: EditPlan, left_out: Mapping[str, str]) -> str:
+    lines = [
+        "---",
+        "library_name: peft",
+        "tags:",
+        "- abliterated",
+        "- abliterate",
+        "---",
+        "",
+        f"# {plan.checkpoint.name}, abliterated, as an adapter",
+        "",
+        "One direction removed from what writes to the residual stream, as a LoRA adapter made with",
+        "`abliterate lora export`: it will comply with many requests that the original declines. The licence and the",
+        "terms of the base apply.",
+    ]
+    if left_out:
+        lines += ["", "Not expressed, so that these still write the direction:", ""]
+        lines += [f"- `{name}`: {why}" for name, why in left_out.items()]
+    if plan.model_map.tied:
+        lines += ["", "The head is tied to the embedding: do not merge this adapter, or the head is edited as well."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,169 @@
+"""The patch as a file: safetensors, never pickle, written piece by piece and read tensor by tensor.
+
+Its metadata holds one JSON document under ``abliterate-patch``: what the base and the edited checkpoint are, with the
+hashes of every file and every edited tensor, and of which tensors the corrections are.  The vector that was removed is
+called ``direction``, so that a patch is a direction file as well.
+"""
+
+import json
+import lzma
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoint.directio import read_stretch, view_of
+from abliterate.checkpoint.header import read_shard
+from abliterate.checkpoint.output import flush
+from abliterate.errors import AbliterateError, CheckpointError, UsageError
+from abliterate.exports.patches.bitstreams import Intervals, Sparse
+from abliterate.exports.patches.replay import Backwards, Forwards, Settle, StoredProjector, TensorReplay
+
+FORMAT = "abliterate-patch-1"
+KEY = "abliterate-patch"
+STORED = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+LARGEST_TEXT = 2**26
+
+
+class PatchWriter:
+    """Collects tensors beside the file, wide ones apart from narrow ones so that all lie aligned."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[int, dict[str, tuple[str, list[int], int]]] = {8: {}, 4: {}, 1: {}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._spools = {size: path.with_name(f"{path.name}.partial{size}") for size in self._entries}
+        for spool in self._spools.values():
+            spool.unlink(missing_ok=True)
+
+    def add(self, name: str, data: Tensor | bytes) -> None:
+        """One more tensor."""
+        if isinstance(data, bytes):
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        size = data.dtype.itemsize
+        with self._spools[size].open("ab") as file:
+            file.write(view_of(data.contiguous()))
+        self._entries[size][name] = (STORED[data.dtype], list(data.shape), data.nbytes)
+
+    def finish(self, document: Mapping[str, Any]) -> Path:
+        """Put header and tensors into the file, under its own name only when it is complete and on disk."""
+        header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(document, sort_keys=True, allow_nan=False)}}
+        end = 0
+        for entries in self._entries.values():
+            for name, (dtype, shape, size) in entries.items():
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+                end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        partial = self._path.with_name(self._path.name + ".partial")
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for spool in self._spools.values():
+                if spool.is_file():
+                    with spool.open("rb") as part:
+                        shutil.copyfileobj(part, file, 2**20)
+        flush(partial)
+        partial.replace(self._path)
+        self.discard()
+        return self._path
+
+    def discard(self) -> None:
+        """Remove what was collected."""
+        for spool in self._spools.values():
+            spool.unlink(missing_ok=True)
+
+
+class PatchFile:
+    """A patch opened to be read; only its header is held."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``.
+
+        Raises:
+            UsageError: not a patch.
+            CheckpointError: it is damaged.
+        """
+        self.path = path
+        if not path.is_file():
+            raise UsageError(f"{path}: no such patch", "give a file that `abliterate patch export` wrote")
+        shard = read_shard(path.parent, path.name)
+        text = (shard.metadata or {}).get(KEY)
+        if text is None:
+            raise UsageError(f"{path}: not a patch", "give a file that `abliterate patch export` wrote")
+        try:
+            self.document: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise self.damaged(error) from error
+        if self.document.get("format") != FORMAT:
+            raise UsageError(f"{path}: format {self.document.get('format')!r} is unknown", "update abliterate")
+        self._tensors = {tensor.name: tensor for tensor in shard.tensors}
+
+    def damaged(self, error: Exception) -> AbliterateError:
+        """What to raise where the content cannot be right."""
+        return CheckpointError(f"{self.path}: the patch is damaged ({error})", "fetch or export it again")
+
+    def has(self, name: str) -> bool:
+        """Whether it holds a tensor."""
+        return name in self._tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path}: holds no '{name}'", "export the patch again")
+        info = self._tensors[name]
+        raw = read_stretch(self.path, info.start, info.size_bytes)
+        return raw.view({stored: dtype for dtype, stored in STORED.items()}[info.dtype]).reshape(info.shape)
+
+    def blob(self, name: str) -> bytes:
+        """One tensor of bytes."""
+        return bytes(view_of(self.tensor(name)))
+
+    def text(self, name: str) -> bytes:
+        """One compressed file."""
+        try:
+            return lzma.LZMADecompressor().decompress(self.blob(name), LARGEST_TEXT)
+        except lzma.LZMAError as error:
+            raise self.damaged(error) from error
+
+    def size_of(self, *endings: str) -> int:
+        """Bytes of all tensors whose names end so."""
+        return sum(tensor.size_bytes for name, tensor in self._tensors.items() if name.endswith(endings))
+
+    def projector(self, number: int) -> StoredProjector:
+        """One projector."""
+        return StoredProjector(**{part: self.tensor(f"projector.{number}.{part}") for part in PROJECTOR_PARTS})
+
+    def replay(self, number: int, settle: Callable[[str], Settle]) -> TensorReplay:
+        """What is known of the edited tensor ``number``."""
+        entry = self.document["tensors"][number]
+        return TensorReplay(
+            projector=self.projector(entry["projector"]),
+            coefficients=self.tensor(f"tensor.{number}.c"),
+            settle=settle(f"tensor.{number}"),
+            tail=settle(f"tensor.{number}.tail"),
+        )
+
+    def forwards(self, stem: str) -> Settle:
+        """The corrections towards the edited values."""
+        return Forwards(self._sparse(f"{stem}.forward"))
+
+    def backwards(self, stem: str) -> Settle:
+        """The corrections towards the base."""
+        outside = self._sparse(f"{stem}.outside")
+        return Backwards(Intervals(self.blob(f"{stem}.bits"), outside))
+
+    def _sparse(self, name: str) -> Sparse:
+        try:
+            return Sparse(self.blob(name))
+        except (lzma.LZMAError, ValueError) as error:
+            raise self.damaged(error) from error
+
+
+PROJECTOR_PARTS = ("read", "write", "rows", "shares")

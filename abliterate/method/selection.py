@@ -1,0 +1,92 @@
+"""From scored candidates to one direction: the rule of Arditi et al. 2024, and what happens when nothing survives.
+
+The constants are the paper's code's: discard a candidate when a score is NaN, ``layer >= int(0.8 L)``,
+``KL > 0.1`` or ``induce < 0``; then take the lowest bypass score.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from abliterate.errors import PromptError
+from abliterate.method.directions import CandidateScore, Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionRule:
+    """Thresholds of the paper's selection.  ``max_kl_nats = inf`` and so on switch a rule off."""
+
+    max_kl_nats: float = 0.1
+    min_induce: float = 0.0
+    prune_layers: float = 0.2
+
+
+def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> CandidateScore:
+    """``score`` with its verdict: "kept", or the first rule that discards it."""
+    if any(math.isnan(value) for value in (score.bypass, score.induce, score.kl_nats)):
+        verdict = "nan"
+    elif score.layer >= int((1 - rule.prune_layers) * n_layers + 1e-9):
+        verdict = "late layer"
+    elif score.kl_nats > rule.max_kl_nats:
+        verdict = "kl"
+    elif score.induce < rule.min_induce:
+        verdict = "induce"
+    else:
+        verdict = "kept"
+    return replace(score, verdict=verdict)
+
+
+def choose(
+    scores: Sequence[CandidateScore], n_layers: int, rule: SelectionRule
+) -> tuple[Choice, tuple[CandidateScore, ...]]:
+    """The chosen candidate and all scores with their verdicts, best first.
+
+    Survivors are sorted by bypass score; ties fall to the earlier layer, then the later position, so the result does
+    not depend on the order of ``scores``.  When nothing survives, the knee of the Pareto front of bypass and KL over
+    candidates in early enough layers is taken (``pareto_knee``) and the rule's name says so: "pareto-fallback".
+
+    Raises:
+        PromptError: every candidate has a NaN score or lies in a pruned layer.
+    """
+    judged = sorted((judge(score, n_layers, rule) for score in scores), key=_order)
+    survivors = [score for score in judged if score.verdict == "kept"]
+    if survivors:
+        best = survivors[0]
+        return Choice(position=best.position, layer=best.layer, rule="arditi-2024"), tuple(judged)
+    usable = [score for score in judged if score.verdict in ("kl", "induce")]
+    inducing = [score for score in usable if score.induce >= rule.min_induce]
+    if not usable:
+        raise PromptError(
+            "no candidate direction has finite scores in the allowed layers",
+            "use more prompts, or allow later layers with prune_layers in the recipe",
+        )
+    best = pareto_knee(inducing or usable)
+    return Choice(position=best.position, layer=best.layer, rule="pareto-fallback"), tuple(judged)
+
+
+def pareto_front(scores: Sequence[CandidateScore]) -> list[CandidateScore]:
+    """Candidates that no other beats in both bypass score and KL, by rising bypass score."""
+    front: list[CandidateScore] = []
+    for score in sorted(scores, key=lambda s: (s.bypass, s.kl_nats, s.layer, -s.position)):
+        if not front or score.kl_nats < front[-1].kl_nats:
+            front.append(score)
+    return front
+
+
+def pareto_knee(scores: Sequence[CandidateScore]) -> CandidateScore:
+    """The candidate of the Pareto front nearest to the ideal corner, both scores scaled to [0, 1] over the front."""
+    front = pareto_front(scores)
+    low_b, high_b = front[0].bypass, front[-1].bypass
+    low_k, high_k = front[-1].kl_nats, front[0].kl_nats
+
+    def distance(score: CandidateScore) -> float:
+        bypass = (score.bypass - low_b) / (high_b - low_b) if high_b > low_b else 0.0
+        kl = (score.kl_nats - low_k) / (high_k - low_k) if high_k > low_k else 0.0
+        return math.hypot(bypass, kl)
+
+    return min(front, key=distance)
+
+
+def _order(score: CandidateScore) -> tuple[bool, bool, float, int, int]:
+    unusable = math.isnan(score.bypass)
+    return (score.verdict != "kept", unusable, 0.0 if unusable else score.bypass, score.layer, -score.position)

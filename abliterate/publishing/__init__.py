@@ -1,0 +1,1 @@
+"""What a finished folder says of itself, and its way to the Hub."""

@@ -1,0 +1,1 @@
+"""Proofs on written bytes, from the equation and never from the code that edits; what differs between checkpoints."""

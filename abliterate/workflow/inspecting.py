@@ -1,0 +1,122 @@
+"""How a model carries a direction: its component along it layer by layer, and the heads and MLPs that write it.
+
+After Arditi et al. 2024, section 5 ("mechanistic analysis of adversarial suffixes"): a suffix that makes a model answer
+takes the component along the refusal direction down, by drawing the attention of the heads that write it from the
+instruction to itself.  Suffixes are given by the user; none is searched for here.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.arch.registry import family_of
+from abliterate.errors import UsageError
+from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.method.directions import DirectionSet
+from abliterate.model.attribution import Attribution, attention_to_spans, attribute
+from abliterate.model.chat import PROBES, ChatFormat
+from abliterate.workflow.session import Session
+
+TOP_HEADS = 8
+TASK = "inspect"
+
+
+def inspect(
+    session: Session,
+    directions: DirectionSet,
+    *,
+    suffix: str = "",
+    n_prompts: int = 32,
+    on_event: OnEvent = ignore,
+) -> Inspection:
+    """Measure test prompts of both classes and, with ``suffix``, harmful ones behind which it or a random text of as
+    many tokens is put.
+
+    Raises:
+        UsageError: the direction does not fit the model.
+    """
+    loaded, chat, batch_size = session.loaded, session.chat, session.recipe.batch_size
+    if directions.d_model != loaded.d_model:
+        raise UsageError(
+            f"the direction has {directions.d_model} components, {loaded.name} has {loaded.d_model}",
+            "use one that was measured on this model",
+        )
+    family = family_of(session.checkpoint.config, where=session.checkpoint.name)
+    harmful = session.contrast.harmful_test.texts[:n_prompts]
+    sets = {"harmful": harmful, "harmless": session.contrast.harmless_test.texts[:n_prompts]}
+    if suffix:
+        control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.seed)
+        sets |= {"harmful + suffix": [f"{prompt} {suffix}" for prompt in harmful]}
+        sets |= {"harmful + random text": [f"{prompt} {control}" for prompt in harmful]}
+    on_event(Started(task=TASK, total=sum(map(len, sets.values())), unit="prompts"))
+    found: dict[str, Attribution] = {}
+    for name, prompts in sets.items():
+        found[name] = attribute(loaded, family, chat.batches(prompts, batch_size), directions.direction)
+        on_event(Advanced(task=TASK, amount=len(prompts)))
+    heads = top_heads(found["harmful"].heads)
+    inspected = [
+        Inspected(
+            name=name,
+            prompts=len(prompts),
+            attribution=found[name],
+            attention=_attention(session, prompts, harmful if " + " in name else prompts, heads),
+        )
+        for name, prompts in sets.items()
+    ]
+    on_event(Finished(task=TASK))
+    return Inspection(sets=tuple(inspected), heads=heads)
+
+
+def top_heads(heads: Float[Tensor, "prompts layers heads"], count: int = TOP_HEADS) -> tuple[tuple[int, int], ...]:
+    """The heads with the largest mean component, largest first; none where heads cannot be told apart."""
+    means = heads.mean(0)
+    flat = means.flatten().nan_to_num(nan=-torch.inf)
+    order = flat.argsort(descending=True)[:count].tolist()
+    return tuple(divmod(place, means.shape[1]) for place in order if flat[place] > -torch.inf)
+
+
+def random_text(chat: ChatFormat, n_tokens: int, *, seed: int) -> str:
+    """A text of about ``n_tokens`` random tokens, none of them special."""
+    special = set(chat.tokenizer.all_special_ids)
+    ordinary = [token for token in range(len(chat.tokenizer)) if token not in special]
+    drawn = random.Random(seed).choices(ordinary, k=n_tokens)
+    return str(chat.tokenizer.decode(drawn)).strip()
+
+
+def spans_of(chat: ChatFormat, plain: str, prompt: str) -> tuple[slice, slice, slice]:
+    """Where instruction, suffix and the template behind them lie, counted from the end: ``prompt`` is ``plain`` and
+    perhaps a suffix."""
+    whole, end = len(chat.encode(prompt)), len(chat.suffix)
+    added = whole - len(chat.encode(plain))
+    start = _template_start(chat)
+    return (slice(start - whole, -end - added), slice(-end - added, -end), slice(-end, None))
+
+
+def _attention(
+    session: Session, prompts: Sequence[str], plain: Sequence[str], heads: Sequence[tuple[int, int]]
+) -> Float[Tensor, "heads spans"]:
+    chat = session.chat
+    total = torch.zeros(len(heads), len(SPANS), dtype=torch.float64)
+    if not heads:
+        return total
+    for batch in chat.batches(prompts, session.recipe.batch_size):
+        spans = [spans_of(chat, plain[row], prompts[row]) for row in batch.rows]
+        total += attention_to_spans(session.loaded, batch, heads, spans).sum(0)
+    return total / len(prompts)
+
+
+def _template_start(chat: ChatFormat) -> int:
+    """Tokens before the user's text."""
+    encoded = [chat.encode(probe) for probe in PROBES]
+    shared = 0
+    while all(len(ids) > shared for ids in encoded) and len({ids[shared] for ids in encoded}) == 1:
+        shared += 1
+    return shared
+
+
+def _ids(chat: ChatFormat, text: str) -> list[int]:
+    return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])

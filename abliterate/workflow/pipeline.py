@@ -1,0 +1,218 @@
+"""The stages, in order: measure, select, edit, verify, evaluate.  Each takes values and returns one.
+
+Nothing here prints; ``on_event`` hears what happens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint import direction_file as direction_files
+from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
+from abliterate.checkpoint.source import Checkpoint, open_folder
+from abliterate.editing.planning import plan
+from abliterate.editing.writing import edit_checkpoint
+from abliterate.errors import AbliterateError, SourceError
+from abliterate.evaluate.evaluation import EvalReport
+from abliterate.events import Noted, OnEvent, ignore
+from abliterate.method.directions import DirectionSet
+from abliterate.model import harness, vllm_backend
+from abliterate.publishing import manifest
+from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
+from abliterate.recipe import NOT_IN_WORK, Recipe
+from abliterate.verification.checkpoint_proof import verify_bytes
+from abliterate.verification.report import VerifyReport
+from abliterate.workflow.finding import measure, select, work_fingerprint
+from abliterate.workflow.passes import cost, passes_of
+from abliterate.workflow.session import Session, open_session
+from abliterate.workflow.steps import Steps
+from abliterate.workflow.trials import EDITED, Proof, side_by_side, task_request
+
+STEPS = "steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a whole run did.  ``evaluation`` is None when the run was asked to skip it."""
+
+    out: Path
+    plan: EditPlan
+    directions: DirectionSet
+    verification: VerifyReport
+    evaluation: EvalReport | None
+
+
+def edit(
+    edit_plan: EditPlan,
+    directions: DirectionSet,
+    output: OutputFolder,
+    recipe: Recipe,
+    *,
+    on_event: OnEvent = ignore,
+) -> None:
+    """Write the edited checkpoint, without manifest and card, into ``output``."""
+    base = edit_plan.checkpoint
+    edit_checkpoint(
+        edit_plan,
+        directions.direction[:, None],
+        output,
+        rounding=recipe.rounding,
+        memory_bytes=recipe.edit_memory_bytes,
+        on_event=on_event,
+    )
+    keep_origin(base, directions, recipe, output)
+
+
+def verify(
+    session: Session,
+    edit_plan: EditPlan,
+    directions: DirectionSet,
+    written: Path,
+    *,
+    behaviour: bool = True,
+    on_event: OnEvent = ignore,
+) -> VerifyReport:
+    """Prove the checkpoint in ``written`` on its bytes and, with ``behaviour``, against hooks on the base.
+
+    Raises:
+        SourceError: something cannot be read.
+    """
+    on_bytes = verify_bytes(edit_plan, directions.direction[:, None], written, on_event=on_event)
+    if not behaviour or not on_bytes.ok:
+        return VerifyReport(bytes=on_bytes, behaviour=None)
+    say_cost(session, passes_of(session.recipe, ["verify"]))
+    edited = open_folder(written, name=str(written))
+    proof = Proof(plan=edit_plan, directions=directions)
+    compared, _ = side_by_side(session, [(EDITED, edited)], proof=proof, with_replies=False, on_event=on_event)
+    return VerifyReport(bytes=on_bytes, behaviour=compared)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Find out before hours of work what an evaluation would stop at after them.
+
+    Raises:
+        UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
+    """
+    if recipe.backend == "vllm":
+        vllm_backend.check_vllm(dtype=recipe.dtype, controls=recipe.controls)
+    harness.check_tasks(task_request(recipe))
+
+
+def evaluate(
+    session: Session,
+    others: Sequence[tuple[str, Checkpoint]],
+    *,
+    directions: DirectionSet | None = None,
+    on_event: OnEvent = ignore,
+) -> EvalReport:
+    """Compare replies and distributions of the base and other checkpoints (name, checkpoint) on the test prompts.
+
+    ``directions``, where known, are what the controls of the recipe and the components of prompts refer to.
+
+    Raises:
+        SourceError: one of them cannot be loaded.
+    """
+    check_evaluation(session.recipe)
+    for checkpoint in [session.checkpoint, *(other for _, other in others)]:
+        replace(session, checkpoint=checkpoint).modes  # noqa: B018 - refused before long work
+    controls = session.recipe.controls and directions is not None
+    say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
+    _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
+    if evaluated is None:
+        raise AssertionError("replies were asked for")
+    return evaluated
+
+
+def run(
+    model: str | Path | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    direction: DirectionSet | None = None,
+    with_evaluation: bool = True,
+    on_event: OnEvent = ignore,
+) -> RunResult:
+    """The whole job: plan, measure, select, edit, verify, evaluate, card, manifest; then, and only then, ``out``.
+
+    A run that was stopped continues where it was: the direction and the finished shards are kept in ``out.partial``.
+
+    Raises:
+        AbliterateError: see ``errors`` for everything that can go wrong.
+    """
+    if with_evaluation:
+        check_evaluation(recipe)
+    session = open_session(model, recipe, revision=revision, on_event=on_event)
+    edit_plan = plan(session.checkpoint, **recipe.plan_options)
+    recipe = session.recipe
+    contrast = session.contrast  # bad prompts fail here, before minutes of work
+    if with_evaluation:
+        session.modes  # noqa: B018 - and a template without a switch for thinking
+    output = prepare(
+        out,
+        source=session.checkpoint.folder,
+        fingerprint=fingerprint_of(edit_plan, recipe, direction),
+        needed_bytes=edit_plan.output_bytes,
+    )
+    directions = direction or _resume_direction(output)
+    measuring_first = directions is None
+    stages = [*(("measure", "select") if measuring_first else ()), "verify", *(("replies",) if with_evaluation else ())]
+    passes = passes_of(recipe, stages)
+    if directions is None:
+        say_cost(session, passes)
+        try:
+            with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
+                measured = measure(session, steps=steps, on_event=on_event)
+                directions = select(session, measured, steps=steps, on_event=on_event)
+                direction_files.save(directions, output.private / DIRECTION_FILE)
+        except AbliterateError:
+            output.discard()  # there is nothing in it yet, and another try may differ
+            raise
+    edit(edit_plan, directions, output, recipe, on_event=on_event)
+    verification = verify(session, edit_plan, directions, output.path, behaviour=False, on_event=on_event)
+    require_verified(verification, output)
+    if not measuring_first:
+        say_cost(session, passes)  # only here: the edit and its proof need no model in memory
+    edited = open_folder(output.path, name=str(out))
+    behaviour, evaluated = side_by_side(
+        session,
+        [(EDITED, edited)],
+        proof=Proof(plan=edit_plan, directions=directions),
+        directions=directions,
+        controls=recipe.controls,
+        with_replies=with_evaluation,
+        on_event=on_event,
+    )
+    verification = VerifyReport(bytes=verification.bytes, behaviour=behaviour)
+    require_verified(verification, output)
+    document = manifest.build(
+        edit_plan, directions, recipe, prompts=contrast.hashes(), verification=verification, evaluation=evaluated
+    )
+    manifest.finish(output, edit_plan, document)
+    return RunResult(
+        out=output.finish(), plan=edit_plan, directions=directions, verification=verification, evaluation=evaluated
+    )
+
+
+def say_cost(session: Session, passes: dict[str, int]) -> None:
+    """Load the model and, where it runs out of core, say what that will cost."""
+    if session.loaded.offload is not None:
+        session.on_event(Noted(text=cost(session.loaded.offload.size_bytes, passes)))
+
+
+def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
+    """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
+    options = recipe.model_dump(exclude=NOT_IN_WORK)
+    given = None if direction is None else direction.sha256
+    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
+
+
+def _resume_direction(output: OutputFolder) -> DirectionSet | None:
+    path = output.private / DIRECTION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return direction_files.load(path)
+    except SourceError:
+        return None  # cut off while it was written: measure again

@@ -1,0 +1,129 @@
+"""Is a checkpoint what its manifest says?  The edit is made again, and its bytes are compared by their hashes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from abliterate.checkpoint import direction_file as direction_files
+from abliterate.checkpoint.directio import SourceFile
+from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
+from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.source import Checkpoint, open_folder
+from abliterate.editing.planning import plan
+from abliterate.events import OnEvent, ignore
+from abliterate.publishing import manifest
+from abliterate.workflow import pipeline
+from abliterate.workflow.session import open_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reproduction:
+    """What making a checkpoint again gave.
+
+    ``shards`` and ``tensors`` name what came out otherwise, ``changed`` the shards of the folder that are no longer
+    what its manifest says.  ``direction_agrees`` compares the vector; ``differences`` are versions and hardware, then
+    and now.  ``recorded`` is False where the manifest holds no hashes (an ``edit`` that was never verified): then the
+    folder itself is what is compared with.
+    """
+
+    shards: tuple[str, ...]
+    tensors: tuple[str, ...]
+    changed: tuple[str, ...]
+    direction_agrees: bool
+    measured: bool
+    recorded: bool
+    differences: Mapping[str, tuple[str, str]]
+
+    @property
+    def agrees(self) -> bool:
+        """Every byte came out again, and the folder still holds them."""
+        return not self.shards and not self.changed
+
+
+def reproduce(
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    measure: bool = False,
+    beside: Path | None = None,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> Reproduction:
+    """Make ``folder`` again from its manifest in a temporary folder beside it (or in ``beside``), and compare.
+
+    ``measure`` takes the direction from the prompts again instead of from the direction file.
+
+    Raises:
+        CheckpointError: not a folder that abliterate finished.
+        NotEnoughDiskError: a second copy does not fit on the disk.
+    """
+    document = manifest.read(folder)
+    recipe = manifest.recipe_of(document).with_changes({"trust_remote_code": trust_remote_code})
+    source = document["source"]
+    revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
+    session = open_session(base or source["name"], recipe, revision=revision, on_event=on_event)
+    made = plan(session.checkpoint, **recipe.plan_options)
+    if measure:
+        directions = pipeline.select(session, pipeline.measure(session, on_event=on_event), on_event=on_event)
+    else:
+        directions = direction_files.load(folder / document["direction"]["file"])
+    ours = open_folder(folder, name=str(folder))
+    expected = (document["verification"] or {}).get("sha256") or {}
+    found = {shard.name: sha256_file(folder / shard.name) for shard in ours.shards}
+    place = beside or folder.absolute().parent
+    with TemporaryDirectory(dir=place, prefix=f".{folder.name}.reproduce-") as temporary:
+        output = prepare(
+            Path(temporary) / "again",
+            source=session.checkpoint.folder,
+            fingerprint="reproduce",
+            needed_bytes=made.output_bytes,
+        )
+        pipeline.edit(made, directions, output, recipe, on_event=on_event)
+        again = open_folder(output.path, name="again")
+        other = [
+            shard.name
+            for shard in again.shards
+            if sha256_file(again.folder / shard.name) != (expected or found).get(shard.name)
+        ]
+        tensors = _other_tensors(again, ours, other, document)
+    return Reproduction(
+        shards=tuple(other),
+        tensors=tuple(tensors),
+        changed=tuple(name for name, digest in found.items() if expected and expected.get(name) != digest),
+        direction_agrees=directions.sha256 == document["direction"]["sha256"],
+        measured=measure,
+        recorded=bool(expected),
+        differences=_differences(document),
+    )
+
+
+def _other_tensors(again: Checkpoint, ours: Checkpoint, shards: list[str], document: Mapping[str, Any]) -> list[str]:
+    """The tensors of ``shards`` that came out otherwise: against their recorded hash, or else against the folder."""
+    recorded = {entry["name"]: entry["sha256_after"] for entry in (document["verification"] or {}).get("edited", ())}
+    names = []
+    for tensor in again.tensors.values():
+        if tensor.shard not in shards:
+            continue
+        expected = recorded.get(tensor.name)
+        if expected is None and tensor.name in ours.tensors:
+            expected = _hash(ours, tensor.name)
+        if _hash(again, tensor.name) != expected:
+            names.append(tensor.name)
+    return names
+
+
+def _hash(checkpoint: Checkpoint, name: str) -> str:
+    tensor = checkpoint.tensors[name]
+    with SourceFile(checkpoint.folder / tensor.shard) as file:
+        return sha256_tensor(file, tensor)
+
+
+def _differences(document: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Versions and hardware, then and now, where they are not the same."""
+    then = {**document["versions"], **document.get("machine", {})}
+    now = {**manifest.versions(), **manifest.machine()}
+    return {
+        name: (str(then.get(name, "not recorded")), value) for name, value in now.items() if then.get(name) != value
+    }

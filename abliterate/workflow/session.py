@@ -1,0 +1,134 @@
+"""A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
+
+import gc
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.checkpoint.hub import fetch
+from abliterate.checkpoint.source import Checkpoint
+from abliterate.data.bundled import BUNDLED_NAME, is_bundled, open_model
+from abliterate.errors import PromptError
+from abliterate.events import OnEvent, ignore
+from abliterate.model.chat import ChatFormat
+from abliterate.model.forward import padding_is_harmless
+from abliterate.model.load import LoadedModel, load_model, load_tokenizer
+from abliterate.model.memory import available_bytes
+from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, SplitSizes, contrast_set
+from abliterate.model.thinking import DEFAULT, Mode, modes_of
+from abliterate.recipe import Recipe
+
+PROBE = "What is the capital of France?"
+"""Any prompt: run alone and beside a longer one."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """``checkpoint`` under ``recipe``.  The model is loaded when first asked for, and dropped with the session."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    on_event: OnEvent = ignore
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model in memory."""
+        return load_model(
+            fetch(self.checkpoint),
+            device=self.recipe.device,
+            dtype=self.recipe.dtype,
+            trust_remote_code=self.recipe.trust_remote_code,
+            memory_bytes=self.recipe.memory_bytes or available_bytes(),
+            device_bytes=self.recipe.device_memory_bytes,
+            on_event=self.on_event,
+        )
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The model's chat template, and whether the model bears padding."""
+        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+        chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
+        return chat
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+
+        Raises:
+            UsageError: thinking cannot be switched.
+        """
+        if not self.recipe.thinking:
+            return (DEFAULT,)
+        return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
+        """The tokenizer, for which no model is loaded."""
+        options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
+        return load_tokenizer(fetch(self.checkpoint).folder, **options)
+
+    def chat_in(self, mode: Mode) -> ChatFormat:
+        """The chat format in one of the modes."""
+        if not mode.options:
+            return self.chat
+        chat = self.encoder_in(mode)
+        chat.pads = self.chat.pads
+        return chat
+
+    def encoder_in(self, mode: Mode) -> ChatFormat:
+        """The same for who needs token ids alone: no model is loaded."""
+        return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
+
+    def release(self) -> None:
+        """Let go of the model; it is loaded again when next asked for."""
+        self.__dict__.pop("loaded", None)
+        gc.collect()  # modules that know who loads them are cycles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def contrast(self) -> ContrastSet:
+        """The prompts of the recipe."""
+        return prompts_of(self.recipe)
+
+
+def open_session(
+    model: str | Path | None, recipe: Recipe, *, revision: str | None = None, on_event: OnEvent = ignore
+) -> Session:
+    """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
+
+    Raises:
+        SourceError: it cannot be opened or fetched.
+    """
+    checkpoint = fetch(open_model(model, revision=revision))
+    return Session(checkpoint=checkpoint, recipe=with_default_prompts(model, recipe), on_event=on_event)
+
+
+def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
+    """``recipe``; where it names no prompts: the bundled model's own for that model, ``CONTRAST`` for others, and with
+    those ``LOOK_ALIKE``."""
+    if recipe.harmful or recipe.harmless:
+        return recipe
+    if is_bundled(model):
+        source = f"bundled:{BUNDLED_NAME}"
+        return recipe.with_changes({"harmful": source, "harmless": source})
+    changes = {"harmful": CONTRAST, "harmless": CONTRAST, "look_alike": recipe.look_alike or LOOK_ALIKE}
+    return recipe.with_changes(changes)
+
+
+def prompts_of(recipe: Recipe) -> ContrastSet:
+    """The contrast set a recipe names.
+
+    Raises:
+        PromptError: a source is missing or unusable.
+    """
+    if not recipe.harmful or not recipe.harmless:
+        raise PromptError(
+            "two prompt sources are needed: prompts the model declines, and prompts it answers",
+            "give both --harmful and --harmless, or neither for the bundled ones",
+        )
+    sizes = SplitSizes(train=recipe.n_train, val=recipe.n_val, test=recipe.n_test)
+    return contrast_set(recipe.harmful, recipe.harmless, sizes=sizes, seed=recipe.seed)
