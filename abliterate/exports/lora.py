@@ -56,7 +56,9 @@ def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterR
         PlanRefusedError: nothing of the plan can be expressed.
         OutputError: ``out`` exists, or lies in the base.
     """
-    left_out = {writer.name: why for writer in plan.writers if (why := not_expressible(writer, plan))}
+    left_out = {
+        writer.name: why for writer in plan.writers if (why := not_expressible(writer, plan.edits[writer.tensor.name]))
+    }
     expressed = [writer for writer in plan.writers if writer.name not in left_out]
     if not expressed:
         raise PlanRefusedError(
@@ -86,9 +88,8 @@ def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterR
     )
 
 
-def not_expressible(writer: Writer, plan: EditPlan) -> str:
+def not_expressible(writer: Writer, edit: WeightEdit) -> str:
     """Why an adapter cannot hold the edit of ``writer``; empty where it can."""
-    edit = plan.edits[writer.tensor.name]
     if edit.scales:
         return "its columns keep their lengths, which is no change of low rank"
     if edit.constant is not None:
