@@ -311,13 +311,21 @@ def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> dict[s
     for spec in specs:
         name = spec.site_name.replace("{layer}", str(layer))
         if name in modules:
-            found.setdefault(name, (modules[name], kind_of(spec.role)))
+            if name not in found or _has(modules[name], spec):
+                found[name] = (modules[name], kind_of(spec.role))
             empty.discard(spec.slot)
         elif not spec.slot and not spec.optional:
             raise AttributeError(f"has no module '{name}'")
     if empty:
         raise AttributeError(f"block {layer} has no module for its {', '.join(map(str, sorted(map(str, empty))))}")
     return found
+
+
+def _has(site: nn.Module, spec: WriterSpec) -> bool:
+    """Whether the writer of ``spec`` lies in ``site``: a site may be what any of several kinds of blocks add."""
+    inside = spec.name.removeprefix(f"{spec.site_name}.")
+    first = inside.split(".")[0]
+    return inside != spec.name and first in {*dict(site.named_children()), *dict(site.named_parameters(recurse=False))}
 
 
 def resolve_device(device: Device) -> torch.device:
