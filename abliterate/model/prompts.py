@@ -251,7 +251,7 @@ def _from_hub(source: str) -> list[Prompt]:
 
 
 def _own_sets() -> Path:
-    return Path(__file__).parent.parent / "prompt_sets"
+    return Path(__file__).parent.parent / "data" / "prompt_sets"
 
 
 def _no_such_set(name: str) -> PromptError:
