@@ -15,7 +15,7 @@ from torch import Tensor
 from abliterate.arch.registry import family_of
 from abliterate.errors import UsageError
 from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.events import Advanced, Finished, Started
 from abliterate.method.directions import DirectionSet
 from abliterate.model.attribution import Attribution, attention_to_spans, attribute
 from abliterate.model.chat import PROBES, ChatFormat
@@ -31,7 +31,6 @@ def inspect(
     *,
     suffix: str = "",
     n_prompts: int = 32,
-    on_event: OnEvent = ignore,
 ) -> Inspection:
     """Measure test prompts of both classes and, with ``suffix``, harmful ones behind which it or a random text of as
     many tokens is put.
@@ -45,6 +44,7 @@ def inspect(
             f"the direction has {directions.d_model} components, {loaded.name} has {loaded.d_model}",
             "use one that was measured on this model",
         )
+    on_event = session.on_event
     family = family_of(session.checkpoint.config, where=session.checkpoint.name)
     harmful = session.contrast.harmful_test.texts[:n_prompts]
     sets = {"harmful": harmful, "harmless": session.contrast.harmless_test.texts[:n_prompts]}

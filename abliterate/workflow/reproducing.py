@@ -66,7 +66,7 @@ def reproduce(
     session = open_session(base or source["name"], recipe, revision=revision, on_event=on_event)
     made = plan(session.checkpoint, **recipe.plan_options)
     if measure:
-        directions = pipeline.select(session, pipeline.measure(session, on_event=on_event), on_event=on_event)
+        directions = pipeline.select(session, pipeline.measure(session))
     else:
         directions = direction_files.load(folder / document["direction"]["file"])
     ours = open_folder(folder, name=str(folder))

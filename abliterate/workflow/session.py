@@ -27,7 +27,10 @@ PROBE = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class Session:
-    """``checkpoint`` under ``recipe``.  The model is loaded when first asked for, and dropped with the session."""
+    """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
+
+    The model is loaded when first asked for, and dropped with the session.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -63,6 +66,14 @@ class Session:
         if not self.recipe.thinking:
             return (DEFAULT,)
         return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+
+    def check_modes(self) -> None:
+        """Check, before hours of work, that the template can switch thinking as the recipe wants; no model is loaded.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        _ = self.modes
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers

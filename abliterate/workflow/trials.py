@@ -18,7 +18,7 @@ from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalRe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
-from abliterate.events import OnEvent, ignore
+from abliterate.events import OnEvent
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
 from abliterate.model import equivalence
@@ -156,7 +156,6 @@ def side_by_side(
     directions: DirectionSet | None = None,
     controls: bool = False,
     with_replies: bool = True,
-    on_event: OnEvent = ignore,
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
@@ -167,7 +166,7 @@ def side_by_side(
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
-        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=on_event)
+        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
     hooked = compared = None
     if proof is not None:
         hooked = equivalence.hooked_base(
