@@ -80,7 +80,8 @@ def each_job(
         yield from ((batch, job()) for batch, job in jobs)
         return
     waiting = list(jobs)
-    shapes = [(*batch.input_ids.shape, new_tokens) for batch, _ in waiting]
+    sizes = (batch.input_ids.shape for batch, _ in waiting)
+    shapes = [(rows, width, new_tokens) for rows, width in sizes]
     for group in fitting(loaded, shapes, result_bytes=result_bytes):
         chosen = waiting[group.start : group.stop]
         results = run_together(loaded, [job for _, job in chosen])

@@ -208,8 +208,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any
     folder = checkpoint.folder
     config = AutoConfig.from_pretrained(folder, **options)
     for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config  # what is quantised has been decoded by the time it is a parameter
+        vars(part).pop("quantization_config", None)  # what is quantised is decoded before it is a parameter
     trusted = {"trust_remote_code": options.get("trust_remote_code", False)}
     with torch.device("meta"):
         kind = type(_auto_class(checkpoint).from_config(config, **trusted))

@@ -210,7 +210,11 @@ def _part(name: str, match: re.Match[str] | None, matcher: Matcher | None, n_lay
 
 
 def _bytes_in(tensor: Stored, dtype: torch.dtype | str) -> int:
-    if isinstance(dtype, str) and isinstance(tensor, Packed):
-        dtype = QUANTISED_DTYPE
-    bits = DTYPE_BITS[tensor.dtype] if isinstance(dtype, str) else dtype.itemsize * 8
+    """Bytes of a tensor once it is loaded in ``dtype``; "auto" is the stored one, or the one that it is decoded to."""
+    if isinstance(dtype, torch.dtype):
+        bits = dtype.itemsize * 8
+    elif isinstance(tensor, Packed):
+        bits = QUANTISED_DTYPE.itemsize * 8
+    else:
+        bits = DTYPE_BITS[tensor.dtype]
     return tensor.numel * bits // 8
