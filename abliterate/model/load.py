@@ -176,16 +176,16 @@ def _placement(
     def planned(room: int | None) -> MemoryPlan:
         return plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=room)
 
-    if not rooms and (plan := planned(None)).mode == "resident":
-        return Placement(room_bytes=memory_bytes - plan.resident_bytes)
+    if not rooms and (plan := planned(None)).mode == "held":
+        return Placement(room_bytes=memory_bytes - plan.held_bytes)
     for number, room in rooms.items():
-        if (plan := planned(room)).mode == "resident":
-            return Placement(device_map={"": number}, room_bytes=room - plan.resident_bytes)
+        if (plan := planned(room)).mode == "held":
+            return Placement(device_map={"": number}, room_bytes=room - plan.held_bytes)
     if len(rooms) > 1:
         # One GPU after the other is filled, and the last block that does not fit leaves a gap.
         gap = sizes_of(checkpoint, family, dtype=dtype)[0].passing_bytes(prefetch=False)
         usable = {number: room - working_bytes(room) for number, room in rooms.items() if room > 2 * gap}
-        if planned(sum(usable.values()) - gap * len(usable)).mode == "resident":
+        if planned(sum(usable.values()) - gap * len(usable)).mode == "held":
             left = min(working_bytes(rooms[number]) for number in usable)
             return Placement(device_map="sequential", max_memory=usable, room_bytes=left)
     plan = planned(next(iter(rooms.values()), None))
