@@ -98,8 +98,9 @@ class Editor:
     def write_shard(
         self, shard: Shard, target: Path, *, header: bytes | None = None, copied: TensorInfo | None = None
     ) -> None:
-        """Write one edited shard to ``target`` and flush it to disk; with another ``header``, and a tensor ``copied``
-        to its end.
+        """Write one edited shard to ``target`` and flush it to disk.
+
+        It gets another ``header`` where one is given, and the tensor ``copied`` at its end.
         """
         patches: list[LatePatch] = []
         byte_ranges = list(self._byte_ranges(shard, patches))

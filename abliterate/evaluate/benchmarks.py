@@ -84,8 +84,10 @@ def scores_of(
 
 
 def published_for(base: str, tasks: Sequence[str]) -> dict[str, str]:
-    """What Arditi et al. 2024 give for these tasks: the delta of this very model if it is one of theirs, or the range
-    over theirs."""
+    """What Arditi et al. 2024 give for these tasks, as text by task.
+
+    It is the change of ``base`` where that is one of their models, else the range over their models.
+    """
     found = {}
     for task in tasks:
         entry = _published()["tasks"].get(task)

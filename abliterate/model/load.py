@@ -135,8 +135,11 @@ def _check_known_method(checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where weights go: held as ``device_map`` and ``max_memory`` of transformers say, with ``room_bytes`` left (None:
-    whatever is free); or, with ``budget_bytes``, through so much memory, out of core."""
+    """Where weights go.
+
+    With ``budget_bytes`` they pass through so much memory, out of core.  Else the model is held where ``device_map``
+    and ``max_memory`` of transformers say; ``room_bytes`` are left beside it (None: whatever is free).
+    """
 
     device_map: str | dict[str, Any] | None = None
     max_memory: dict[int, int] | None = None
@@ -167,8 +170,11 @@ def _placement(
     memory_bytes: int | None,
     on_event: OnEvent,
 ) -> Placement:
-    """Held by the host, by the first of the GPUs with ``rooms`` that holds all, or by several; else out of core, where
-    the first one computes."""
+    """Decide where the weights go; ``rooms`` are the bytes that may be used of each GPU, by number.
+
+    The model is held by the host where there is no GPU, by the first GPU that it fits into, or by several.  Where it
+    fits nowhere it runs out of core, and the first GPU computes.
+    """
     if memory_bytes is None:
         number = next(iter(rooms), None)
         return Placement(device_map="auto" if len(rooms) > 1 else None if number is None else {"": number})

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from abliterate.arch.model_map import DRAFTS, MatcherCache, config_sizes, quantisation, text_config
-from abliterate.arch.packed import Packed
+from abliterate.arch.model_map import DRAFTS, MatcherCache
+from abliterate.arch.packed import Packed, quantisation, text_config
+from abliterate.arch.sizes import config_sizes
 from abliterate.arch.spec import Family, Matcher
 from abliterate.checkpoint.header import DTYPE_BITS
 from abliterate.checkpoint.source import Checkpoint

@@ -32,8 +32,9 @@ def inspect(
     suffix: str = "",
     n_prompts: int = 32,
 ) -> Inspection:
-    """Measure test prompts of both classes and, with ``suffix``, harmful ones behind which it or a random text of as
-    many tokens is put.
+    """Measure how test prompts of both classes carry the direction, and what writes it.
+
+    With ``suffix``, harmful prompts are measured with it behind them as well, and with a random text of as many tokens.
 
     Raises:
         UsageError: the direction does not fit the model.
@@ -88,8 +89,10 @@ def random_text(chat: ChatFormat, n_tokens: int, *, seed: int) -> str:
 
 
 def spans_of(chat: ChatFormat, plain: str, prompt: str) -> tuple[slice, slice, slice]:
-    """Where instruction, suffix and the template behind them lie, counted from the end: ``prompt`` is ``plain`` and
-    perhaps a suffix."""
+    """The tokens of the instruction, of the suffix and of the template behind them, counted from the end.
+
+    ``prompt`` is ``plain``, with or without a suffix.
+    """
     whole, end = len(chat.encode(prompt)), len(chat.suffix)
     added = whole - len(chat.encode(plain))
     start = _template_start(chat)

@@ -119,8 +119,10 @@ def open_session(
 
 
 def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
-    """``recipe``; where it names no prompts: the bundled model's own for that model, ``CONTRAST`` for others, and with
-    those ``LOOK_ALIKE``."""
+    """``recipe`` with prompts where it names none.
+
+    The bundled model gets its own; every other model gets ``CONTRAST``, and ``LOOK_ALIKE`` beside it.
+    """
     if recipe.harmful or recipe.harmless:
         return recipe
     if is_bundled(model):

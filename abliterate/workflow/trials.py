@@ -203,8 +203,9 @@ def _how(request: TaskRequest, base: str) -> Benchmarks:
 
 
 def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:
-    """What the recipe's guard model says to each model's replies to harmful prompts, without their thinking: its name,
-    and how many it says yes to, of those it gave an answer on.
+    """The name of the recipe's guard model, and how many replies to harmful prompts it says yes to, by model.
+
+    It is shown replies without their thinking.  Replies on which it gives no answer are not counted.
 
     Raises:
         UsageError, CheckpointError: there is no such judge, or it cannot be loaded.
