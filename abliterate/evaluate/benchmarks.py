@@ -56,7 +56,7 @@ class Benchmarks:
 def scores_of(
     results: Mapping[str, Any], base: Mapping[str, Any] | None, asked: Sequence[str]
 ) -> tuple[TaskScore, ...]:
-    """Every task and metric of ``results`` (what lm-eval gives back), held against ``base``; None: it is the base."""
+    """Every task and metric of ``results`` (what lm-eval gives back), compared with ``base``; None: it is the base."""
     found = []
     parts = {part for below in results.get("group_subtasks", {}).values() for part in below}
     for task, metrics in results["results"].items():

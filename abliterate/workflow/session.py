@@ -1,4 +1,4 @@
-"""A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
+"""A checkpoint opened for work: its model, its chat format and its prompts, each made once, when first asked for."""
 
 import gc
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Session:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model in memory."""
+        """The model, held or out of core."""
         return load_model(
             fetch(self.checkpoint),
             device=self.recipe.device,
@@ -51,14 +51,14 @@ class Session:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """The model's chat template, and whether the model bears padding."""
+        """The model's chat format, which knows whether the model may be given padding."""
         chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
 
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
-        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+        """The modes in which an evaluation asks the model, by the recipe; only the tokenizer is loaded for it.
 
         Raises:
             UsageError: thinking cannot be switched.
@@ -77,7 +77,7 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
-        """The tokenizer, for which no model is loaded."""
+        """The tokenizer; no model is loaded."""
         options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
         return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
@@ -90,11 +90,11 @@ class Session:
         return chat
 
     def encoder_in(self, mode: Mode) -> ChatFormat:
-        """The same for who needs token ids alone: no model is loaded."""
+        """The chat format in one of the modes, for token ids only; no model is loaded."""
         return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
 
     def release(self) -> None:
-        """Let go of the model; it is loaded again when next asked for."""
+        """Free the memory of the model; it is loaded again when next asked for."""
         self.__dict__.pop("loaded", None)
         gc.collect()  # modules that know who loads them are cycles
         if torch.cuda.is_initialized():
@@ -109,7 +109,7 @@ class Session:
 def open_session(
     model: str | Path | None, recipe: Recipe, *, revision: str | None = None, on_event: OnEvent = ignore
 ) -> Session:
-    """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
+    """Open ``model`` with all its files on this disk; None is the bundled tiny chat model with its own prompts.
 
     Raises:
         SourceError: it cannot be opened or fetched.
