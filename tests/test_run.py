@@ -234,7 +234,7 @@ def test_the_memory_budget_of_the_recipe_is_that_of_the_proof(monkeypatch, few_f
 
     monkeypatch.setattr(pipeline, "verify_bytes", watched)
     session = open_session(None, FEW.with_changes({"memory_bytes": 2**21}))
-    assert pipeline.verify(session, few_finished.plan, few_finished.directions, few_finished.out, behaviour=False).ok
+    assert pipeline.verify(session, few_finished.plan, few_finished.out, behaviour=False).ok
     assert abliterate.verify(few_finished.out, changes={"memory_bytes": 2**22}, behaviour=False).ok
     assert budgets == [2**21, 2**22]
 

@@ -83,16 +83,16 @@ def plan_memory(
     ``memory_bytes`` is.  Without ``memory_bytes`` the model is held, wherever accelerate puts it.
     """
     sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
-    resident = whole_bytes(sizes, embedding)
+    held = whole_bytes(sizes, embedding)
     if device_bytes is not None and is_decodable(checkpoint):
         whole, embedding = sizes_of(checkpoint, family, dtype=dtype, decoded=False)  # as an accelerator holds them
-        resident = whole_bytes(whole, embedding)
+        held = whole_bytes(whole, embedding)
     budget = memory_bytes if device_bytes is None or memory_bytes is None else device_bytes
-    fits = budget is None or resident + working_bytes(budget) <= budget
+    fits = budget is None or held + working_bytes(budget) <= budget
     return MemoryPlan(
         mode="held" if fits else "lockstep",
         budget_bytes=budget,
-        held_bytes=resident,
+        held_bytes=held,
         lockstep_bytes=sizes.passing_bytes(prefetch=True) + working_bytes(budget),
     )
 
