@@ -69,7 +69,7 @@ def measure(
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``pipeline.measure``."""
     session = open_session(model, recipe or Recipe(), on_event=on_event)
-    return pipeline.measure(session, covariance=Path(covariance) if covariance else None, on_event=on_event)
+    return pipeline.measure(session, covariance=Path(covariance) if covariance else None)
 
 
 def select(
@@ -80,7 +80,7 @@ def select(
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Score and choose among measured candidates; see ``pipeline.select``."""
-    return pipeline.select(open_session(model, recipe or Recipe(), on_event=on_event), directions, on_event=on_event)
+    return pipeline.select(open_session(model, recipe or Recipe(), on_event=on_event), directions)
 
 
 def inspect(
@@ -92,9 +92,7 @@ def inspect(
     on_event: OnEvent = ignore,
 ) -> Inspection:
     """What writes a direction, and how much of it prompts carry; see ``inspecting.inspect``."""
-    return inspecting.inspect(
-        open_session(model, recipe or Recipe(), on_event=on_event), directions, suffix=suffix, on_event=on_event
-    )
+    return inspecting.inspect(open_session(model, recipe or Recipe(), on_event=on_event), directions, suffix=suffix)
 
 
 def edit(
@@ -240,7 +238,7 @@ def verify(
     session = open_session(name, recipe, revision=finished.revision_of(base), on_event=on_event)
     made = finished.plan(session.checkpoint)
     has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(name)
-    report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts, on_event=on_event)
+    report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts)
     if report.ok and finished.document["verification"] is None and not finished.from_hub:
         manifest.record(finished.folder, session.checkpoint, report)
     return report
@@ -295,7 +293,7 @@ def eval(
     """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
     others = [(EDITED, fetch(open_model(edited)))]
-    return pipeline.evaluate(session, others, directions=directions, on_event=on_event)
+    return pipeline.evaluate(session, others, directions=directions)
 
 
 def compare(
@@ -308,7 +306,7 @@ def compare(
     """Hold any checkpoints against ``base`` on the same prompts; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
     opened = [(str(other), fetch(open_model(other))) for other in others]
-    return pipeline.evaluate(session, opened, on_event=on_event)
+    return pipeline.evaluate(session, opened)
 
 
 def run(

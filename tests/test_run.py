@@ -18,6 +18,7 @@ from abliterate.evaluate.replies import is_refusal
 from abliterate.events import Started
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
+from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 
 MODELS = Path(__file__).parent / "models"
@@ -222,6 +223,20 @@ def test_a_failed_verification_leaves_no_finished_folder(monkeypatch, tmp_path, 
         abliterate.run(None, tmp_path / "out", RECIPE, direction=finished.directions)
     assert error.value.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+def test_the_memory_budget_of_the_recipe_is_that_of_the_proof(monkeypatch, few_finished):
+    real, budgets = pipeline.verify_bytes, []
+
+    def watched(*args, memory_bytes, **options):
+        budgets.append(memory_bytes)
+        return real(*args, memory_bytes=memory_bytes, **options)
+
+    monkeypatch.setattr(pipeline, "verify_bytes", watched)
+    session = open_session(None, FEW.with_changes({"memory_bytes": 2**21}))
+    assert pipeline.verify(session, few_finished.plan, few_finished.out, behaviour=False).ok
+    assert abliterate.verify(few_finished.out, changes={"memory_bytes": 2**22}, behaviour=False).ok
+    assert budgets == [2**21, 2**22]
 
 
 # --- inputs that cannot work --------------------------------------------------------------------------------------

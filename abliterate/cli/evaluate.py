@@ -145,7 +145,7 @@ def _evaluate(
     quiet_transformers()
     with progress() as listen:
         session = open_session(base, settings, on_event=listen)
-        found = pipeline.evaluate(session, opened, directions=direction, on_event=listen)
+        found = pipeline.evaluate(session, opened, directions=direction)
     if report_file is not None:
         from abliterate.evaluate.page import write_report
 

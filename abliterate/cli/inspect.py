@@ -55,7 +55,7 @@ def inspect(
     quiet_transformers()
     with progress() as listen:
         session = open_session(model, settings, on_event=listen)
-        found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts, on_event=listen)
+        found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts)
     if report is not None:
         from abliterate.evaluate.inspection_page import write_inspection
 

@@ -59,7 +59,7 @@ def measure(
         session = _session(model, settings, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(settings, ["measure"]))
         with _steps(out_file, session) as steps:
-            measured = pipeline.measure(session, steps=steps, covariance=covariance, on_event=listen)
+            measured = pipeline.measure(session, steps=steps, covariance=covariance)
             save(measured, out_file)
     if json:
         show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})
@@ -112,7 +112,7 @@ def select(
         session = _session(model, settings, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(settings, ["select"]))
         with _steps(out_file, session) as steps:
-            chosen = pipeline.select(session, measured, steps=steps, on_event=listen)
+            chosen = pipeline.select(session, measured, steps=steps)
             save(chosen, out_file)
     if json:
         choice = asdict(chosen.choice) if chosen.choice else None

@@ -20,7 +20,7 @@ from abliterate.checkpoint.hub import open_remote, plain_errors
 from abliterate.checkpoint.output import OutputFolder, check_space, fingerprint
 from abliterate.checkpoint.shells import RemoteFiles, write_shell
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, looks_like_path, open_folder
-from abliterate.checkpoint.stream import one_core
+from abliterate.checkpoint.transfer import one_core
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
 from abliterate.editing.planning import along, plan
 from abliterate.editing.shards import Editor

@@ -16,7 +16,7 @@ from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
 from abliterate.errors import PromptError, UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
-from abliterate.events import Noted, OnEvent, ignore
+from abliterate.events import Noted
 from abliterate.method.directions import DirectionSet
 from abliterate.method.moments import Moments, RunningCovariance
 from abliterate.method.selection import SelectionRule, choose
@@ -29,9 +29,7 @@ from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
 
-def measure(
-    session: Session, *, steps: Steps | None = None, covariance: Path | None = None, on_event: OnEvent = ignore
-) -> DirectionSet:
+def measure(session: Session, *, steps: Steps | None = None, covariance: Path | None = None) -> DirectionSet:
     """Measure candidate directions: refusal tokens, filtered prompts, difference of means.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
@@ -43,7 +41,7 @@ def measure(
         NonFiniteError: an activation is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
-    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    options = {"batch_size": recipe.batch_size, "on_event": session.on_event}
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
     harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
     kept = measuring.Filtered(
@@ -95,9 +93,7 @@ def measure(
     return replace(measured, metadata=metadata)
 
 
-def select(
-    session: Session, directions: DirectionSet, *, steps: Steps | None = None, on_event: OnEvent = ignore
-) -> DirectionSet:
+def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Score every candidate on the validation prompts and choose one by the paper's rule.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
@@ -113,7 +109,7 @@ def select(
             f"{loaded.name} has {loaded.n_layers} of width {loaded.d_model}",
             "measure them on this model",
         )
-    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    options = {"batch_size": recipe.batch_size, "on_event": session.on_event}
     stored = directions.metadata.get("refusal_tokens", {}).get("ids")
     ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
     harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
@@ -126,7 +122,9 @@ def select(
     rule = SelectionRule(max_kl_nats=recipe.max_kl_nats, min_induce=recipe.min_induce, prune_layers=recipe.prune_layers)
     choice, judged = choose(scores, directions.n_layers, rule)
     if choice.rule == "pareto-fallback":
-        on_event(Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL"))
+        session.on_event(
+            Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL")
+        )
     return replace(directions, scores=judged, choice=choice)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
+"""A checkpoint opened for work: its model, its chat format and its prompts, each made once, when first asked for."""
 
 import gc
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ PROBE = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class Session:
-    """``checkpoint`` under ``recipe``.  The model is loaded when first asked for, and dropped with the session."""
+    """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
+
+    The model is loaded when first asked for, and dropped with the session.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -35,7 +38,7 @@ class Session:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model in memory."""
+        """The model, held or out of core."""
         return load_model(
             fetch(self.checkpoint),
             device=self.recipe.device,
@@ -48,14 +51,14 @@ class Session:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """The model's chat template, and whether the model bears padding."""
+        """The model's chat format, which knows whether the model may be given padding."""
         chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
 
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
-        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+        """The modes in which an evaluation asks the model, by the recipe; only the tokenizer is loaded for it.
 
         Raises:
             UsageError: thinking cannot be switched.
@@ -64,9 +67,17 @@ class Session:
             return (DEFAULT,)
         return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
 
+    def check_modes(self) -> None:
+        """Check, before hours of work, that the template can switch thinking as the recipe wants; no model is loaded.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        _ = self.modes
+
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
-        """The tokenizer, for which no model is loaded."""
+        """The tokenizer; no model is loaded."""
         options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
         return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
@@ -79,11 +90,11 @@ class Session:
         return chat
 
     def encoder_in(self, mode: Mode) -> ChatFormat:
-        """The same for who needs token ids alone: no model is loaded."""
+        """The chat format in one of the modes, for token ids only; no model is loaded."""
         return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
 
     def release(self) -> None:
-        """Let go of the model; it is loaded again when next asked for."""
+        """Free the memory of the model; it is loaded again when next asked for."""
         self.__dict__.pop("loaded", None)
         gc.collect()  # modules that know who loads them are cycles
         if torch.cuda.is_initialized():
@@ -98,7 +109,7 @@ class Session:
 def open_session(
     model: str | Path | None, recipe: Recipe, *, revision: str | None = None, on_event: OnEvent = ignore
 ) -> Session:
-    """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
+    """Open ``model`` with all its files on this disk; None is the bundled tiny chat model with its own prompts.
 
     Raises:
         SourceError: it cannot be opened or fetched.
@@ -108,8 +119,10 @@ def open_session(
 
 
 def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
-    """``recipe``; where it names no prompts: the bundled model's own for that model, ``CONTRAST`` for others, and with
-    those ``LOOK_ALIKE``."""
+    """``recipe`` with prompts where it names none.
+
+    The bundled model gets its own; every other model gets ``CONTRAST``, and ``LOOK_ALIKE`` beside it.
+    """
     if recipe.harmful or recipe.harmless:
         return recipe
     if is_bundled(model):

@@ -17,7 +17,7 @@ from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalRe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
-from abliterate.events import OnEvent, ignore
+from abliterate.events import OnEvent
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
 from abliterate.model import equivalence
@@ -142,7 +142,6 @@ def side_by_side(
     directions: DirectionSet | None = None,
     controls: bool = False,
     with_replies: bool = True,
-    on_event: OnEvent = ignore,
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
@@ -153,7 +152,7 @@ def side_by_side(
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
-        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=on_event)
+        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
     hooked = compared = None
     if proof is not None and proof.stream is not None:
         hooked = equivalence.hooked_base(
@@ -190,8 +189,9 @@ def _how(request: TaskRequest, base: str) -> Benchmarks:
 
 
 def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:
-    """What the recipe's guard model says to each model's replies to harmful prompts, without their thinking: its name,
-    and how many it says yes to, of those it gave an answer on.
+    """The name of the recipe's guard model, and how many replies to harmful prompts it says yes to, by model.
+
+    It is shown replies without their thinking.  Replies on which it gives no answer are not counted.
 
     Raises:
         UsageError, CheckpointError: there is no such judge, or it cannot be loaded.

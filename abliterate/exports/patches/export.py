@@ -348,7 +348,7 @@ class Pair:
         self.slabs = Slab(COPY_BYTES), Slab(COPY_BYTES)
 
     def read(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """The same stretch of both."""
+        """The same byte range of both."""
         return self.first.read(self.slabs[0], start, size), self.second.read(self.slabs[1], start + self.moved, size)
 
 
