@@ -31,8 +31,8 @@ def test_the_paper_is_the_default():
 
 def test_values_of_a_file_are_taken(tmp_path):
     recipe = load_recipe(written(tmp_path, 'tied = "shared"\nn_train = 7\nrefusal_tokens = ["I", "Sorry"]\n'))
-    assert (recipe.tied, recipe.n_train, recipe.refusal_tokens) == ("shared", 7, ("I", "Sorry"))
-    assert recipe.n_val == Recipe().n_val
+    assert (recipe.edit.tied, recipe.find.n_train, recipe.find.refusal_tokens) == ("shared", 7, ("I", "Sorry"))
+    assert recipe.find.n_val == Recipe().find.n_val
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_a_missing_recipe_is_answered_with_the_bundled_ones(name, tmp_path, monk
 def test_given_flags_win_and_absent_ones_do_not(tmp_path):
     recipe = load_recipe(written(tmp_path, 'n_train = 7\ntied = "keep"\n'))
     changed = recipe.with_changes({"tied": "shared", "n_train": None, "allow_partial": True})
-    assert (changed.tied, changed.n_train, changed.allow_partial) == ("shared", 7, True)
-    assert recipe.tied == "keep"
+    assert (changed.edit.tied, changed.find.n_train, changed.edit.allow_partial) == ("shared", 7, True)
+    assert recipe.edit.tied == "keep"
 
 
 def test_a_flag_can_switch_off_what_the_file_switches_on(tmp_path):
     recipe = load_recipe(written(tmp_path, "filter_prompts = true"))
-    assert recipe.with_changes({"filter_prompts": False}).filter_prompts is False
+    assert recipe.with_changes({"filter_prompts": False}).find.filter_prompts is False
 
 
 def test_a_bad_flag_is_refused_like_a_bad_value():

@@ -137,7 +137,7 @@ def _evaluate(
     pipeline.check_evaluation(settings)
     opened = [(name, fetch(open_model(other))) for name, other in others]
     direction = _direction_of(opened[0][1].folder)
-    if settings.controls and direction is None:
+    if settings.evaluate.controls and direction is None:
         raise UsageError(
             f"{others[0][1]}: --controls needs the direction that was removed, and none is with it",
             "give a folder that abliterate wrote, or leave out --controls",

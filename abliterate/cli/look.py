@@ -181,5 +181,5 @@ def recipes(json: opt.Json = False) -> None:
 
     shown = table("recipes", "name", "title", "max KL", "tied", right=(2,))
     for name, recipe in loaded.items():
-        shown.add_row(name, recipe.title, f"{recipe.max_kl_nats:g}", recipe.tied)
+        shown.add_row(name, recipe.title, f"{recipe.find.max_kl_nats:g}", recipe.edit.tied)
     out.print(shown)
