@@ -273,14 +273,19 @@ def stream(
     recipe: Recipe | None = None,
     revision: str | None = None,
     branch: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
-    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``."""
+    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``.
+
+    ``private`` is what the recipe says, unless given.
+    """
+    recipe = recipe or Recipe()
+    private = recipe.publish.private if private is None else private
     return relay.stream(
-        model, direction, name, Path(out), recipe or Recipe(), revision=revision, branch=branch, private=private,
-        message=message, on_event=on_event,
+        model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,
+        on_event=on_event,
     )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ class PublishOptions(Section):
 class Recipe(BaseModel):
     """One reproducible run.  ``recipes/arditi-2024.toml`` says why each default is what it is.
 
-    A flat document, as version 1 had them, is read as well, and so are flat keywords: ``Recipe(n_train=64)``.
+    A flat document, as version 1 wrote them, is read as well; so are flat keywords, ``Recipe(n_train=64)``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -304,7 +304,7 @@ def load_recipe(name: str, *, on_event: OnEvent = ignore) -> Recipe:
     if is_flat(document):
         tables = {section: names for section, names in in_tables(document).items() if section in SECTIONS}
         where = "; ".join(f"[{section}] {', '.join(names)}" for section, names in tables.items())
-        on_event(Noted(text=f"{path}: read as it is, but recipes have a table for each stage now. Write: {where}"))
+        on_event(Noted(text=f"{path} has the old form, and is read all the same; options now stand in tables: {where}"))
     return recipe
 
 
@@ -334,7 +334,9 @@ def _validate(document: Mapping[str, Any], where: str) -> Recipe:
         if is_flat(document) and path[0] in SECTIONS:
             del path[0]
         key = ".".join(path)
-        hint = _allowed(path) if first["type"] == "extra_forbidden" else f"change {key}"
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"{where}: {key}: no such option here", _allowed(path)) from error
+        hint = f"write its options under [{key}]" if key in SECTIONS else f"change {key}"
         raise RecipeError(f"{where}: {key}: {first['msg']}", hint) from error
 
 
@@ -342,7 +344,9 @@ def _allowed(path: list[str]) -> str:
     """What to write instead of the unknown option at ``path``."""
     section, name = path[0] if len(path) > 1 else "", path[-1]
     if name in SECTION_OF:
-        return f"it stands in the table [{SECTION_OF[name]}]"
+        return f"{name} stands in the table [{SECTION_OF[name]}]"
+    if name == "title":
+        return "title stands above the tables"
     if section:
         return f"options of [{section}] are: {', '.join(SECTIONS[section].model_fields)}"
     tables = (f"[{its}] {', '.join(options.model_fields)}" for its, options in SECTIONS.items())
