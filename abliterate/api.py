@@ -237,7 +237,7 @@ def verify(
     recipe, name = finished.recipe, base or finished.base_name
     session = open_session(name, recipe, revision=finished.revision_of(base), on_event=on_event)
     made = finished.plan(session.checkpoint)
-    has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(name)
+    has_prompts = bool(recipe.find.harmful and recipe.find.harmless) or is_bundled(name)
     report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts)
     if report.ok and finished.document["verification"] is None and not finished.from_hub:
         manifest.record(finished.folder, session.checkpoint, report)
@@ -271,14 +271,19 @@ def stream(
     recipe: Recipe | None = None,
     revision: str | None = None,
     branch: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
-    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``."""
+    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``.
+
+    ``private`` is what the recipe says, unless given.
+    """
+    recipe = recipe or Recipe()
+    private = recipe.publish.private if private is None else private
     return relay.stream(
-        model, direction, name, Path(out), recipe or Recipe(), revision=revision, branch=branch, private=private,
-        message=message, on_event=on_event,
+        model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,
+        on_event=on_event,
     )  # fmt: skip
 
 
@@ -346,8 +351,8 @@ def reply(
     """The next assistant turn of a conversation, greedy."""
     chat_format, loaded = session.chat, session.loaded
     history = [dict(message) for message in messages]
-    if session.recipe.system is not None and history[0]["role"] != "system":
-        history.insert(0, {"role": "system", "content": session.recipe.system})
+    if session.recipe.model.system is not None and history[0]["role"] != "system":
+        history.insert(0, {"role": "system", "content": session.recipe.model.system})
     ids = chat_format.encode_messages(history)
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
@@ -356,5 +361,5 @@ def reply(
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.direction, direction.choice.layer, scale=scale)
     with context:
-        tokens = generate_ids(loaded, chat_format, batch, session.recipe.max_new_tokens)[0]
+        tokens = generate_ids(loaded, chat_format, batch, session.recipe.evaluate.max_new_tokens)[0]
     return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -206,7 +206,7 @@ def test_a_whole_run_is_the_same_out_of_core(tmp_path):
     recipe = Recipe(harmful=source, harmless=source, n_train=24, n_val=6, n_test=20)
     results = []
     for name, budget in (("whole", None), ("parts", 36 * 2**20)):
-        its = recipe if budget is None else recipe.model_copy(update={"memory_bytes": budget})
+        its = recipe if budget is None else recipe.with_changes({"memory_bytes": budget})
         notes = []
         results.append(pipeline.run(base, tmp_path / name, its, with_evaluation=False, on_event=notes.append))
         assert any("each block is read once" in getattr(note, "text", "") for note in notes) == (budget is not None)

@@ -261,7 +261,7 @@ def test_one_prompt_source_is_not_enough(tmp_path):
 
 def test_a_model_of_ones_own_gets_the_bundled_contrast_set():
     session = open_session(model_path(), Recipe())
-    assert session.recipe.harmful == session.recipe.harmless == "bundled:contrast"
+    assert session.recipe.find.harmful == session.recipe.find.harmless == "bundled:contrast"
     assert session.contrast.harmful_train.source == "bundled:contrast/harmful.train"
     assert len(session.contrast.harmless_test.prompts) == 100
     assert open_session(None, Recipe()).contrast.harmful_train.source == "bundled:tiny-chat/harmful.train"

@@ -15,10 +15,12 @@ from abliterate.workflow import finding
 from abliterate.workflow.session import open_session, prompts_of, with_default_prompts
 
 PROMPTS = """
+[evaluate]
+max_new_tokens = 6
+[find]
 n_train = 12
 n_val = 4
 n_test = 4
-max_new_tokens = 6
 refusal_tokens = ["I"]
 """
 

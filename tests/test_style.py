@@ -14,7 +14,6 @@ LONG_FILES: dict[str, str] = {}
 """Files that may be longer, each with the reason why: tables."""
 
 LONG_FUNCTIONS = {
-    "cli/run.py:run": "one parameter for each option, until they are generated from the recipe",
     "workflow/finding.py:measure": "cut into estimators with the candidates that they make",
 }
 """Functions that may be longer, each with the reason why."""

@@ -41,13 +41,13 @@ def measure(session: Session, *, steps: Steps | None = None, covariance: Path | 
         NonFiniteError: an activation is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
-    options = {"batch_size": recipe.batch_size, "on_event": session.on_event}
+    options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
     harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
     kept = measuring.Filtered(
         harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
     )
-    if recipe.filter_prompts:
+    if recipe.find.filter_prompts:
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
 
     def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def measure(session: Session, *, steps: Steps | None = None, covariance: Path | 
         "revision": session.checkpoint.revision,
         "position_tokens": list(chat.position_tokens),
         "template_sha256": chat.template_sha256,
-        "system": recipe.system,
+        "system": recipe.model.system,
         "prompts": contrast.hashes(),
         "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
         "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
@@ -109,7 +109,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
             f"{loaded.name} has {loaded.n_layers} of width {loaded.d_model}",
             "measure them on this model",
         )
-    options = {"batch_size": recipe.batch_size, "on_event": session.on_event}
+    options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     stored = directions.metadata.get("refusal_tokens", {}).get("ids")
     ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
     harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
@@ -119,7 +119,9 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     scores = measuring.score_candidates(loaded, chat, directions, prompts, ids, store=store, **options)
-    rule = SelectionRule(max_kl_nats=recipe.max_kl_nats, min_induce=recipe.min_induce, prune_layers=recipe.prune_layers)
+    rule = SelectionRule(
+        max_kl_nats=recipe.find.max_kl_nats, min_induce=recipe.find.min_induce, prune_layers=recipe.find.prune_layers
+    )
     choice, judged = choose(scores, directions.n_layers, rule)
     if choice.rule == "pareto-fallback":
         session.on_event(
@@ -136,7 +138,7 @@ def _check_room_for_covariances(session: Session) -> None:
     """
     loaded = session.loaded
     needed = 2 * loaded.n_layers * loaded.d_model**2 * torch.float64.itemsize
-    free = session.recipe.memory_bytes or available_bytes()
+    free = session.recipe.model.memory_bytes or available_bytes()
     if needed > free:
         raise UsageError(
             f"covariances of {loaded.n_layers} layers of width {loaded.d_model} take {needed / 2**30:,.2f} GiB of "
@@ -170,13 +172,13 @@ def _typical(
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
-    recipe = session.recipe.model_dump(exclude=NOT_IN_NUMBERS)
+    recipe = session.recipe.flat(without=NOT_IN_NUMBERS)
     return fingerprint({**session.checkpoint.identity(), "recipe": recipe})
 
 
 def _refusal_tokens(session: Session, options: Mapping[str, Any]) -> RefusalTokens:
-    if session.recipe.refusal_tokens:
-        return given_refusal_tokens(session.chat, session.recipe.refusal_tokens)
+    if session.recipe.find.refusal_tokens:
+        return given_refusal_tokens(session.chat, session.recipe.find.refusal_tokens)
     contrast = session.contrast
     return find_refusal_tokens(
         session.loaded, session.chat, contrast.harmful_train.texts, contrast.harmless_train.texts, **options

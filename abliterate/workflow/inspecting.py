@@ -39,7 +39,7 @@ def inspect(
     Raises:
         UsageError: the direction does not fit the model.
     """
-    loaded, chat, batch_size = session.loaded, session.chat, session.recipe.batch_size
+    loaded, chat, batch_size = session.loaded, session.chat, session.recipe.model.batch_size
     if directions.d_model != loaded.d_model:
         raise UsageError(
             f"the direction has {directions.d_model} components, {loaded.name} has {loaded.d_model}",
@@ -50,7 +50,7 @@ def inspect(
     harmful = session.contrast.harmful_test.texts[:n_prompts]
     sets = {"harmful": harmful, "harmless": session.contrast.harmless_test.texts[:n_prompts]}
     if suffix:
-        control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.seed)
+        control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.find.seed)
         sets |= {"harmful + suffix": [f"{prompt} {suffix}" for prompt in harmful]}
         sets |= {"harmful + random text": [f"{prompt} {control}" for prompt in harmful]}
     on_event(Started(task=TASK, total=sum(map(len, sets.values())), unit="prompts"))
@@ -106,7 +106,7 @@ def _attention(
     total = torch.zeros(len(heads), len(SPANS), dtype=torch.float64)
     if not heads:
         return total
-    for batch in chat.batches(prompts, session.recipe.batch_size):
+    for batch in chat.batches(prompts, session.recipe.model.batch_size):
         spans = [spans_of(chat, plain[row], prompts[row]) for row in batch.rows]
         total += attention_to_spans(session.loaded, batch, heads, spans).sum(0)
     return total / len(prompts)

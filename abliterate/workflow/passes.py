@@ -32,10 +32,10 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     Replies are written by ``models`` checkpoints and by the controls of the recipe.  They take one pass for each token,
     however many prompts there are.
     """
-    kinds = 3 if recipe.look_alike else 2
-    models = (models + (2 if recipe.controls else 0)) * (2 if recipe.thinking == "both" else 1)
-    probing = 0 if recipe.refusal_tokens else PROBE_TOKENS
-    written = 0 if recipe.backend == "vllm" else kinds * recipe.max_new_tokens
+    kinds = 3 if recipe.evaluate.look_alike else 2
+    models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
+    probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
+    written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
         "measure": probing + MEASURING,
         "select": SELECTING,

@@ -56,7 +56,7 @@ def edit(
     edit_checkpoint(
         edit_plan,
         output,
-        rounding=recipe.rounding,
+        rounding=recipe.edit.rounding,
         memory_bytes=recipe.edit_memory_bytes,
         on_event=on_event,
     )
@@ -92,8 +92,8 @@ def check_evaluation(recipe: Recipe) -> None:
     Raises:
         UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
     """
-    if recipe.backend == "vllm":
-        vllm_backend.check_vllm(dtype=recipe.dtype, controls=recipe.controls)
+    if recipe.evaluate.backend == "vllm":
+        vllm_backend.check_vllm(dtype=recipe.model.dtype, controls=recipe.evaluate.controls)
     harness.check_tasks(task_request(recipe))
 
 
@@ -113,7 +113,7 @@ def evaluate(
     check_evaluation(session.recipe)
     for checkpoint in [session.checkpoint, *(other for _, other in others)]:
         replace(session, checkpoint=checkpoint).check_modes()
-    controls = session.recipe.controls and directions is not None
+    controls = session.recipe.evaluate.controls and directions is not None
     say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls)
     if evaluated is None:
@@ -158,7 +158,7 @@ def run(
         [(EDITED, open_folder(output.path, name=str(out)))],
         proof=edit_plan,
         directions=directions,
-        controls=session.recipe.controls,
+        controls=session.recipe.evaluate.controls,
         with_replies=with_evaluation,
     )
     verification = VerifyReport(bytes=on_bytes.bytes, behaviour=behaviour)
@@ -214,7 +214,7 @@ def say_cost(session: Session, passes: dict[str, int]) -> None:
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
-    options = recipe.model_dump(exclude=NOT_IN_WORK)
+    options = recipe.flat(without=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
     return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
 

@@ -41,18 +41,18 @@ class Session:
         """The model, held or out of core."""
         return load_model(
             fetch(self.checkpoint),
-            device=self.recipe.device,
-            dtype=self.recipe.dtype,
-            trust_remote_code=self.recipe.trust_remote_code,
-            memory_bytes=self.recipe.memory_bytes or available_bytes(),
-            device_bytes=self.recipe.device_memory_bytes,
+            device=self.recipe.model.device,
+            dtype=self.recipe.model.dtype,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            memory_bytes=self.recipe.model.memory_bytes or available_bytes(),
+            device_bytes=self.recipe.model.device_memory_bytes,
             on_event=self.on_event,
         )
 
     @cached_property
     def chat(self) -> ChatFormat:
         """The model's chat format, which knows whether the model may be given padding."""
-        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
 
@@ -63,9 +63,9 @@ class Session:
         Raises:
             UsageError: thinking cannot be switched.
         """
-        if not self.recipe.thinking:
+        if not self.recipe.evaluate.thinking:
             return (DEFAULT,)
-        return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+        return modes_of(self.tokenizer, self.recipe.evaluate.thinking, name=self.checkpoint.name)
 
     def check_modes(self) -> None:
         """Check, before hours of work, that the template can switch thinking as the recipe wants; no model is loaded.
@@ -78,7 +78,7 @@ class Session:
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
         """The tokenizer; no model is loaded."""
-        options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
+        options = {"trust_remote_code": self.recipe.model.trust_remote_code, "local_files_only": True}
         return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
     def chat_in(self, mode: Mode) -> ChatFormat:
@@ -91,7 +91,9 @@ class Session:
 
     def encoder_in(self, mode: Mode) -> ChatFormat:
         """The chat format in one of the modes, for token ids only; no model is loaded."""
-        return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
+        return ChatFormat(
+            self.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name, options=mode.options
+        )
 
     def release(self) -> None:
         """Free the memory of the model; it is loaded again when next asked for."""
@@ -123,12 +125,12 @@ def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
 
     The bundled model gets its own; every other model gets ``CONTRAST``, and ``LOOK_ALIKE`` beside it.
     """
-    if recipe.harmful or recipe.harmless:
+    if recipe.find.harmful or recipe.find.harmless:
         return recipe
     if is_bundled(model):
         source = f"bundled:{BUNDLED_NAME}"
         return recipe.with_changes({"harmful": source, "harmless": source})
-    changes = {"harmful": CONTRAST, "harmless": CONTRAST, "look_alike": recipe.look_alike or LOOK_ALIKE}
+    changes = {"harmful": CONTRAST, "harmless": CONTRAST, "look_alike": recipe.evaluate.look_alike or LOOK_ALIKE}
     return recipe.with_changes(changes)
 
 
@@ -138,10 +140,10 @@ def prompts_of(recipe: Recipe) -> ContrastSet:
     Raises:
         PromptError: a source is missing or unusable.
     """
-    if not recipe.harmful or not recipe.harmless:
+    if not recipe.find.harmful or not recipe.find.harmless:
         raise PromptError(
             "two prompt sources are needed: prompts the model declines, and prompts it answers",
             "give both --harmful and --harmless, or neither for the bundled ones",
         )
-    sizes = SplitSizes(train=recipe.n_train, val=recipe.n_val, test=recipe.n_test)
-    return contrast_set(recipe.harmful, recipe.harmless, sizes=sizes, seed=recipe.seed)
+    sizes = SplitSizes(train=recipe.find.n_train, val=recipe.find.n_val, test=recipe.find.n_test)
+    return contrast_set(recipe.find.harmful, recipe.find.harmless, sizes=sizes, seed=recipe.find.seed)

@@ -159,7 +159,7 @@ class Exporter:
         """Write every different edit once; gives back the number of each writer's."""
         numbers = {id(edit): number for number, edit in enumerate(self.plan.distinct_edits)}
         for number, edit in enumerate(self.plan.distinct_edits):
-            stored = StoredEdit.of(edit, feedback=recipe.rounding == "direction")
+            stored = StoredEdit.of(edit, feedback=recipe.edit.rounding == "direction")
             self.stored[number] = stored
             for part in EDIT_PARTS:
                 self.writer.add(f"projector.{number}.{part}", getattr(stored, part))
