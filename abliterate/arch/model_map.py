@@ -18,7 +18,7 @@ from abliterate.arch.spec import DRAFTS, RESIDUAL_AXIS, Family, Matcher, WriterS
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
-from abliterate.method.stream_edit import Place
+from abliterate.method.places import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

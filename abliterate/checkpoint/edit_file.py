@@ -17,7 +17,8 @@ from torch import Tensor
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError
-from abliterate.method.stream_edit import Kind, Place, StreamEdit
+from abliterate.method.places import Kind, Place
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import ColumnScale, WeightEdit
 
 KEY = "abliterate-edit"

@@ -17,7 +17,7 @@ from abliterate.arch.spec import Family, WriterSpec, kind_of
 from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.method.stream_edit import Kind
+from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
