@@ -54,6 +54,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
         "abliterate/publishing/card.md.j2",
         "abliterate/evaluate/report.html.j2",
         "abliterate/publishing/schemas/manifest-1.schema.json",
+        "abliterate/publishing/schemas/manifest-2.schema.json",
         "abliterate/arch/families/llama.toml",
         "abliterate/data/prompt_sets/LICENSE",
         "abliterate/data/tiny_chat/model/model.safetensors.index.json",

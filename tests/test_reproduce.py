@@ -17,7 +17,7 @@ from tests import checkpoints
 from tests.test_patch import SHARD, edited_by_us, flip
 
 RECIPE = Recipe(harmful="bundled:tiny-chat", harmless="bundled:tiny-chat", max_new_tokens=8, n_test=8)
-SCHEMA = json.loads((files("abliterate") / "publishing/schemas/manifest-1.schema.json").read_text("utf-8"))
+SCHEMA = json.loads((files("abliterate") / "publishing/schemas/manifest-2.schema.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_nothing_that_is_required_may_be_missing(finished, key):
     ("path", "value"),
     [
         (("extra",), 1),
-        (("format",), "abliterate-manifest-2"),
+        (("format",), "abliterate-manifest-1"),
         (("direction", "sha256"), "abc"),
         (("edit", "exactness"), "D"),
         (("edit", "coverage"), "all"),
