@@ -10,12 +10,13 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
+from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.data.bundled import is_bundled, open_model
 from abliterate.editing.planning import plan
-from abliterate.errors import UsageError
+from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
-from abliterate.events import OnEvent, ignore
+from abliterate.events import Noted, OnEvent, ignore
 from abliterate.exports.dequantising import dequantise
 from abliterate.exports.lora import AdapterReport
 from abliterate.exports.lora import export as _export_lora
@@ -34,7 +35,8 @@ from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit
 from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.verification.comparison import diff
+from abliterate.verification.comparison import Diff
+from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import inspecting, pipeline
 from abliterate.workflow.pipeline import RunResult
@@ -121,6 +123,24 @@ def edit(
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
     manifest.finish(output, made, manifest.build(made, direction, recipe))
     return EditResult(out=output.finish(), plan=made)
+
+
+def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Diff:
+    """Compare two checkpoints; see ``verification.comparison.diff``.
+
+    Where ``edited`` is a folder that abliterate finished, its changes are held against its own plan as well.
+
+    Raises:
+        SourceError: one of them cannot be read.
+    """
+    planned = None
+    if (Path(edited) / OUR_MANIFEST).is_file():
+        try:
+            finished = FinishedEdit.open(edited)
+            planned = finished.plan(finished.open_base(base)).edits
+        except AbliterateError as error:
+            on_event(Noted(text=f"not held against the plan of {edited}: {error.message}"))
+    return _diff(base, edited, revision=revision, planned=planned, on_event=on_event)
 
 
 def dequantize(model: str | Path, out: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Path:

@@ -80,6 +80,20 @@ class EditPlan:
         """Writers to be edited against writers that exist, e.g. "57 of 57"."""
         return f"{len(self.writers)} of {self.model_map.expected}"
 
+    def _edit_json(self, edit: WeightEdit) -> dict[str, Any]:
+        """One edit of the stream as plain data: its vectors by their hash."""
+        vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
+        at = [] if self.stream is None else [self.stream.at(*writer.place) for writer in self.writers]
+        return {
+            "directions": edit.rank,
+            "strength": edit.strength,
+            "column_scale": edit.column_scale,
+            "constant": edit.constant is not None,
+            "removes": edit.removes,
+            "writers": sum(its is edit for its in at),
+            "sha256": hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in vectors)).hexdigest(),
+        }
+
     def by_role(self) -> Mapping[str, list[Writer]]:
         """Writers grouped by role, in order of appearance."""
         roles: dict[str, list[Writer]] = {}
@@ -96,7 +110,7 @@ class EditPlan:
             "family": self.model_map.family.family,
             "exactness": self.exactness,
             "claim": self.claim,
-            "edits": [_edit_json(edit, self.edits) for edit in self.distinct_edits],
+            "edits": [] if self.stream is None else [self._edit_json(edit) for edit in self.stream.edits()],
             "d_model": self.model_map.d_model,
             "n_layers": self.model_map.n_layers,
             "coverage": self.coverage,
@@ -125,20 +139,6 @@ class EditPlan:
                 for writer in self.writers
             ],
         }
-
-
-def _edit_json(edit: WeightEdit, edits: Mapping[str, WeightEdit]) -> dict[str, Any]:
-    """One edit as plain data: its vectors by their hash."""
-    vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
-    return {
-        "directions": edit.rank,
-        "strength": edit.strength,
-        "column_scale": edit.column_scale,
-        "constant": edit.constant is not None,
-        "removes": edit.removes,
-        "writers": sum(its is edit for its in edits.values()),
-        "sha256": hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in vectors)).hexdigest(),
-    }
 
 
 def untied_config(config: Mapping[str, object]) -> dict[str, object]:

@@ -125,11 +125,11 @@ def diff(
     """
     from dataclasses import asdict
 
+    from abliterate import api
     from abliterate.cli.tables import show_diff
-    from abliterate.verification.comparison import diff as compare
 
     with progress() as listen:
-        found = compare(base, edited, revision=revision, on_event=listen)
+        found = api.diff(base, edited, revision=revision, on_event=listen)
     if json:
         groups = [asdict(group) for group in found.groups]
         show_json({**asdict(found), "groups": groups, "only_writers": found.only_writers})

@@ -113,18 +113,22 @@ def show_verification(report: "VerifyReport") -> None:
     """One line of proof for each promise."""
     on_bytes, behaviour = report.bytes, report.behaviour
     mark = "[green]✓[/green]" if on_bytes.ok else "[red]✗[/red]"
+    equation, what = "W' = W - r rᵀW", "largest residual fraction"
+    if not all(proof.removes for proof in on_bytes.edited):
+        equation, what = "the equations of their edits", "farthest from what is to be left along the directions"
     out.print(
-        f"{mark} {len(on_bytes.edited)} writers satisfy W' = W - r rᵀW on the written bytes "
-        f"(largest share of r left: {on_bytes.worst_left:.1e})"
+        f"{mark} {len(on_bytes.edited)} writers satisfy {equation} on the written bytes "
+        f"({what}: {on_bytes.worst_left:.1e})"
     )
     out.print(
         f"{mark} {on_bytes.identical_tensors} other tensors and {on_bytes.identical_files} other files byte-identical"
     )
     if behaviour is not None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
+        share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"
         out.print(
             f"{mark} against ablation hooks on {behaviour.prompts} held-out prompts: KL {behaviour.kl_nats:.1e} nats "
-            f"(the ablation itself: {behaviour.ablation_kl_nats:.1e}), r in the stream: {behaviour.stream_share:.1e}"
+            f"(the ablation itself: {behaviour.ablation_kl_nats:.1e}){share}"
         )
     for failure in report.failures:
         out.print(f"[red]✗[/red] {escape(failure)}")
@@ -247,7 +251,9 @@ def show_diff(diff: "Diff", *, top: int = 12) -> None:
         groups.add_row(group.role, str(group.count), str(group.projected), change, cosine, left)
     if diff.changed:
         out.print(groups)
-    changed = table("changed tensors", "tensor", "role", "change", "rank one", "cosine", "left", right=(2, 3, 4, 5))
+    known = any(tensor.planned is not None for tensor in diff.changed)
+    columns = ("tensor", "role", "change", "rank one", "cosine", "left", *(("as planned",) if known else ()))
+    changed = table("changed tensors", *columns, right=range(2, len(columns)))
     for tensor in diff.changed[:top]:
         changed.add_row(
             escape(tensor.name),
@@ -256,9 +262,10 @@ def show_diff(diff: "Diff", *, top: int = 12) -> None:
             _figure(tensor.rank_one, ".4f"),
             _figure(tensor.cosine, ".4f"),
             _figure(tensor.left, ".1e"),
+            *((_figure(tensor.planned, ".4f"),) if known else ()),
         )
     if len(diff.changed) > top:
-        changed.add_row(f"… and {len(diff.changed) - top} more", "", "", "", "", "")
+        changed.add_row(f"… and {len(diff.changed) - top} more", *[""] * (len(columns) - 1))
     out.print(changed)
     for label, names in (("added", diff.added), ("removed", diff.removed), ("reshaped", diff.reshaped)):
         for name in names:

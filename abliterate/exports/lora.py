@@ -26,6 +26,7 @@ from abliterate.checkpoint.output import fingerprint, prepare, write_atomically,
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.weight_edit import WeightEdit
+from abliterate.publishing.wording import summary
 
 TASK = "adapter"
 BLOCK_BYTES = 8 * 2**20
@@ -172,8 +173,9 @@ def _card(plan: EditPlan, left_out: Mapping[str, str]) -> str:
         "",
         f"# {plan.checkpoint.name}, abliterated, as an adapter",
         "",
-        "One direction removed from what writes to the residual stream, as a LoRA adapter made with",
-        "`abliterate lora export`: it will comply with many requests that the original declines. The licence and the",
+        f"The base with {summary(plan.to_json())},",
+        "as a LoRA adapter made with `abliterate lora export`: it will comply with many requests that the original",
+        "declines. The licence and the",
         "terms of the base apply.",
     ]
     if left_out:

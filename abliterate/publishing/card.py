@@ -7,6 +7,7 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.checkpoint.source import Checkpoint
+from abliterate.publishing import wording
 
 EXACTNESS = {
     "A": "equal to inference-time ablation up to rounding",
@@ -42,13 +43,24 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         template_str=template,
         base=base.name.rstrip("/").rsplit("/", 1)[-1] if name is None else base.name,
         m=manifest,
-        exactness=EXACTNESS[manifest["edit"]["exactness"]],
+        exactness=worth(manifest["edit"]),
+        summary=wording.summary(manifest["edit"]),
+        details=wording.details(manifest["edit"]),
+        equation=wording.equation(manifest["edit"]),
+        removes=all(its["removes"] for its in wording.edits_of(manifest["edit"])),
         percent=percent,
         nats=nats,
         task=task,
     )
     write_atomically(folder / "README.md", str(card).encode())
     return folder / "README.md"
+
+
+def worth(edit: Mapping[str, Any]) -> str:
+    """What the result is, by exactness class and claim; manifests of version 1 claim nothing of their own."""
+    if edit["exactness"] != "C" and edit.get("claim") == "bytes only":
+        return "what the equation says of its bytes; no intervention at inference time is equal to it"
+    return EXACTNESS[edit["exactness"]]
 
 
 def base_metadata(base: Checkpoint) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from abliterate.checkpoint.source import HUBS_OWN, INDEX_NAME, Checkpoint
 from abliterate.data.bundled import open_model
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.linalg import unit
+from abliterate.method.linalg import orthonormal_basis, unit
+from abliterate.method.weight_edit import WeightEdit
 
 POWER_ITERATIONS = 8
 RANK_ONE, LEFT = 0.95, 0.05
@@ -36,6 +37,8 @@ class ChangedTensor:
     direction of the residual axis (1: exactly one direction; None where the axis is unknown), and ``cosine`` the
     |cosine| of that direction with the one shared by all changed tensors.  ``left`` is how much of what was there along
     its own direction ``v`` is there still, ``|v^T W'| / |v^T W|``: 0 where it was projected out, 1 where it was not.
+    ``planned`` is the share of the squared change that lies along what the plan of the edit takes out or adds; None
+    where there is no plan, or columns were scaled.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ChangedTensor:
     rank_one: float | None
     cosine: float | None
     left: float | None
+    planned: float | None = None
 
     @property
     def projected(self) -> bool:
@@ -97,10 +101,17 @@ class Diff:
         return roles_known and len(self.changed) == self.writers and same_names
 
 
-def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Diff:
+def diff(
+    base: str | Path,
+    edited: str | Path,
+    *,
+    revision: str | None = None,
+    planned: Mapping[str, WeightEdit] | None = None,
+    on_event: OnEvent = ignore,
+) -> Diff:
     """Compare two checkpoints, tensor by tensor and file by file; those on the Hub are fetched.
 
-    ``revision`` is that of ``edited`` there.
+    ``revision`` is that of ``edited`` there; ``planned`` are the edits of its plan by tensor, where it has one.
 
     Raises:
         SourceError: one of them cannot be read.
@@ -123,7 +134,7 @@ def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, o
     on_event(Finished(task=TASK))
     changed_files, identical_files = _compare_files(old, new)
     return Diff(
-        changed=tuple(_describe(old, new, differing, writers)),
+        changed=tuple(_describe(old, new, differing, writers, planned or {})),
         identical=identical,
         added=tuple(name for name in new.tensors if name not in old.tensors),
         removed=tuple(name for name in old.tensors if name not in new.tensors),
@@ -159,8 +170,10 @@ def _describe(
     new: Checkpoint,
     differing: list[tuple[TensorInfo, TensorInfo]],
     writers: Mapping[str, Writer],
+    planned: Mapping[str, WeightEdit],
 ) -> list[ChangedTensor]:
     found: list[tuple[TensorInfo, float, float | None, Tensor | None, float | None]] = []
+    explained: dict[str, float] = {}
     for tensor, ours in differing:
         writer = writers.get(tensor.name)
         if writer is None and tensor.dtype not in DTYPES:
@@ -174,6 +187,9 @@ def _describe(
             continue
         columns = _as_columns(change, writer)
         direction, share = leading_direction(columns)
+        edit = planned.get(tensor.name)
+        if edit is not None and not edit.scales:
+            explained[tensor.name] = _share_along(columns, edit)
         along = _as_columns(before, writer).T @ direction.to(torch.float32)
         left = float((along + columns.T @ direction.to(torch.float32)).norm() / along.norm().clamp_min(1e-30))
         found.append((tensor, size, share, direction, left))
@@ -186,9 +202,17 @@ def _describe(
             rank_one=share,
             cosine=None if direction is None or shared is None else float((direction @ shared).abs()),
             left=left,
+            planned=explained.get(tensor.name),
         )
         for tensor, size, share, direction, left in found
     ]
+
+
+def _share_along(change: Float[Tensor, "d n"], edit: WeightEdit) -> float:
+    """Share of the squared ``change`` in the span of what the edit takes out and adds."""
+    parts = [edit.write] if edit.constant is None else [edit.write, edit.constant[:, None]]
+    basis = orthonormal_basis(torch.cat(parts, dim=1)).to(change.dtype)
+    return float((basis.T @ change).square().sum() / change.square().sum())
 
 
 def _as_columns(values: Tensor, writer: Writer) -> Float[Tensor, "d n"]:
