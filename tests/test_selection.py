@@ -14,7 +14,10 @@ RULE = SelectionRule()
 
 
 def score(position=-1, layer=3, bypass=-2.0, induce=1.0, kl_nats=0.05):
-    return CandidateScore(position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats)
+    candidate = f"difference-of-means/{position}/{layer}"
+    return CandidateScore(
+        candidate=candidate, position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats
+    )
 
 
 def verdict(n_layers=10, rule=RULE, **values):
