@@ -294,6 +294,8 @@ def damage(document, tensors):
         "other positions": ({**document, "positions": [-3, -2, -1]}, tensors),
         "positions no numbers": ({**document, "positions": "ab"}, tensors),
         "unknown score": ({**document, "scores": [{"loss": 1}]}, tensors),
+        "a score less": ({**document, "scores": {**document["scores"], "bypass": []}}, tensors),
+        "a score of nothing": ({**document, "scores": {**document["scores"], "candidate": ["x"]}}, tensors),
         "unknown choice": ({**document, "choice": {"block": 1}}, tensors),
         "choice elsewhere": ({**document, "choice": {"position": -1, "layer": 99, "rule": "given"}}, tensors),
         "no format": ({k: v for k, v in document.items() if k != "format"}, tensors),
@@ -311,7 +313,7 @@ def damage(document, tensors):
     }
 
 
-KINDS = list(damage({"positions": 0}, {"candidates": 0}))
+KINDS = list(damage({"positions": 0, "scores": {}}, {"candidates": 0}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

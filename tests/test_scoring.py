@@ -1,13 +1,15 @@
 """Scoring candidates many at a time: the same figures as one after the other, whatever the model is made of."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from abliterate.arch.registry import family_of
+from abliterate.errors import UsageError
 from abliterate.events import Advanced
-from abliterate.method.directions import Subspace, grid
+from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
 from abliterate.model.equivalence import stream_share
@@ -126,6 +128,39 @@ def test_figures_are_those_of_the_sweep(name, models):
 def test_in_float32_too(name, models):
     loaded = models(name, torch.float32)
     assert largest_difference(scored(loaded), swept(loaded)) < 1e-5
+
+
+def several(n_layers):
+    """Subspaces of one to three dimensions; of one of them a vector lies in the span of the others."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for n, k in enumerate((1, 3, 2, 1, 2)):
+        vectors = torch.randn(D, k, generator=generator)
+        if n == 2:
+            vectors[:, 1] = -2 * vectors[:, 0]
+        subspace = Subspace(vectors=vectors)
+        made.append(Candidate(id=f"x/{n}", subspace=subspace, layer=n % n_layers, provenance={"estimator": "x"}))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe", "falcon-h1", "gemma3n"])
+def test_subspaces_of_several_dimensions_are_scored_as_well(name, models):
+    loaded = models(name)
+    with factories.really_float64():
+        made = several(loaded.n_layers)
+        rival = sweep(loaded, Chat(loaded), made, FILTERED, REFUSAL)
+        for options in ({}, {"max_tokens": 20}):
+            ours = score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3, **options)
+            assert largest_difference(ours, rival) < 1e-9
+    assert [(one.candidate, one.layer) for one in ours] == [(one.id, one.layer) for one in made]
+    assert len({one.bypass for one in ours}) == len(made)
+
+
+def test_another_subspace_in_each_layer_cannot_be_scored(models):
+    loaded, (one, *_) = models("llama"), several(3)
+    made = [replace(one, subspace={0: one.subspace})]
+    with pytest.raises(UsageError, match="x/0 has another subspace in each layer"):
+        score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3)
 
 
 def test_a_model_that_sees_padding_is_given_none(models):

@@ -102,6 +102,18 @@ def test_ties_fall_to_the_earlier_layer_then_the_later_position():
     assert (choice.position, choice.layer) == (-2, 2)
 
 
+def test_candidates_of_any_estimator_compete():
+    others = [
+        CandidateScore(candidate=f"clusters/{n}", layer=3, bypass=b, induce=1.0, kl_nats=0.05)
+        for n, b in ((0, -2.0), (1, -4.0), (2, -4.0))
+    ]
+    choice, judged = choose([score(layer=3), *reversed(others)], 10, RULE)
+    assert (choice.candidate, choice.position, choice.layer) == ("clusters/1", None, 3)
+    assert [one.candidate for one in judged] == [
+        "clusters/1", "clusters/2", "difference-of-means/-1/3", "clusters/0",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "scores", [[], [score(bypass=NAN)], [score(layer=9)], [score(kl_nats=NAN), score(layer=8)]], ids=repr
 )

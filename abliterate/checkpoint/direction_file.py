@@ -31,8 +31,8 @@ def save(directions: DirectionSet, path: Path) -> Path:
     Tensors, all float32: ``candidates [positions, layers, d]``, where an estimator made a vector for each position and
     layer; the vectors of every other candidate, ``subspace.N [d, k]``; the mean of each class, ``CLASS_mean [positions,
     layers, d]``, where it was measured; and the chosen ``direction [d]``, where it is one vector.
-    The metadata is one JSON document under the key ``abliterate``.  It names the estimator of ``candidates`` and lists
-    the other candidates with the numbers of their tensors.
+    The metadata is one JSON document under the key ``abliterate``.  It names the estimator of ``candidates``, lists the
+    other candidates with the numbers of their tensors, and holds the scores column by column.
     """
     estimator, regular = _regular(directions)
     kinds = {} if directions.statistics is None else directions.statistics.moments
@@ -50,7 +50,7 @@ def save(directions: DirectionSet, path: Path) -> Path:
         "estimator": estimator,
         "others": others,
         "counts": {kind: moments.count for kind, moments in kinds.items()},
-        "scores": [_Score.model_validate(asdict(one)).model_dump(exclude_defaults=True) for one in directions.scores],
+        "scores": {name: [getattr(score, name) for score in directions.scores] for name in _Scores.model_fields},
         "choice": None if directions.choice is None else asdict(directions.choice),
         "measurement": dict(directions.metadata),
     }
@@ -152,14 +152,14 @@ def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Score(BaseModel):
-    """A score.  Where its candidate was read is known from there; most are kept."""
+class _Scores(BaseModel):
+    """The scores, best first, column by column.  Where a candidate was read stands with the candidate."""
 
-    candidate: str
-    bypass: float
-    induce: float
-    kl_nats: float
-    verdict: str = "kept"
+    candidate: tuple[str, ...]
+    bypass: tuple[float, ...]
+    induce: tuple[float, ...]
+    kl_nats: tuple[float, ...]
+    verdict: tuple[str, ...]
 
 
 class _Choice(BaseModel):
@@ -184,7 +184,7 @@ class _Document(BaseModel):
     estimator: str | None
     others: tuple[_Listed, ...]
     counts: dict[str, int]
-    scores: tuple[_Score, ...]
+    scores: _Scores
     choice: _Choice | None
     measurement: dict[str, Any]
 
@@ -235,12 +235,13 @@ def _upgraded(document: _Version1, tensors: Mapping[str, Tensor]) -> dict[str, A
     def named(entry: dict[str, Any]) -> dict[str, Any]:
         return {**entry, "candidate": f"{estimator}/{entry['position']}/{entry['layer']}"}
 
+    scores = [named(score) for score in document.scores]
     return {
         "positions": document.positions,
         "estimator": estimator,
         "others": (),
         "counts": {kind: kept[f"{kind}_train"] if kept else 0 for kind in CLASSES} if measured else {},
-        "scores": [named(score) for score in document.scores],
+        "scores": {name: [score[name] for score in scores] for name in _Scores.model_fields},
         "choice": None if document.choice is None else named(document.choice),
         "measurement": document.measurement,
     }
@@ -266,9 +267,10 @@ def _directions(document: _Document, tensors: Mapping[str, Tensor]) -> Direction
         metadata=document.measurement,
     )
     scores = []
-    for score in document.scores:
-        one = directions.named(score.candidate)
-        scores.append(CandidateScore(layer=one.layer, position=one.position, **score.model_dump()))
+    for row in zip(*document.scores.model_dump().values(), strict=True):
+        score = dict(zip(_Scores.model_fields, row, strict=True))
+        one = directions.named(score["candidate"])
+        scores.append(CandidateScore(layer=one.layer, position=one.position, **score))
     directions = replace(directions, scores=tuple(scores))
     choice = document.choice
     return directions if choice is None else directions.choose_candidate(choice.candidate, choice.rule)

@@ -19,7 +19,7 @@ from abliterate.method.statistics import refusal_metric
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
-from abliterate.model.scores import FIGURES, ScoreFile, Scores
+from abliterate.model.scores import ScoreFile, Scores
 from abliterate.model.scoring import Figures, Job, candidate_scorer
 
 
@@ -184,7 +184,9 @@ def score_candidates(
             candidate=candidate.id,
             layer=candidate.layer,
             position=candidate.position,
-            **{figure: scores.get(figure, place) for figure in FIGURES},
+            bypass=scores.get("bypass", place),
+            induce=scores.get("induce", place),
+            kl_nats=scores.get("kl_nats", place),
         )
         for place, candidate in enumerate(candidates)
     ]
