@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
@@ -25,12 +24,15 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
+from abliterate.method.edits import removing
 from abliterate.method.estimators import DEFAULT
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
 from abliterate.model.interventions import ablated, added
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
+from abliterate.publishing.finished import FinishedEdit
 from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.verification.comparison import diff
@@ -105,16 +107,20 @@ def edit(
     *,
     recipe: Recipe | None = None,
     revision: str | None = None,
+    change: StreamEdit | None = None,
     on_event: OnEvent = ignore,
 ) -> EditResult:
     """Write ``model`` without ``direction`` to ``out``, with a manifest; unverified.
+
+    ``change`` is what else than removing it shall happen to the residual stream; ``direction`` then says where that
+    came from.
 
     Raises:
         AbliterateError: the plan refuses, or reading or writing fails.
     """
     recipe = recipe or Recipe()
     checkpoint = fetch(open_model(model, revision=revision))
-    made = plan(checkpoint, **recipe.plan_options)
+    made = plan(checkpoint, edit=change or removing(direction.direction[:, None]), **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -150,15 +156,14 @@ def export_lora(
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
+    change = None if direction is None else removing(direction.direction[:, None])
     if edited is not None:
-        folder = finished_folder(edited, revision=revision).path
-        document = manifest.read(folder)
-        recipe = manifest.recipe_of(document)
-        direction = direction or direction_files.load(folder / document["direction"]["file"])
-    if direction is None:
+        finished = FinishedEdit.open(edited, revision=revision)
+        recipe, change = finished.recipe, change or finished.stream
+    if change is None:
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_model(base)), **recipe.plan_options)
-    return _export_lora(made, direction, Path(out), on_event=on_event)
+    made = plan(fetch(open_model(base)), edit=change, **recipe.plan_options)
+    return _export_lora(made, Path(out), on_event=on_event)
 
 
 def export_patch(
@@ -233,19 +238,14 @@ def verify(
     Raises:
         CheckpointError: not a folder that abliterate finished, or a file is damaged.
     """
-    place = finished_folder(folder, revision=revision)
-    folder = place.path
-    document = manifest.read(folder)
-    directions = direction_files.load(folder / document["direction"]["file"])
-    recipe = manifest.recipe_of(document).with_changes(changes or {})
-    source = document["source"]
-    commit = source["revision"] if base is None and not Path(source["name"]).exists() else None
-    session = open_session(base or source["name"], recipe, revision=commit, on_event=on_event)
-    made = plan(session.checkpoint, **recipe.plan_options)
-    has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(base or source["name"])
-    report = pipeline.verify(session, made, directions, folder, behaviour=behaviour and has_prompts, on_event=on_event)
-    if report.ok and document["verification"] is None and not place.from_hub:
-        manifest.record(folder, session.checkpoint, report)
+    finished = FinishedEdit.open(folder, revision=revision).with_changes(changes or {})
+    recipe, name = finished.recipe, base or finished.base_name
+    session = open_session(name, recipe, revision=finished.revision_of(base), on_event=on_event)
+    made = finished.plan(session.checkpoint)
+    has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(name)
+    report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts, on_event=on_event)
+    if report.ok and finished.document["verification"] is None and not finished.from_hub:
+        manifest.record(finished.folder, session.checkpoint, report)
     return report
 
 

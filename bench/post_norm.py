@@ -17,8 +17,7 @@ from unittest import mock
 import torch
 
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.editing.planning import plan
-from abliterate.editing.writing import projectors
+from abliterate.editing.planning import along, plan
 from abliterate.method import edits
 from abliterate.model.interventions import observed
 from abliterate.model.load import quiet_transformers
@@ -80,7 +79,7 @@ def measure(
         model = factories.load(edited)
         ours, shares[form] = equivalence.logits_and_share(edited, model, direction, hooks=False, tokens=tokens)
         divergence[form] = equivalence.kl(hooked, ours)
-    behind = [p for p in projectors(plan(base), direction).values() if p.predicted_error]
+    behind = [p for p in along(plan(base), edits.removing(direction)).edits.values() if p.predicted_error]
     return Row(
         name=name, direction=kind, divergence=divergence, plain_share=shares["plain"],
         predicted=max(p.predicted_error for p in behind), length=max(float(p.write.norm()) for p in behind),

@@ -11,8 +11,9 @@ import torch
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import DTYPES
 from abliterate.checkpoint.output import prepare
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
+from abliterate.method.edits import removing
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "U8",
@@ -163,10 +164,16 @@ def edit(
 ) -> Path:
     """Plan (unless given), edit along ``vectors`` (random unless given), finish."""
     made = source if isinstance(source, EditPlan) else plan(source)
+    if not made.edits:
+        made = along(made, removing(directions(made.model_map.d_model, k) if vectors is None else vectors))
     output = prepare(out, source=made.checkpoint.folder, fingerprint="test", needed_bytes=made.output_bytes)
-    vectors = directions(made.model_map.d_model, k) if vectors is None else vectors
-    edit_checkpoint(made, vectors, output, memory_bytes=memory_bytes, **options)
+    edit_checkpoint(made, output, memory_bytes=memory_bytes, **options)
     return output.finish()
+
+
+def without(made: EditPlan, vectors: torch.Tensor) -> EditPlan:
+    """The plan of removing ``vectors``."""
+    return along(made, removing(vectors))
 
 
 def read(folder: Path, name: str) -> torch.Tensor:

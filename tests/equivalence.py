@@ -12,11 +12,14 @@ from abliterate.method.linalg import orthonormal_basis
 from abliterate.model.interventions import ablated, observed
 from abliterate.model.load import attach
 from tests import factories
+from tests.checkpoints import without
 
 
 def edit(edit_plan: EditPlan, directions, out):
+    if not edit_plan.edits:
+        edit_plan = without(edit_plan, directions)
     output = prepare(out, source=edit_plan.checkpoint.folder, fingerprint="test", needed_bytes=0)
-    edit_checkpoint(edit_plan, directions, output, memory_bytes=1)  # the smallest blocks there are
+    edit_checkpoint(edit_plan, output, memory_bytes=1)  # the smallest blocks there are
     return output.finish()
 
 

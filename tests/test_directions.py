@@ -154,14 +154,14 @@ def with_format(name, path):
 @pytest.mark.parametrize("number", [3, 10])
 def test_a_newer_format_is_refused_with_words(number, tmp_path):
     path = with_format(f"abliterate-direction-{number}", tmp_path / "d.safetensors")
-    with pytest.raises(SourceError, match=rf"d\.safetensors: a direction file of format {number},") as error:
+    with pytest.raises(SourceError, match=rf"d\.safetensors: was written by a newer .*\(format {number},") as error:
         load(path)
     assert error.value.hint == "update abliterate"
 
 
-@pytest.mark.parametrize("name", ["abliterate-direction-0", "abliterate-direction-02", "abliterate-patch-2", "", 2])
+@pytest.mark.parametrize("name", ["abliterate-direction-0", "abliterate-patch-2", "", 2])
 def test_another_format_is_refused(name, tmp_path):
-    with pytest.raises(SourceError, match="do not fit together"):
+    with pytest.raises(SourceError, match=r"d\.safetensors: format .* is unknown"):
         load(with_format(name, tmp_path / "d.safetensors"))
 
 

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.method import edits
-from abliterate.method.edits import Projector, apply, feedback_rows, oblique, orthogonal, round_keeping_zero
+from abliterate.method.edits import apply, behind_norm, orthogonal
 from abliterate.method.linalg import orthonormal_basis, unit
+from abliterate.method.rounding import feedback_rows, round_keeping
+from abliterate.method.weight_edit import WeightEdit
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None)
@@ -79,10 +81,10 @@ def test_correlated_directions_are_removed_where_one_after_the_other_fails(seed,
 @given(SEEDS, st.integers(1, 3))
 def test_oblique_edit_writes_nothing_through_the_gain(seed, k):
     q, gain, w = orthonormal_basis(matrix(seed, 32, k)), matrix(seed + 1, 32), matrix(seed + 2, 32, 6)
-    projector = oblique(q, gain)
-    assert torch.allclose(projector.read.T @ projector.write, torch.eye(k, dtype=q.dtype), atol=1e-9)
-    edited = apply(w, projector)
-    assert (q.T @ (gain[:, None] * edited)).abs().max() < 1e-9 * projector.write.norm()
+    edit = behind_norm(orthogonal(q), gain)
+    assert torch.allclose(edit.read.T @ edit.write, torch.eye(k, dtype=q.dtype), atol=1e-9)
+    edited = apply(w, edit)
+    assert (q.T @ (gain[:, None] * edited)).abs().max() < 1e-9 * edit.write.norm()
 
 
 @few
@@ -92,8 +94,8 @@ def test_purely_oblique_edit_leaves_the_direction_the_hook_leaves(seed, spread):
     gain = (spread * matrix(seed + 3, 64)).exp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edits, "RIDGE_GRID", (0.0,))
-        projector = oblique(q, gain)
-    ours = gain * (apply(w, projector) @ x)
+        edit = behind_norm(orthogonal(q), gain)
+    ours = gain * (apply(w, edit) @ x)
     hooked = gain * (w @ x) - q[:, 0] * (q[:, 0] @ (gain * (w @ x)))
     assert float(unit(ours) @ unit(hooked)) == pytest.approx(1, abs=1e-9)
 
@@ -103,7 +105,7 @@ def test_purely_oblique_edit_leaves_the_direction_the_hook_leaves(seed, spread):
 def test_gains_at_or_near_zero_stay_finite_and_tame(seed, tiny, count, k):
     q, gain, w = orthonormal_basis(matrix(seed, 64, k)), 1 + 0.3 * matrix(seed + 1, 64), matrix(seed + 2, 64, 8)
     gain[:count] = tiny
-    edited = apply(w, oblique(q, gain))
+    edited = apply(w, behind_norm(orthogonal(q), gain))
     assert torch.isfinite(edited).all()
     assert (q.T @ (gain[:, None] * edited)).abs().max() < 1e-9
     assert edited.norm() < 4 * w.norm()
@@ -111,13 +113,13 @@ def test_gains_at_or_near_zero_stay_finite_and_tame(seed, tiny, count, k):
 
 def test_a_gain_of_one_is_the_orthogonal_edit():
     q, w = orthonormal_basis(matrix(0, 32, 2)), matrix(1, 32, 5)
-    projector = oblique(q, torch.ones(32))
-    assert torch.allclose(apply(w, projector), apply(w, orthogonal(q)), atol=1e-12)
+    edit = behind_norm(orthogonal(q), torch.ones(32))
+    assert torch.allclose(apply(w, edit), apply(w, orthogonal(q)), atol=1e-12)
 
 
 def test_a_gain_that_hides_the_direction_is_refused():
     with pytest.raises(ValueError, match="zero along the direction"):
-        oblique(torch.eye(8, dtype=torch.float64)[:, :1], torch.cat([torch.zeros(1), torch.ones(7)]))
+        behind_norm(orthogonal(torch.eye(8, dtype=torch.float64)[:, :1]), torch.cat([torch.zeros(1), torch.ones(7)]))
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
@@ -126,10 +128,10 @@ def test_a_gain_that_hides_the_direction_is_refused():
 def rounded_both_ways(d, k, dtype, *, gain=None, seed=3):
     """``(direction left, error of the weights)`` by feedback, each as a multiple of what rounding to nearest gives."""
     basis = orthonormal_basis(matrix(seed, d, k))
-    projector = orthogonal(basis) if gain is None else oblique(basis, gain)
-    edited = apply(matrix(seed + 1, d, 48).float(), projector)
-    nearest, ours = edited.to(dtype), round_keeping_zero(edited, dtype, projector)
-    left = [torch.linalg.vector_norm(projector.read.T @ rounded.double()) for rounded in (ours, nearest)]
+    edit = orthogonal(basis) if gain is None else behind_norm(orthogonal(basis), gain)
+    edited = apply(matrix(seed + 1, d, 48).float(), edit)
+    nearest, ours = edited.to(dtype), round_keeping(edited, dtype, edit)
+    left = [torch.linalg.vector_norm(edit.read.T @ rounded.double()) for rounded in (ours, nearest)]
     return float(left[0] / left[1]), relative(ours, edited) / relative(nearest, edited)
 
 
@@ -173,7 +175,7 @@ def sparse(d, *rows):
 def test_sparse_directions_do_not_blow_up(dtype, rows):
     q = orthonormal_basis(sparse(512, *rows))
     edited = apply(matrix(4, 512, 32).float(), orthogonal(q))
-    rounded = round_keeping_zero(edited, dtype, orthogonal(q))
+    rounded = round_keeping(edited, dtype, orthogonal(q))
     eps = torch.finfo(dtype).eps
     assert ((rounded.double() - edited.double()).abs() <= 4 * eps * (1 + edited.abs())).all()
     assert (q.T @ rounded.double()).norm() <= 1.01 * (q.T @ edited.to(dtype).double()).norm() + 1e-6
@@ -181,14 +183,14 @@ def test_sparse_directions_do_not_blow_up(dtype, rows):
 
 def test_a_one_hot_direction_leaves_an_exact_zero_row():
     q = orthonormal_basis(sparse(64, 9))
-    rounded = round_keeping_zero(apply(matrix(4, 64, 8).float(), orthogonal(q)), torch.bfloat16, orthogonal(q))
+    rounded = round_keeping(apply(matrix(4, 64, 8).float(), orthogonal(q)), torch.bfloat16, orthogonal(q))
     assert (rounded[9] == 0).all()
 
 
 @pytest.mark.parametrize("d", [1, 2, 17])
 def test_feedback_works_at_any_width(d):
-    projector = orthogonal(orthonormal_basis(matrix(3, d, 1)))
-    rounded = round_keeping_zero(apply(matrix(4, d, 6).float(), projector), torch.bfloat16, projector)
+    edit = orthogonal(orthonormal_basis(matrix(3, d, 1)))
+    rounded = round_keeping(apply(matrix(4, d, 6).float(), edit), torch.bfloat16, edit)
     assert rounded.shape == (d, 6)
     assert torch.isfinite(rounded).all()
 
@@ -212,5 +214,5 @@ def test_apply_keeps_the_dtype_and_the_input(dtype):
     w = matrix(1, 16, 3).to(dtype)
     before = w.clone()
     q = orthonormal_basis(matrix(2, 16, 1))
-    assert apply(w, Projector(read=q, write=q)).dtype == dtype
+    assert apply(w, WeightEdit(read=q, write=q)).dtype == dtype
     assert torch.equal(w, before)

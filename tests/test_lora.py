@@ -132,7 +132,7 @@ def test_a_quantised_base_keeps_only_what_is_plain(tmp_path):
 
 
 def test_nothing_to_express_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("abliterate.exports.lora.not_expressible", lambda writer: "made of stone")
+    monkeypatch.setattr("abliterate.exports.lora.not_expressible", lambda *_: "made of stone")
     base = checkpoints.write_llama(tmp_path / "base")
     direction = load(factories.save_direction(32, tmp_path / "direction.safetensors"))
     with pytest.raises(PlanRefusedError, match="made of stone"):

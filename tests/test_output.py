@@ -16,7 +16,7 @@ from abliterate.editing.planning import plan
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import InterruptedRunError, NonFiniteError, NotEnoughDiskError, OutputError
 from tests import checkpoints
-from tests.checkpoints import directions, write_llama
+from tests.checkpoints import directions, without, write_llama
 
 
 def ready(final, source, *, fingerprint="one", needed_bytes=0):
@@ -146,14 +146,14 @@ def test_a_stopped_edit_continues_to_the_same_bytes(error, shards, tmp_path):
     made = plan(base)
     folder = ready(tmp_path / "out", base)
     with pytest.raises(type(error)):
-        edit_checkpoint(made, directions(), folder, on_event=Stop(folder, shards, error))
+        edit_checkpoint(without(made, directions()), folder, on_event=Stop(folder, shards, error))
     assert not (tmp_path / "out").exists()
     finished = {name: (folder.path / name).stat().st_mtime_ns for name in folder.done}
     assert len(finished) == shards
 
     again = ready(tmp_path / "out", base)
     assert set(again.done) == set(finished)
-    edit_checkpoint(made, directions(), again)
+    edit_checkpoint(without(made, directions()), again)
     assert {name: (again.path / name).stat().st_mtime_ns for name in finished} == finished
     assert not (tmp_path / "out").exists()
     assert checkpoints.tree(again.finish()) == checkpoints.tree(checkpoints.edit(base, tmp_path / "at once"))
@@ -241,11 +241,11 @@ def test_a_disk_that_fills_up_is_said_and_the_edit_continues(code, after, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(directio, "write_all", full)
         with pytest.raises(NotEnoughDiskError, match="the disk is full") as caught:
-            edit_checkpoint(made, directions(), folder, memory_bytes=1)
+            edit_checkpoint(without(made, directions()), folder, memory_bytes=1)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
     again = ready(tmp_path / "out", base)
-    edit_checkpoint(made, directions(), again)
+    edit_checkpoint(without(made, directions()), again)
     assert checkpoints.tree(again.finish()) == checkpoints.tree(checkpoints.edit(base, tmp_path / "at once"))
 
 

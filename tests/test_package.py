@@ -51,7 +51,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     "name",
     [
         "abliterate/py.typed",
-        "abliterate/card.md.j2",
+        "abliterate/publishing/card.md.j2",
         "abliterate/evaluate/report.html.j2",
         "abliterate/publishing/schemas/manifest-1.schema.json",
         "abliterate/arch/families/llama.toml",

@@ -25,7 +25,7 @@ from abliterate.exports.patches.replay import (
     Forwards,
     Recorder,
     Replay,
-    StoredProjector,
+    StoredEdit,
     TensorReplay,
     expected,
     rounded,
@@ -122,12 +122,12 @@ def test_the_interval_holds_exactly_what_rounds_to_the_edited_value(dtype):
 
 def recorded(old, edited, axis, projector, *, feedback=True):
     """What a patch would hold of a matrix, made block by block as the export does."""
-    stored = StoredProjector.of(projector, feedback=feedback)
+    stored = StoredEdit.of(projector, feedback=feedback)
     columns = old.double().T if axis == 1 else old.double()
     compute = Plain(old.dtype, 0).compute
     c = (projector.read.T @ columns).to(compute)
     settle, tail = Recorder(), Recorder()
-    replay = TensorReplay(projector=stored, coefficients=c, settle=settle, tail=tail)
+    replay = TensorReplay(edit=stored, coefficients=c, settle=settle, tail=tail)
     both = torch.stack((old, edited))
     step = rows_of_block(old.shape[1])
     whole = None if axis == 1 else replay.walk(slice(0, old.shape[1]))
@@ -145,7 +145,7 @@ def recorded(old, edited, axis, projector, *, feedback=True):
 
 
 def replayed(known, side, axis, stored, c, settle, tail):
-    made = TensorReplay(projector=stored, coefficients=c, settle=settle, tail=tail)
+    made = TensorReplay(edit=stored, coefficients=c, settle=settle, tail=tail)
     replay = Replay(tensor=lambda: made, codec=Plain(known.dtype, known.shape[1]), side=side)
     found = known.clone()
     (replay.edit_rows if axis == 1 else replay.edit_columns)(found, 0)

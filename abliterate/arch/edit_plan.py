@@ -1,13 +1,21 @@
 """The plan of an edit as a value: which tensors of a checkpoint change, and what the result is worth."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from abliterate.arch.model_map import ModelMap, Writer
 from abliterate.checkpoint.source import Checkpoint
+from abliterate.method.stream_edit import StreamEdit
+from abliterate.method.weight_edit import WeightEdit
 
 TiedPolicy = Literal["untie", "shared", "keep"]
+
+Claim = Literal["equal to hooks", "removes the direction", "bytes only"]
+"""What an edited checkpoint is: equal to its base under hooks at the writers' outputs, to rounding; free of the
+direction, but with logits that differ from the hooks' by an amount that is stated; or what the equation says of its
+bytes, and no more."""
 
 ASSUMED_BYTES_PER_SECOND = 150e6
 """Throughput of edit + verify used for the estimate of the plan; the progress bar shows the real one."""
@@ -15,12 +23,14 @@ ASSUMED_BYTES_PER_SECOND = 150e6
 
 @dataclass(frozen=True, kw_only=True)
 class EditPlan:
-    """What will be done to a checkpoint, without a direction yet.
+    """What will be done to a checkpoint.
 
-    ``writers`` are the tensors to edit.  ``added_head`` is the name of the head tensor that untying adds (a byte copy
-    of the unedited embedding), or None.  ``sets_untied`` says that ``tie_word_embeddings`` becomes false.
-    ``exactness``: "A", "B" (see ``arch.spec``), or "C" when the edit is inexact by request: a shared or kept head,
-    or a partial edit.
+    ``writers`` are the tensors to edit, and ``edits`` what happens to each, by its name; the same value stands for all
+    that are edited alike.  ``edits`` is empty, and ``stream`` None, in a plan that was made before a direction was
+    known: it covers what an edit of everything would touch.  ``stream`` is what the edit does to the residual stream.
+    ``added_head`` is the name of the head tensor that untying adds (a byte copy of the unedited embedding), or None.
+    ``sets_untied`` says that ``tie_word_embeddings`` becomes false. ``exactness``: "A", "B" (see ``arch.spec``), or "C"
+    when the edit is inexact by request: a shared or kept head, or a partial edit.
     """
 
     checkpoint: Checkpoint
@@ -31,6 +41,23 @@ class EditPlan:
     sets_untied: bool
     exactness: Literal["A", "B", "C"]
     notes: tuple[str, ...]
+    edits: Mapping[str, WeightEdit] = field(default_factory=dict)
+    stream: StreamEdit | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """What the result is worth, by family and edit together."""
+        edits = self.distinct_edits
+        if self.exactness == "C" or any(edit.scales for edit in edits):
+            return "bytes only"
+        if self.exactness == "A":
+            return "equal to hooks"
+        return "removes the direction" if all(edit.removes for edit in edits) else "bytes only"
+
+    @property
+    def distinct_edits(self) -> tuple[WeightEdit, ...]:
+        """Every edit of ``edits`` once, in the order of the writers."""
+        return tuple({id(edit): edit for edit in self.edits.values()}.values())
 
     @property
     def output_bytes(self) -> int:
@@ -68,6 +95,8 @@ class EditPlan:
             "model_type": self.model_map.model_type,
             "family": self.model_map.family.family,
             "exactness": self.exactness,
+            "claim": self.claim,
+            "edits": [_edit_json(edit, self.edits) for edit in self.distinct_edits],
             "d_model": self.model_map.d_model,
             "n_layers": self.model_map.n_layers,
             "coverage": self.coverage,
@@ -96,6 +125,20 @@ class EditPlan:
                 for writer in self.writers
             ],
         }
+
+
+def _edit_json(edit: WeightEdit, edits: Mapping[str, WeightEdit]) -> dict[str, Any]:
+    """One edit as plain data: its vectors by their hash."""
+    vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
+    return {
+        "directions": edit.rank,
+        "strength": edit.strength,
+        "column_scale": edit.column_scale,
+        "constant": edit.constant is not None,
+        "removes": edit.removes,
+        "writers": sum(its is edit for its in edits.values()),
+        "sha256": hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in vectors)).hexdigest(),
+    }
 
 
 def untied_config(config: Mapping[str, object]) -> dict[str, object]:

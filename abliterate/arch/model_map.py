@@ -13,13 +13,11 @@ from typing import Any, Literal
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import METHODS, Packed, packed_tensors, quantisation, text_config
 from abliterate.arch.registry import family_of
-from abliterate.arch.spec import RESIDUAL_AXIS, Family, Matcher, WriterSpec
+from abliterate.arch.spec import DRAFTS, RESIDUAL_AXIS, Family, Matcher, WriterSpec, kind_of
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
-
-DRAFTS = "next-token block"
-"""The role of all writers in blocks that only draft tokens for the main model (MTP)."""
+from abliterate.method.stream_edit import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +47,12 @@ class Writer:
     def format(self) -> str:
         """The format of its values: a dtype of safetensors, or "MXFP4"."""
         return self.packed.format if self.packed else self.tensor.dtype
+
+    @property
+    def place(self) -> Place:
+        """Where in the model it writes."""
+        kind = kind_of(self.role)
+        return (self.layer if kind in ("attention", "MLP") else None, kind)
 
     @property
     def in_rows(self) -> bool:

@@ -14,7 +14,25 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from abliterate.method.stream_edit import Kind
+
 RESIDUAL_AXIS = "d_model"
+
+DRAFTS = "next-token block"
+"""The role of all writers in blocks that only draft tokens for the main model (MTP)."""
+
+KINDS: Mapping[str, Kind] = {
+    "embedding": "embedding", "position embedding": "embedding", "projector": "embedding",
+    "stored copy of the tied head": "embedding", DRAFTS: "next-token block",
+    "attention out": "attention", "linear attention out": "attention", "state-space out": "attention",
+    "convolution out": "attention",
+}  # fmt: skip
+"""Roles by the kind of place where they write; every other role is of an MLP."""
+
+
+def kind_of(role: str) -> Kind:
+    """The kind of place where writers of a role, or their biases, write."""
+    return KINDS.get(role.removesuffix(" bias"), "MLP")
 
 
 class WriterSpec(BaseModel):
@@ -127,7 +145,9 @@ class Family(BaseModel):
     why).  ``inexact`` lists configurations that make a family class C.  ``tied_by_default`` lists the model types whose
     head is tied when ``tie_word_embeddings`` is absent from the configuration.  ``sizes`` maps axis names to its keys
     (alternatives separated by bars; with a question mark where it may be absent).  ``scalars`` are configuration keys
-    of factors between a writer and the add: they change nothing.
+    of factors between a writer and the add: they change nothing.  ``embedding_scale`` says by what the embedding is
+    multiplied on its way into the stream: a configuration key, "sqrt KEY" or "sqrt KEY if KEY";
+    ``embedding_scales_itself`` that its module does so, and not the model behind it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,6 +162,8 @@ class Family(BaseModel):
     head: str
     tied_by_default: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    embedding_scale: str = ""
+    embedding_scales_itself: bool = False
     sizes: dict[str, str]
     writer: tuple[WriterSpec, ...] = Field(min_length=1)
     readers: ReaderSpec
@@ -177,6 +199,14 @@ class Family(BaseModel):
             return self
         readers = self.readers.model_copy(update={"names": (*self.readers.names, *idle)})
         return self.with_writers((spec for spec in self.writer if spec.applies(config)), readers)
+
+    def scale_of_embedding(self, config: Mapping[str, Any]) -> float:
+        """By what the embedding is multiplied on its way into the stream of a model of this configuration."""
+        expression, _, condition = self.embedding_scale.partition(" if ")
+        if not expression or (condition and not config.get(condition)):
+            return 1.0
+        value = float(config.get(expression.removeprefix("sqrt "), 1.0))
+        return value**0.5 if expression.startswith("sqrt ") else value
 
     def class_c_reason(self, config: Mapping[str, Any]) -> str:
         """Why no edit of the writers of this model can be exact; empty where one can."""

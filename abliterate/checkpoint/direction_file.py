@@ -1,7 +1,6 @@
 """The file that holds directions: safetensors, never pickle."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 from torch import Tensor
 
+from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError, UsageError
 from abliterate.method.directions import GIVEN, Candidate, CandidateScore, DirectionSet, Subspace, given, grid
@@ -21,8 +21,8 @@ from abliterate.method.estimators import DIFFERENCE_OF_MEANS
 from abliterate.method.moments import ActivationStats, Moments
 
 CLASSES = ("harmful", "harmless")
-NAME, NUMBER = "abliterate-direction", 2
-"""A file's format is ``NAME-NUMBER``.  Version 1, which knew differences of means alone, is read as well."""
+FORMAT, NUMBER = "abliterate-direction-", 2
+"""Of the format that is written.  Version 1, which knew differences of means alone, is read as well."""
 
 
 def save(directions: DirectionSet, path: Path) -> Path:
@@ -44,7 +44,7 @@ def save(directions: DirectionSet, path: Path) -> Path:
     if directions.choice is not None and directions.chosen.is_vector:
         tensors["direction"] = directions.direction
     document = {
-        "format": f"{NAME}-{NUMBER}",
+        "format": f"{FORMAT}{NUMBER}",
         "layer_convention": "residual entering block l (resid_pre)",
         "positions": list(directions.positions),
         "estimator": estimator,
@@ -202,28 +202,15 @@ def _read(path: Path, text: str, tensors: Mapping[str, Tensor]) -> DirectionSet:
     """What is in a file of ours.
 
     Raises:
-        SourceError: its format is newer than this tool, or its parts do not fit together.
+        SourceError: its format is unknown or newer than this version, or its parts do not fit together.
     """
     try:
         document = json.loads(text)
-        number = _number(document)
-        if number == 1:
+        if check_format(document["format"], FORMAT, NUMBER, where=path) == 1:
             document = _upgraded(_Version1.model_validate(document), tensors)
-        if number <= NUMBER:
-            return _directions(_Document.model_validate(document), tensors)
+        return _directions(_Document.model_validate(document), tensors)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise SourceError(f"{path}: its parts do not fit together", "measure the direction again") from error
-    raise SourceError(
-        f"{path}: a direction file of format {number}, and this version of abliterate reads formats 1 to {NUMBER}",
-        "update abliterate",
-    )
-
-
-def _number(document: Any) -> int:  # noqa: ANN401 - whatever JSON holds
-    found = re.fullmatch(rf"{NAME}-([1-9]\d*)", document["format"], re.ASCII)
-    if found is None:
-        raise ValueError(f"{document['format']!r} is no format of direction files")
-    return int(found[1])
 
 
 def _upgraded(document: _Version1, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -66,14 +66,15 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     from abliterate.checkpoint import direction_file
     from abliterate.checkpoint.hub import fetch
     from abliterate.cli.tables import table
-    from abliterate.editing.writing import projectors
+    from abliterate.editing.planning import along
+    from abliterate.method.edits import removing
 
     behind = [writer for writer in plan.writers if writer.norms]
     if not behind:
         out.print("no norm stands behind a writer: the edit is exact whatever the direction")
         return
     plan = replace(plan, checkpoint=fetch(plan.checkpoint))
-    found = projectors(plan, direction_file.load(file).direction[:, None].double())
+    found = along(plan, removing(direction_file.load(file).direction[:, None])).edits
     shown = table("behind norms", "block", "writer", "J, predicted error", "|a|", "t", right=(0, 2, 3, 4))
     for writer in behind:
         made = found[writer.tensor.name]

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 BUNDLED_NAME = "tiny-chat"
 
 
+def prompt_sets_path() -> Path:
+    """The folder of the prompt sets that ship with the package."""
+    return Path(__file__).parent / "prompt_sets"
+
+
 def is_bundled(model: str | Path | None) -> bool:
     """Whether ``model`` means the bundled model: None, or its name where no folder is called so."""
     return model is None or (str(model) == BUNDLED_NAME and not Path(model).exists())

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from abliterate.arch.codecs import Codec
 from abliterate.errors import NonFiniteError
-from abliterate.method import edits
-from abliterate.method.edits import Projector
+from abliterate.method.edits import column_scale
+from abliterate.method.rounding import feedback_rows, round_tail
+from abliterate.method.weight_edit import WeightEdit
 
 Rounding = Literal["direction", "nearest"]
 """How the edited matrix is rounded to its dtype: so that nothing is left along the direction, or each element alone."""
@@ -53,31 +54,33 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorEdit:
-    """A projector prepared for one tensor: cast to the dtype of its arithmetic, with its feedback rows picked."""
+    """An edit prepared for one tensor: cast to the dtype of its arithmetic, with its feedback rows picked."""
 
     where: str
-    projector: Projector
+    edit: WeightEdit
     codec: Codec
     read: Float[Tensor, "d k"]
     write: Float[Tensor, "d k"]
+    constant: Float[Tensor, " d"] | None
     feedback: Tensor
     work: Workspace
 
     @classmethod
     def of(
-        cls, where: str, projector: Projector, codec: Codec, work: Workspace, rounding: Rounding = "direction"
+        cls, where: str, edit: WeightEdit, codec: Codec, work: Workspace, rounding: Rounding = "direction"
     ) -> "TensorEdit":
-        """Prepare ``projector`` for a tensor; ``where`` names it in errors.
+        """Prepare ``edit`` for a tensor; ``where`` names it in errors.
 
         With ``rounding`` "nearest" there are no feedback rows: every element is rounded to nearest.
         """
-        rows = edits.feedback_rows(projector.read) if rounding == "direction" else []
+        rows = feedback_rows(edit.read) if rounding == "direction" else []
         return cls(
             where=where,
-            projector=projector,
+            edit=edit,
             codec=codec,
-            read=projector.read.to(codec.compute),
-            write=projector.write.to(codec.compute),
+            read=edit.read.to(codec.compute),
+            write=edit.write.to(codec.compute),
+            constant=None if edit.constant is None else edit.constant.to(codec.compute),
             feedback=torch.tensor(rows, dtype=torch.long),
             work=work,
         )
@@ -107,15 +110,18 @@ class TensorEdit:
             codec.widen(part, row, wide)
             coefficients = wide @ read
             self.check(coefficients, "holds NaN or infinity")
-            wide.addmm_(coefficients, self.write.T, alpha=-1)
+            expected = self.change(wide, coefficients)
             places = torch.arange(row, row + len(part))
             for _ in range(codec.pulls):
-                wide.addmm_(codec.nearest(wide, places) @ read, read.T, alpha=-1)
+                beside = codec.nearest(wide, places) @ read
+                wide.addmm_(beside if expected is None else beside - expected, read.T, alpha=-1)
             held[start : start + step] = wide[:, self.feedback]
             codec.encode(wide, part, row)
             codec.widen(part, row, wide)
             wide[:, self.feedback] = held[start : start + step]
             torch.mm(wide, read, out=leak[start : start + step])
+            if expected is not None:
+                leak[start : start + step] -= expected
         self.check(leak, "overflows its dtype when edited")
         places = torch.arange(first_row, first_row + n)
 
@@ -124,6 +130,19 @@ class TensorEdit:
 
         rounded = self._round(held.T, nearest, leak.T)
         rows[:, self.feedback] = codec.codes(rounded.T, places, self.feedback)
+
+    def change(self, wide: Float[Tensor, "n d"], coefficients: Float[Tensor, "n k"]) -> Float[Tensor, "n k"] | None:
+        """Edit stream vectors in place; gives back what they then hold along ``read``, None for nothing."""
+        edit, expected = self.edit, self.edit.expected(coefficients.T)
+        before = wide.square().sum(1) if edit.scales else None
+        wide.addmm_(coefficients, self.write.T, alpha=-edit.strength)
+        if self.constant is not None:
+            wide += self.constant
+        if before is not None:
+            scale = column_scale(before, wide.square().sum(1))
+            wide *= scale[:, None]
+            expected = None if expected is None else expected * scale
+        return None if expected is None else expected.T
 
     def edit_columns(self, matrix: Tensor, first_row: int) -> None:
         """Edit stream vectors stored as columns (output projections), in place, the whole matrix at hand.
@@ -149,7 +168,7 @@ class TensorEdit:
     def _round(
         self, held: Float[Tensor, "rows n"], nearest: Callable[[int, Tensor], Tensor], leak: Float[Tensor, "k n"]
     ) -> Float[Tensor, "rows n"]:
-        rounded = edits.round_tail(held, nearest, self.projector.read[self.feedback], leak)
+        rounded = round_tail(held, nearest, self.edit.read[self.feedback], leak)
         self.check(rounded, "overflows its dtype when edited")
         return rounded
 
@@ -169,6 +188,10 @@ class ColumnEdit:
         self._pull = torch.zeros(k, n, dtype=dtype)
         self._held = torch.zeros(len(edit.feedback), n, dtype=dtype)
         self._leak = torch.zeros(k, n, dtype=dtype)
+        self._expected: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._lengths = torch.zeros(1 + k, n, dtype=dtype) if edit.edit.scales else None
+        self._begun = False
 
     @property
     def passes(self) -> tuple[Callable[[Tensor, int], None], ...]:
@@ -192,9 +215,13 @@ class ColumnEdit:
         return list(zip(edit.feedback.tolist(), stored, strict=True))
 
     def _gather(self, block: Tensor, first_row: int) -> None:
-        """``c += read^T W``."""
+        """``c += read^T W``; where columns keep their lengths, those and ``write^T W`` as well."""
         for row, part in self._parts(block, first_row):
-            self._coefficients.addmm_(self.edit.read[row : row + len(part)].T, self._wide(part, row))
+            wide = self._wide(part, row)
+            self._coefficients.addmm_(self.edit.read[row : row + len(part)].T, wide)
+            if self._lengths is not None:
+                self._lengths[1:].addmm_(self.edit.write[row : row + len(part)].T, wide)
+                self._lengths[0] += wide.square_().sum(0)
 
     def _try(self, block: Tensor, first_row: int) -> None:
         """Round without storing, to see what would be left along ``read``, and pull by that."""
@@ -225,14 +252,36 @@ class ColumnEdit:
             self._leak.addmm_(edit.read[row : row + len(part)].T, wide)
 
     def _begin(self) -> None:
-        self.edit.check(self._coefficients, "holds NaN or infinity")
+        if not self._begun:
+            self.edit.check(self._coefficients, "holds NaN or infinity")
+            self._know()
+            self._begun = True
         self._pull += self._leak
         self._leak.zero_()
+        if self._expected is not None:
+            self._leak -= self._expected
+
+    def _know(self) -> None:
+        """What the first pass tells: the scale of every column, and what the edit leaves along ``read``."""
+        edit, c = self.edit.edit, self._coefficients
+        self._expected = edit.expected(c)
+        if self._lengths is None:
+            return
+        gram = (edit.write.T @ edit.write).to(c.dtype)
+        before, along = self._lengths[0], self._lengths[1:]
+        taken = edit.strength * (2 * along - edit.strength * (gram @ c))
+        self._scale = column_scale(before, before - (taken * c).sum(0))
+        if self._expected is not None:
+            self._expected = self._expected * self._scale
 
     def _target(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:
-        """``W - write c - read m``."""
+        """``(W - strength write c + constant) diag(scale) - read m``."""
         edit, rows = self.edit, slice(row, row + len(part))
-        wide = self._wide(part, row).addmm_(edit.write[rows], self._coefficients, alpha=-1)
+        wide = self._wide(part, row).addmm_(edit.write[rows], self._coefficients, alpha=-edit.edit.strength)
+        if edit.constant is not None:
+            wide += edit.constant[rows, None]
+        if self._scale is not None:
+            wide *= self._scale
         return wide.addmm_(edit.read[rows], self._pull, alpha=-1) if edit.codec.pulls else wide
 
     def _wide(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:

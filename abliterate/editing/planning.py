@@ -1,35 +1,146 @@
-"""The plan: exactly what an edit will change, decided from headers and ``config.json`` before any byte is written."""
+"""The plan: exactly what an edit will change, decided before any byte is written.
+
+What is edited follows from headers and ``config.json`` alone (``plan``).  What happens to each writer follows from what
+the edit does to the residual stream (``along``); for that the small gains of norms behind writers are read.
+"""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from abliterate.arch.edit_plan import EditPlan, TiedPolicy
 from abliterate.arch.formats import FORMATS
-from abliterate.arch.model_map import ModelMap, map_model
+from abliterate.arch.gains import read_gain
+from abliterate.arch.model_map import ModelMap, Writer, map_model
+from abliterate.arch.packed import text_config
 from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.errors import UnsupportedFormatError
+from abliterate.errors import CheckpointError, PlanRefusedError, UnsupportedFormatError
+from abliterate.method.edits import behind_norm
+from abliterate.method.stream_edit import Place, StreamEdit
+from abliterate.method.weight_edit import WeightEdit
 
 
 def plan(
     model: str | Path | Checkpoint,
     *,
+    edit: StreamEdit | None = None,
     revision: str | None = None,
     tied: TiedPolicy = "untie",
     mtp: bool = True,
     allow_partial: bool = False,
 ) -> EditPlan:
-    """Plan the edit of ``model`` (a folder or a Hub name) from its headers; no tensor byte is read.
+    """Plan the edit of ``model`` (a folder or a Hub name) from its headers; of tensors, ``edit`` takes norm gains only.
 
-    ``tied`` decides what happens to a tied head: "untie" writes the unedited embedding as a head of its own (exact),
-    "shared" edits the shared matrix in place (the head changes too), "keep" leaves the embedding unedited (it still
-    writes the direction).  ``mtp`` False leaves next-token blocks as they are.
+    ``edit`` is what shall happen to the stream; None plans what any edit of everything would touch.  ``tied`` decides
+    what happens to a tied head: "untie" writes the unedited embedding as a head of its own (exact), "shared" edits the
+    shared matrix in place (the head changes too), "keep" leaves the embedding unedited (it still writes the direction).
+    ``mtp`` False leaves next-token blocks as they are.
 
     Raises:
         PlanRefusedError: unknown architecture, tensors without a role, or a format that cannot be edited.
-        SourceError: the source is unreadable or corrupt.
+        SourceError: the source is unreadable or corrupt, or is here with its headers only.
     """
+    made = _covering(model, revision=revision, tied=tied, mtp=mtp, allow_partial=allow_partial)
+    return made if edit is None else along(made, edit)
+
+
+def along(made: EditPlan, edit: StreamEdit) -> EditPlan:
+    """``made`` with the edit of every writer; what ``edit`` leaves alone is no longer in it.
+
+    Raises:
+        CheckpointError: the edit has the wrong width, or a gain cannot be read.
+        NonFiniteError: a norm weight is not finite.
+        PlanRefusedError: a norm's gain is zero along a direction, or a constant has no place to go.
+    """
+    if edit.d_model != made.model_map.d_model:
+        raise CheckpointError(
+            f"the direction has {edit.d_model} components, {made.checkpoint.name} has {made.model_map.d_model}",
+            "use a direction measured on this model",
+        )
+    writers = tuple(writer for writer in made.writers if edit.at(*writer.place) is not None)
+    edits = _Edits(made.checkpoint, made.model_map, edit, writers)
+    found = replace(
+        made, writers=writers, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in writers}
+    )
+    if made.sets_untied and edit.at(None, "embedding") is None:  # the head changes with nothing, and can stay tied
+        notes = tuple(note for note in made.notes if note not in _head_notes(made.model_map, made.tied))
+        found = replace(found, added_head=None, sets_untied=False, notes=notes)
+    return found
+
+
+class _Edits:
+    """The edits of writers; the same value for all that are edited alike."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model_map: ModelMap, stream: StreamEdit, writers: Sequence[Writer]
+    ) -> None:
+        self._checkpoint, self._stream = checkpoint, stream
+        self._embedding_scale = model_map.family.scale_of_embedding(text_config(checkpoint.config))
+        self._made: dict[object, WeightEdit] = {}
+        for place in {writer.place for writer in writers}:
+            edit = stream.at(*place)
+            if edit is not None and edit.constant is not None:
+                self._check_constant(place, [writer for writer in writers if writer.place == place])
+
+    def of(self, writer: Writer) -> WeightEdit:
+        """The edit of one writer."""
+        edit = self._stream.at(*writer.place)
+        assert edit is not None, "the writer is edited"
+        constant = edit.constant is not None and _holds_constant(writer)
+        key = (id(edit), writer.norms, writer.gain, constant and writer.role)
+        if key not in self._made:
+            try:
+                self._made[key] = self._make(writer, edit, constant=constant)
+            except ValueError as error:
+                raise PlanRefusedError(
+                    f"{writer.tensor.shard}: '{writer.tensor.name}' cannot be edited: {error}",
+                    "this writer's norm needs no edit along the direction or is damaged: look at its weight",
+                ) from error
+        return self._made[key]
+
+    def _make(self, writer: Writer, edit: WeightEdit, *, constant: bool) -> WeightEdit:
+        if edit.constant is not None:
+            scale = self._embedding_scale if writer.role in EMBEDDINGS else 1.0
+            edit = replace(edit, constant=edit.constant / scale if constant else None)
+        return behind_norm(edit, read_gain(self._checkpoint.folder, writer)) if writer.norms else edit
+
+    def _check_constant(self, place: Place, writers: Sequence[Writer]) -> None:
+        """Check that one tensor takes the constant; where other modalities enter, each projector takes it as well.
+
+        Raises:
+            PlanRefusedError: it would be added not at all, or more than once.
+        """
+        projectors = [writer for writer in writers if writer.role == "projector"]
+        biases = [writer for writer in writers if writer.role == "projector bias"]
+        own = [writer for writer in writers if _holds_constant(writer) and writer not in biases]
+        if place[1] == "next-token block" or (
+            len({w.role for w in own}) == len(own) > 0 and len(biases) == len(projectors)
+        ):
+            return
+        where = "the embedding" if place[0] is None else f"the {place[1]} of block {place[0]}"
+        raise PlanRefusedError(
+            f"{self._checkpoint.name}: {where} has no one bias that could hold the constant of this edit",
+            "preview it by hooks, or remove the direction without a constant",
+        )
+
+
+EMBEDDINGS = ("embedding", "stored copy of the tied head")
+
+
+def _holds_constant(writer: Writer) -> bool:
+    """Whether a constant that is added where ``writer`` writes goes into it."""
+    kind = writer.place[1]
+    if kind == "embedding":
+        return writer.role in (*EMBEDDINGS, "projector bias")
+    return kind != "next-token block" and writer.role.endswith(" bias") and len(writer.tensor.shape) == 1
+
+
+def _covering(
+    model: str | Path | Checkpoint, *, revision: str | None, tied: TiedPolicy, mtp: bool, allow_partial: bool
+) -> EditPlan:
+    """The plan of an edit of everything, without a direction."""
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision=revision)
     model_map = map_model(checkpoint, allow_partial=allow_partial)
     if model_map.tied and tied == "untie" and model_map.embedding.packed:

@@ -6,12 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
 from abliterate.arch.codecs import HeldScales, codec_of
 from abliterate.arch.edit_plan import untied_config
-from abliterate.arch.gains import read_gain
 from abliterate.arch.model_map import Writer
 from abliterate.checkpoint.budget import DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.directio import slab_bytes
@@ -22,45 +18,12 @@ from abliterate.checkpoint.stream import one_core
 from abliterate.editing.blocks import Rounding, TensorEdit, Workspace
 from abliterate.editing.planning import EditPlan
 from abliterate.editing.shards import HELD_BYTES, PIECES, TASK, Editor, InPlace, header_with
-from abliterate.errors import CheckpointError, NotEnoughDiskError, PlanRefusedError, UsageError
+from abliterate.errors import CheckpointError, NotEnoughDiskError, UsageError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method import edits
-from abliterate.method.edits import Projector
-from abliterate.method.linalg import orthonormal_basis
-
-
-def projectors(plan: EditPlan, directions: Float[Tensor, "d k"]) -> dict[str, Projector]:
-    """The projector of every writer of the plan, by tensor name; reads the norm gains of class B writers.
-
-    Raises:
-        CheckpointError: a direction has the wrong width.
-        NonFiniteError: a norm weight is not finite.
-        PlanRefusedError: a norm's gain is zero along a direction.
-    """
-    if directions.shape[0] != plan.model_map.d_model:
-        raise CheckpointError(
-            f"the direction has {directions.shape[0]} components, {plan.checkpoint.name} has {plan.model_map.d_model}",
-            "use a direction measured on this model",
-        )
-    basis = orthonormal_basis(directions)
-    plain = edits.orthogonal(basis)
-    found = {}
-    for writer in plan.writers:
-        try:
-            found[writer.tensor.name] = (
-                plain if not writer.norms else edits.oblique(basis, read_gain(plan.checkpoint.folder, writer))
-            )
-        except ValueError as error:
-            raise PlanRefusedError(
-                f"{writer.tensor.shard}: '{writer.tensor.name}' cannot be edited: {error}",
-                "this writer's norm needs no edit along the direction or is damaged: look at its weight",
-            ) from error
-    return found
 
 
 def edit_checkpoint(
     plan: EditPlan,
-    directions: Float[Tensor, "d k"],
     output: OutputFolder,
     *,
     rounding: Rounding = "direction",
@@ -77,7 +40,7 @@ def edit_checkpoint(
         UsageError: rounding to nearest was asked for on a coarse grid.
         NotEnoughDiskError: the disk filled up; what is complete stays, and the same command continues.
     """
-    edit_of = edits_of(plan, directions, rounding)
+    edit_of = edits_of(plan, rounding)
     write_checkpoint(plan, edit_of, output, memory_bytes=memory_bytes, direct=direct, on_event=on_event)
 
 
@@ -129,13 +92,10 @@ def write_shards(
             output.complete(shard.name, partial(write, shard))
 
 
-def edits_of(
-    plan: EditPlan, directions: Float[Tensor, "d k"], rounding: Rounding = "direction"
-) -> Callable[[Writer], InPlace]:
-    """The edit of every writer of ``plan``; reads the norm gains of class B writers.
+def edits_of(plan: EditPlan, rounding: Rounding = "direction") -> Callable[[Writer], InPlace]:
+    """The edit of every writer of ``plan``.
 
     Raises:
-        SourceError: a gain is not finite.
         UsageError: rounding to nearest was asked for on a coarse grid.
     """
     packed = next((writer for writer in plan.writers if writer.packed), None)
@@ -144,12 +104,12 @@ def edits_of(
             f"rounding to nearest leaves much of the direction in '{packed.tensor.name}', stored as {packed.format}",
             "leave --rounding at its default",
         )
-    found, held, work = projectors(plan, directions), HeldScales(), Workspace()
+    held, work = HeldScales(), Workspace()
 
     def edit_of(writer: Writer) -> TensorEdit:
         tensor = writer.tensor
         where, codec = f"{tensor.shard}: '{tensor.name}'", codec_of(plan.checkpoint.folder, writer, held)
-        return TensorEdit.of(where, found[tensor.name], codec, work, rounding)
+        return TensorEdit.of(where, plan.edits[tensor.name], codec, work, rounding)
 
     return edit_of
 

@@ -1,10 +1,10 @@
 """The edit as a PEFT adapter of rank k, for what such an adapter can express.
 
-``W' - W = -write (read^T W)`` is a product of two thin matrices: ``B = -write [d, k]`` and ``A = read^T W [k, n]``,
-with ``alpha = k`` so that PEFT scales by 1.  It holds for linear layers, plain or behind a norm, and for the token
-embedding.  Not for biases (an adapter has none), nor for experts (models keep them in one fused parameter), nor for
-what is quantised or stored transposed: those are named, and while they keep writing the direction, the adapter alone is
-not the whole edit.
+``W' - W = -strength write (read^T W)`` is a product of two thin matrices: ``B = -strength write [d, k]`` and ``A =
+read^T W [k, n]``, with ``alpha = k`` so that PEFT scales by 1.  It holds for linear layers, plain or behind a norm, and
+for the token embedding.  Not for biases (an adapter has none), nor for experts (models keep them in one fused
+parameter), nor for what is quantised or stored transposed: those are named, and while they keep writing the direction,
+the adapter alone is not the whole edit.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,10 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
 from abliterate.checkpoint.directio import Slab, SourceFile
-from abliterate.checkpoint.output import prepare, write_atomically, write_json
-from abliterate.editing.writing import projectors
+from abliterate.checkpoint.output import fingerprint, prepare, write_atomically, write_json
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import Projector
+from abliterate.method.weight_edit import WeightEdit
 
 TASK = "adapter"
 BLOCK_BYTES = 8 * 2**20
@@ -51,36 +49,38 @@ class AdapterReport:
         return not self.left_out
 
 
-def export(plan: EditPlan, directions: DirectionSet, out: Path, *, on_event: OnEvent = ignore) -> AdapterReport:
-    """Write the adapter that ``plan`` along ``directions`` comes to, into ``out``.
+def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterReport:
+    """Write the adapter that the edits of ``plan`` come to, into ``out``.
 
     Raises:
         PlanRefusedError: nothing of the plan can be expressed.
         OutputError: ``out`` exists, or lies in the base.
     """
-    left_out = {writer.name: why for writer in plan.writers if (why := not_expressible(writer))}
+    left_out = {
+        writer.name: why for writer in plan.writers if (why := not_expressible(writer, plan.edits[writer.tensor.name]))
+    }
     expressed = [writer for writer in plan.writers if writer.name not in left_out]
     if not expressed:
         raise PlanRefusedError(
             f"{plan.checkpoint.name}: no writer can be expressed by an adapter ({next(iter(left_out.values()))})",
             "edit the checkpoint itself, or export a patch",
         )
-    made = projectors(plan, directions.direction[:, None])
-    rank = next(iter(made.values())).read.shape[1]
-    output = prepare(out, source=plan.checkpoint.folder, fingerprint=f"lora {directions.sha256}", needed_bytes=0)
+    ranks = {writer.name: plan.edits[writer.tensor.name].rank for writer in expressed}
+    known = fingerprint({"lora": plan.to_json(), **plan.checkpoint.identity()})
+    output = prepare(out, source=plan.checkpoint.folder, fingerprint=known, needed_bytes=0)
     on_event(Started(task=TASK, total=sum(writer.tensor.size_bytes for writer in expressed), unit="bytes"))
     tensors: dict[str, Tensor] = {}
     for writer in expressed:
-        tensors |= _factors(plan.checkpoint.folder, writer, made[writer.tensor.name])
+        tensors |= _factors(plan.checkpoint.folder, writer, plan.edits[writer.tensor.name])
         on_event(Advanced(task=TASK, amount=writer.tensor.size_bytes))
     on_event(Finished(task=TASK))
     save_file(tensors, output.path / ADAPTER, metadata={"format": "pt"})
-    write_json(output.path / CONFIG, _config(plan, rank, expressed))
+    write_json(output.path / CONFIG, _config(plan, ranks))
     write_atomically(output.path / "README.md", _card(plan, left_out).encode())
     size = (output.path / ADAPTER).stat().st_size
     return AdapterReport(
         out=output.finish(),
-        rank=rank,
+        rank=max(ranks.values()),
         expressed=tuple(writer.name for writer in expressed),
         left_out=left_out,
         tied=plan.model_map.tied,
@@ -88,8 +88,12 @@ def export(plan: EditPlan, directions: DirectionSet, out: Path, *, on_event: OnE
     )
 
 
-def not_expressible(writer: Writer) -> str:
+def not_expressible(writer: Writer, edit: WeightEdit) -> str:
     """Why an adapter cannot hold the edit of ``writer``; empty where it can."""
+    if edit.scales:
+        return "its columns keep their lengths, which is no change of low rank"
+    if edit.constant is not None:
+        return "gains a constant"
     if writer.packed is not None:
         return f"stored as {writer.format}"
     if writer.drafts:
@@ -105,11 +109,11 @@ def not_expressible(writer: Writer) -> str:
     return "stored transposed" if writer.in_rows else ""
 
 
-def _factors(root: Path, writer: Writer, projector: Projector) -> dict[str, Tensor]:
+def _factors(root: Path, writer: Writer, edit: WeightEdit) -> dict[str, Tensor]:
     """``A`` and ``B`` of one writer in float32, under the names PEFT gives them."""
     module = "base_model.model." + writer.tensor.name.removesuffix(".weight")
-    reads = _read_along(root, writer, projector.read).to(torch.float32)
-    writes = (-projector.write).to(torch.float32)
+    reads = _read_along(root, writer, edit.read).to(torch.float32)
+    writes = (-edit.strength * edit.write).to(torch.float32)
     if writer.role == "embedding":
         return {f"{module}.lora_embedding_A": reads, f"{module}.lora_embedding_B": writes.clone()}
     return {f"{module}.lora_A.weight": reads, f"{module}.lora_B.weight": writes.clone()}
@@ -135,8 +139,12 @@ def _read_along(root: Path, writer: Writer, read: Float[Tensor, "d k"]) -> Float
     return found
 
 
-def _config(plan: EditPlan, rank: int, expressed: list[Writer]) -> dict[str, Any]:
-    """``adapter_config.json``: modules by their full names, so that nothing else matches."""
+def _config(plan: EditPlan, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``adapter_config.json``: modules by their full names, so that nothing else matches, each with its rank."""
+    rank = max(ranks.values())
+    modules = {name.removesuffix(".weight"): its for name, its in ranks.items()}
+    others = {name: its for name, its in modules.items() if its != rank}
+    patterns = {"rank_pattern": others, "alpha_pattern": others} if others else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -148,7 +156,8 @@ def _config(plan: EditPlan, rank: int, expressed: list[Writer]) -> dict[str, Any
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": [writer.tensor.name.removesuffix(".weight") for writer in expressed],
+        "target_modules": list(modules),
+        **patterns,
     }
 
 

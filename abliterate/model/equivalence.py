@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.arch.formats import FORMATS
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.statistics import exact_kl_nats
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import each_batch, last_log_probs, run_batch
-from abliterate.model.interventions import ablated, observed
+from abliterate.model.interventions import edited, observed
 from abliterate.model.load import LoadedModel
 from abliterate.verification.behaviour import Behaviour, kl_bound_nats, share_bound
 
@@ -31,14 +34,14 @@ class HookedBase:
 def hooked_base(
     loaded: LoadedModel,
     chat: ChatFormat,
-    directions: Float[Tensor, "d k"],
+    stream: StreamEdit,
     prompts: Sequence[str],
     *,
     batch_size: int,
 ) -> HookedBase:
-    """Next-token log-probabilities of the base, with and without ablation hooks."""
+    """Next-token log-probabilities of the base, as it is and with the edit as hooks."""
     plain = last_log_probs(loaded, chat, prompts, batch_size=batch_size)
-    with ablated(loaded, directions):
+    with edited(loaded, stream):
         hooked = last_log_probs(loaded, chat, prompts, batch_size=batch_size)
     return HookedBase(plain=plain, hooked=hooked)
 
@@ -47,15 +50,17 @@ def compare(
     written: LoadedModel,
     chat: ChatFormat,
     base: HookedBase,
-    directions: Float[Tensor, "d k"],
+    plan: EditPlan,
     prompts: Sequence[str],
     *,
-    stored: str,
-    exact_family: bool,
-    expect_removed: bool,
     batch_size: int,
 ) -> Behaviour:
-    """Measure the written checkpoint against the hooked base."""
+    """Measure the written checkpoint against the hooked base, and by what its plan claims.
+
+    How much of the direction is in the stream is asked where one subspace is removed at every place.
+    """
+    removed = None if plan.stream is None else plan.stream.removed
+    stored = coarsest_format(plan)
     ours = last_log_probs(written, chat, prompts, batch_size=batch_size)
     kl = exact_kl_nats(base.hooked, ours)
     computing = next(written.model.parameters()).dtype
@@ -65,12 +70,17 @@ def compare(
         worst_kl_nats=float(kl.max()),
         ablation_kl_nats=float(exact_kl_nats(base.hooked, base.plain).mean()),
         same_top=float((ours.argmax(-1) == base.hooked.argmax(-1)).double().mean()),
-        stream_share=stream_share(written, chat, directions, prompts, batch_size=batch_size),
+        stream_share=None if removed is None else stream_share(written, chat, removed, prompts, batch_size=batch_size),
         kl_bound_nats=kl_bound_nats(stored, computing),
         share_bound=share_bound(stored, computing),
-        exact_family=exact_family,
-        expect_removed=expect_removed,
+        exact_family=plan.claim == "equal to hooks",
+        expect_removed=removed is not None and plan.exactness != "C",
     )
+
+
+def coarsest_format(plan: EditPlan) -> str:
+    """The stored format of the writers that rounds most."""
+    return max((writer.format for writer in plan.writers), key=lambda name: FORMATS[name].unit_roundoff)
 
 
 def stream_share(

@@ -4,6 +4,9 @@ Ablation (Arditi et al. 2024, eq. 4) removes the directions wherever something e
 embedding's output, at the input of every block, and at every site where an attention or MLP output is added (behind
 its norm, where there is one).  Addition (eq. 3) adds one vector to the input of one block, at all positions.
 
+An edit of weights (``edited``) has its operator at the outputs of the writers alone, for it need not be one that can be
+applied twice.
+
 Where several thunks take turns at one model (``lockstep``), an intervention acts on the passes of the thunk that made
 it, and one made outside of them acts on all.
 """
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
+from abliterate.method.stream_edit import StreamEdit
+from abliterate.method.weight_edit import WeightEdit
 from abliterate.model.load import LoadedModel
 from abliterate.model.tasks import Task, current
 
@@ -42,6 +47,50 @@ def ablated(loaded: LoadedModel, directions: Float[Tensor, "d k"]) -> Iterator[N
 
     with everywhere(loaded, change):
         yield
+
+
+@contextmanager
+def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
+    """Run as an edit of the weights would make the model: its operator on what every writer adds to the stream.
+
+    Not on the inputs of blocks: what is already in the stream stays, as it does when weights are edited.
+    """
+    undoing = []
+    for module, constant_factor in (
+        (loaded.embedding, 1 / loaded.embedding_factor),
+        *((m, 0.0) for m in loaded.other_embeddings),
+    ):
+        edit = stream.at(None, "embedding")
+        if edit is not None:
+            undoing.append(_on_output(module, operator(edit, constant_factor=constant_factor)))
+    for layer, (sites, kinds) in enumerate(zip(loaded.sites, loaded.kinds, strict=True)):
+        for site, kind in zip(sites, kinds, strict=True):
+            edit = stream.at(layer, kind)
+            if edit is not None:
+                undoing.append(_on_output(site, operator(edit)))
+    try:
+        yield
+    finally:
+        for undo in undoing:
+            undo()
+
+
+def operator(edit: WeightEdit, *, constant_factor: float = 1.0) -> Change:
+    """``s - strength write (read^T s) + constant``, in float32 or wider; the constant times ``constant_factor``."""
+    prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def change(x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.device, dtype)
+        if key not in prepared:
+            read, write = (vectors.to(device=x.device, dtype=dtype) for vectors in (edit.read, edit.write))
+            constant = None if edit.constant is None else edit.constant.to(device=x.device, dtype=dtype)
+            prepared[key] = (read, edit.strength * write, constant)
+        read, write, constant = prepared[key]
+        changed = x.to(dtype) - (x.to(dtype) @ read) @ write.T
+        return (changed if constant is None else changed + constant_factor * constant).to(x.dtype)
+
+    return change
 
 
 @contextmanager

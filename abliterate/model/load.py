@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from abliterate.arch.model_map import DRAFTS
-from abliterate.arch.packed import quantisation
+from abliterate.arch.packed import quantisation, text_config
 from abliterate.arch.registry import family_of
-from abliterate.arch.spec import Family, WriterSpec
+from abliterate.arch.spec import Family, WriterSpec, kind_of
 from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
+from abliterate.method.stream_edit import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
@@ -30,8 +31,10 @@ class LoadedModel:
     """A model ready to run.
 
     ``blocks`` are the decoder layers in order.  ``embedding`` and ``sites[l]`` are the modules whose outputs are added
-    to the residual stream, before and in block ``l``: the writers, or the norms behind them.  ``offload`` is set where
-    the weights stay on disk; where they do not, ``room_bytes`` of the memory allowed are left beside them.
+    to the residual stream, before and in block ``l``: the writers, or the norms behind them; ``kinds[l]`` are the kinds
+    of these places.  ``other_embeddings`` are added to the embedding (positions); its output is multiplied by
+    ``embedding_factor`` first.  ``offload`` is set where the weights stay on disk; where they do not, ``room_bytes`` of
+    the memory allowed are left beside them.
     """
 
     name: str
@@ -41,6 +44,9 @@ class LoadedModel:
     embedding: nn.Module
     sites: tuple[tuple[nn.Module, ...], ...]
     d_model: int
+    kinds: tuple[tuple[Kind, ...], ...] = ()
+    other_embeddings: tuple[nn.Module, ...] = ()
+    embedding_factor: float = 1.0
     offload: Offloaded | None = None
     room_bytes: int | None = None
 
@@ -262,18 +268,29 @@ def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedMo
     ]
     stem = per_layer[0].name.split(".{layer}.")[0]
     embedding_spec = next(spec for spec in family.writer if spec.role == "embedding")
+    positions = [spec for spec in family.writer if spec.role == "position embedding"]
     try:
         decoder = _decoder(model, stem)
         blocks = tuple(decoder.get_submodule(stem))  # type: ignore[arg-type] - a ModuleList
-        sites = tuple(_sites_of(decoder, per_layer, layer) for layer in range(len(blocks)))
+        found = [_sites_of(decoder, per_layer, layer) for layer in range(len(blocks))]
         embedding = decoder.get_submodule(embedding_spec.site_name)
+        others = tuple(decoder.get_submodule(spec.site_name) for spec in positions)
     except AttributeError as error:
         raise CheckpointError(
             f"{name}: {error}", "the installed transformers names this model's modules differently"
         ) from error
-    d_model = int(embedding.weight.shape[1])  # type: ignore[union-attr]
+    scale = family.scale_of_embedding(text_config(model.config.to_dict()))
     return LoadedModel(
-        name=name, model=model, tokenizer=tokenizer, blocks=blocks, embedding=embedding, sites=sites, d_model=d_model
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        blocks=blocks,
+        embedding=embedding,
+        sites=tuple(tuple(module for module, _ in sites.values()) for sites in found),
+        kinds=tuple(tuple(kind for _, kind in sites.values()) for sites in found),
+        other_embeddings=others,
+        embedding_factor=1.0 if family.embedding_scales_itself else scale,
+        d_model=int(embedding.weight.shape[1]),  # type: ignore[union-attr]
     )
 
 
@@ -283,21 +300,24 @@ def _decoder(model: Any, stem: str) -> nn.Module:  # noqa: ANN401 - transformers
     return decoder if hasattr(decoder, stem) else decoder.get_submodule("model")
 
 
-def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> tuple[nn.Module, ...]:
-    """The modules of one block whose outputs are added to the stream; of a slot, those that this block has."""
+def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> dict[str, tuple[nn.Module, Kind]]:
+    """The modules of one block whose outputs are added to the stream, with the kind of the place, by their names.
+
+    Of a slot there are those that this block has.
+    """
     modules = dict(decoder.named_modules())
-    found: dict[str, nn.Module] = {}
+    found: dict[str, tuple[nn.Module, Kind]] = {}
     empty = {spec.slot for spec in specs if spec.slot}
     for spec in specs:
         name = spec.site_name.replace("{layer}", str(layer))
         if name in modules:
-            found[name] = modules[name]
+            found.setdefault(name, (modules[name], kind_of(spec.role)))
             empty.discard(spec.slot)
         elif not spec.slot and not spec.optional:
             raise AttributeError(f"has no module '{name}'")
     if empty:
         raise AttributeError(f"block {layer} has no module for its {', '.join(map(str, sorted(map(str, empty))))}")
-    return tuple(found.values())
+    return found
 
 
 def resolve_device(device: Device) -> torch.device:

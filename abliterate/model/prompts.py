@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.data.bundled import prompt_sets_path
+from abliterate.data.tiny_chat import prompts_path
 from abliterate.errors import PromptError
 from abliterate.model.prompt_rows import Prompt as Prompt
 from abliterate.model.prompt_rows import prompt_of, rows_of_file, rows_of_hub
@@ -138,14 +140,12 @@ def load_bundled(name: str, kind: str, split: str) -> PromptSet:
 
 def bundled_sets() -> Mapping[str, Path]:
     """The contrast sets that ship, by name: folders of ``{harmful,harmless}.{train,val,test}.jsonl``."""
-    from abliterate.data.tiny_chat import prompts_path
-
-    return {"contrast": _own_sets() / "contrast", "tiny-chat": prompts_path()}
+    return {"contrast": prompt_sets_path() / "contrast", "tiny-chat": prompts_path()}
 
 
 def bundled_lists() -> Mapping[str, Path]:
     """The lists of prompts of one class that ship, by name."""
-    return {path.stem: path for path in sorted(_own_sets().glob("*.jsonl"))}
+    return {path.stem: path for path in sorted(prompt_sets_path().glob("*.jsonl"))}
 
 
 def split_three_ways(prompts: PromptSet, sizes: SplitSizes, seed: int) -> dict[str, PromptSet]:
@@ -248,10 +248,6 @@ def _from_hub(source: str) -> list[Prompt]:
     repo, _, config = rest.partition("/")
     rows = rows_of_hub(f"{owner}/{repo}", config=config or None, split=split or "train", source=source)
     return [prompt_of(row, source, column or None) for row in rows]
-
-
-def _own_sets() -> Path:
-    return Path(__file__).parent.parent / "prompt_sets"
 
 
 def _no_such_set(name: str) -> PromptError:

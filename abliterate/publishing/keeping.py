@@ -1,8 +1,9 @@
 """What goes into an output folder beside the checkpoint itself, and what must hold before it gets its name."""
 
+from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
+from abliterate.checkpoint import edit_file
 from abliterate.checkpoint.output import OutputFolder, copy_file, write_atomically
-from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import VerificationError
 from abliterate.method.directions import DirectionSet
 from abliterate.publishing import manifest
@@ -10,11 +11,15 @@ from abliterate.recipe import Recipe
 from abliterate.verification.report import VerifyReport
 
 DIRECTION_FILE = "direction.safetensors"
+EDIT_FILE = "edit.safetensors"
 RECIPE_FILE = "recipe.toml"
 
 
-def keep_origin(base: Checkpoint, directions: DirectionSet, recipe: Recipe, output: OutputFolder) -> None:
-    """Put the direction, the recipe, and what the base says of itself, into the private folder of ``output``."""
+def keep_origin(plan: EditPlan, directions: DirectionSet, recipe: Recipe, output: OutputFolder) -> None:
+    """Put direction, edit, recipe, and what the base says of itself, into the private folder of ``output``."""
+    base = plan.checkpoint
+    if plan.stream is not None:
+        edit_file.save(plan.stream, output.private / EDIT_FILE)
     direction_files.save(directions, output.private / DIRECTION_FILE)
     write_atomically(output.private / RECIPE_FILE, recipe.to_toml().encode())
     for name in ("README.md", manifest.FILE_NAME):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.output import JOURNAL, OutputFolder, write_json
 from abliterate.checkpoint.source import IGNORED_PARTS, Checkpoint, read_json
@@ -24,7 +25,8 @@ from abliterate.verification.report import VerifyReport
 from abliterate.version import __version__
 
 FILE_NAME = "abliterate.json"
-FORMAT = "abliterate-manifest-1"
+FORMAT, FORMAT_NUMBER = "abliterate-manifest-", 2
+"""Manifests of version 1, which name a direction and no edit, are still read."""
 OUR_FILES = {FILE_NAME, "README.md"}
 """Files the manifest has no hash of: itself, and the card, which may be edited by hand."""
 
@@ -72,7 +74,7 @@ def build(
     checkpoint = edit_plan.checkpoint
     vector = directions.direction
     document = {
-        "format": FORMAT,
+        "format": f"{FORMAT}{FORMAT_NUMBER}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
@@ -81,7 +83,10 @@ def build(
             "revision": checkpoint.revision,
             "shards": {shard.name: shard.size_bytes for shard in checkpoint.shards},
         },
-        "edit": {key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},
+        "edit": {
+            **{key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},
+            "file": "abliterate/edit.safetensors",
+        },
         "direction": {
             "file": "abliterate/direction.safetensors",
             "sha256": directions.sha256,
@@ -198,10 +203,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not (folder / FILE_NAME).is_file():
         raise CheckpointError(f"{folder}: has no {FILE_NAME}", "give a folder that abliterate wrote (and finished)")
     document = read_json(folder / FILE_NAME)
-    if document.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / FILE_NAME}: format {document.get('format')!r} is unknown", "update abliterate"
-        )
+    check_format(document.get("format"), FORMAT, FORMAT_NUMBER, where=folder / FILE_NAME)
     return document
 
 

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint import upload
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.hub import cached
 from abliterate.checkpoint.output import JOURNAL
 from abliterate.checkpoint.source import HUBS_OWN, Checkpoint, looks_like_path, open_folder
 from abliterate.data.bundled import resolve_model
-from abliterate.editing.planning import plan
 from abliterate.errors import CheckpointError, InterruptedRunError, OutputError, VerificationError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from abliterate.publishing import manifest
-from abliterate.recipe import Recipe
+from abliterate.publishing.finished import FinishedEdit
 from abliterate.verification.checkpoint_proof import verify_bytes
 
 if TYPE_CHECKING:
@@ -205,12 +203,9 @@ def _prove_again(
         name = document["source"]["name"]
         on_event(Noted(text=f"{name} is not on this disk: the files are held against the hashes of the manifest only"))
         return {}
-    recipe = Recipe.model_validate(document["recipe"])
-    directions = direction_files.load(folder / document["direction"]["file"])
-    made = plan(source, **recipe.plan_options)
-    report = verify_bytes(
-        made, directions.direction[:, None], folder, memory_bytes=recipe.edit_memory_bytes, on_event=on_event
-    )
+    finished = FinishedEdit.open(folder)
+    made = finished.plan(source)
+    report = verify_bytes(made, folder, memory_bytes=finished.recipe.edit_memory_bytes, on_event=on_event)
     if not report.ok:
         raise VerificationError(f"{folder}: {report.failures[0]}", DAMAGED)
     return report.sha256_files

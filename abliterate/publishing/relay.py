@@ -22,20 +22,21 @@ from abliterate.checkpoint.shells import RemoteFiles, write_shell
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, looks_like_path, open_folder
 from abliterate.checkpoint.stream import one_core
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.editing.shards import Editor
 from abliterate.editing.writing import TASK as EDIT
 from abliterate.editing.writing import editor_for, edits_of, plain_failures, write_other_files, write_shard
 from abliterate.errors import CheckpointError, UsageError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.directions import DirectionSet
+from abliterate.method.edits import removing
 from abliterate.publishing import manifest
 from abliterate.publishing.journal import Journal
 from abliterate.publishing.keeping import keep_origin, require_verified
 from abliterate.publishing.push import Published, default_message, interrupted, published, refuse_base, warn_if_gated
 from abliterate.recipe import NOT_IN_WORK, Recipe
 from abliterate.verification.checkpoint_proof import TASK as VERIFY
-from abliterate.verification.checkpoint_proof import Equation, ShardCheck, ShardReport, gather
+from abliterate.verification.checkpoint_proof import ShardCheck, ShardReport, gather
 from abliterate.verification.report import VerifyReport
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
+    made = along(made, removing(direction.direction[:, None]))
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(
@@ -207,16 +209,14 @@ class Relay:
             (UPLOAD, self.plan.output_bytes),
         ):
             self.on_event(Started(task=task, total=total, unit="bytes"))
-        vectors = self.directions.direction[:, None]
-        edit_of = edits_of(self.plan, vectors, self.recipe.rounding)
+        edit_of = edits_of(self.plan, self.recipe.rounding)
         editor = editor_for(self.plan, edit_of, memory_bytes=self.recipe.edit_memory_bytes, on_event=self.on_event)
-        equation = Equation.of(self.plan, vectors)
         with plain_failures(self.output, self.plan.checkpoint), one_core(needed=not self.plan.packed):
             for shard in shards:
                 if shard.name in self.journal.shards:
                     self._advance(shard.size_bytes, FETCH, EDIT, VERIFY, UPLOAD)
                 else:
-                    self._pass_on(shard, editor, equation)
+                    self._pass_on(shard, editor)
             document = self._finish()
         operations = list(self._operations())
         with plain_upload_errors(self.target.name):
@@ -227,12 +227,12 @@ class Relay:
         shutil.rmtree(self.work)
         return published(self.target, commit, files=len(operations), size_bytes=size)
 
-    def _pass_on(self, shard: Shard, editor: Editor, equation: Equation) -> None:
+    def _pass_on(self, shard: Shard, editor: Editor) -> None:
         """One shard: fetch, edit, prove, send, delete."""
         whole, edited = self.plan.checkpoint.folder / shard.name, self.output.path / shard.name
         self._bring(shard, whole)
         write_shard(editor, self.plan, shard, edited)
-        report = self._prove(shard, equation, edited)
+        report = self._prove(shard, edited)
         set_aside(whole)
         with plain_upload_errors(self.target.name):
             [operation] = upload.send(self.target, [(shard.name, edited, report.sha256)])
@@ -255,7 +255,7 @@ class Relay:
         path.replace(whole)
         self._advance(shard.size_bytes, FETCH)
 
-    def _prove(self, shard: Shard, equation: Equation, edited: Path) -> ShardReport:
+    def _prove(self, shard: Shard, edited: Path) -> ShardReport:
         result = Checkpoint(
             name=self.target.name,
             root=self.output.path,
@@ -266,7 +266,7 @@ class Relay:
             other_files=(),
             left_out=(),
         )
-        check = ShardCheck.of(equation, result, shard, self.recipe.edit_memory_bytes)
+        check = ShardCheck.of(self.plan, result, shard, self.recipe.edit_memory_bytes)
         check.run(lambda amount: self._advance(amount, VERIFY))
         report, expected = check.report(), self.files.files[shard.name].sha256
         if expected is not None and report.source_sha256 != expected:
@@ -285,7 +285,7 @@ class Relay:
     def _finish(self) -> dict[str, Any]:
         """Everything but the shards; the whole is proven from the journal's proofs and the files here."""
         write_other_files(self.plan, self.output)
-        keep_origin(self.plan.checkpoint, self.directions, self.recipe, self.output)
+        keep_origin(self.plan, self.directions, self.recipe, self.output)
         result = open_folder(self.output.path, name=self.target.name)
         reports = [self.journal.report(shard.name) for shard in self.plan.checkpoint.shards]
         verification = VerifyReport(bytes=gather(self.plan, result, reports), behaviour=None)

@@ -22,7 +22,8 @@ class Behaviour:
     ``kl_nats`` and ``worst_kl_nats``: KL(hooked base || written), mean and largest over prompts.  ``ablation_kl_nats``:
     KL(hooked base || base), how far the ablation itself moves the model.  ``same_top``: share of prompts with the same
     most likely token.  ``stream_share``: the largest ``|Q^T h| / |h|`` over all tokens before and after every block of
-    the written checkpoint; it is rounding when every writer is edited, and 0.05 to 0.4 as soon as one is missed.
+    the written checkpoint; it is rounding when every writer is edited, and 0.05 to 0.4 as soon as one is missed.  None
+    where no one subspace is removed everywhere.
     """
 
     prompts: int
@@ -30,7 +31,7 @@ class Behaviour:
     worst_kl_nats: float
     ablation_kl_nats: float
     same_top: float
-    stream_share: float
+    stream_share: float | None
     kl_bound_nats: float
     share_bound: float
     exact_family: bool
@@ -41,7 +42,7 @@ class Behaviour:
         """What is out of bounds, as sentences.  The KL binds class A only; a plan that is inexact by
         request (class C) is reported, not judged."""
         found = []
-        if self.expect_removed and not self.stream_share <= self.share_bound:
+        if self.expect_removed and self.stream_share is not None and not self.stream_share <= self.share_bound:
             found.append(f"the residual stream still holds {self.stream_share:.1e} of r (bound {self.share_bound:.0e})")
         if self.exact_family and not self.kl_nats <= self.kl_bound_nats:
             found.append(

@@ -9,14 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.arch.codecs import HeldScales, as_rows, codec_of
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.arch.gains import read_gain
-from abliterate.arch.model_map import Writer
 from abliterate.checkpoint.budget import COPY_BYTES, DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.header import Shard, read_header
@@ -24,36 +20,11 @@ from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs, same_con
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.checkpoint.stream import one_core
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.edits import oblique
+from abliterate.verification.declared import check_declared
 from abliterate.verification.file_checks import compare_files, compare_head, strange_files
 from abliterate.verification.tensor_proof import ColumnProver, Prover, TensorProof
 
 TASK = "verify"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Equation:
-    """What every writer must satisfy: ``W' = W - a (u^T a)^-1 u^T W``, with ``u = a = r`` for a plain writer.
-
-    Behind a norm with gain ``g``, ``u = g * r``.  There the choice of ``a`` is free (any ``a`` removes ``r``); the
-    one the edit declares is taken.
-    """
-
-    plan: EditPlan
-    basis: Float[Tensor, "d k"]
-
-    @classmethod
-    def of(cls, plan: EditPlan, directions: Float[Tensor, "d k"]) -> "Equation":
-        """Orthonormalise ``directions`` by singular values, a route of its own."""
-        u, s, _ = torch.linalg.svd(directions.double() / directions.double().norm(dim=0), full_matrices=False)
-        return cls(plan=plan, basis=u[:, s > 1e-6 * s[0]])
-
-    def vectors(self, writer: Writer) -> tuple[Float[Tensor, "d k"], Float[Tensor, "d k"]]:
-        """``(u, a)`` of one writer, in float64."""
-        if not writer.norms:
-            return self.basis, self.basis
-        gain = read_gain(self.plan.checkpoint.folder, writer)
-        return gain[:, None] * self.basis, oblique(self.basis, gain).write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +54,18 @@ class BytesReport:
 
 def verify_bytes(
     plan: EditPlan,
-    directions: Float[Tensor, "d k"],
     written: Path,
     *,
     memory_bytes: int = DEFAULT_BYTES,
     on_event: OnEvent = ignore,
 ) -> BytesReport:
-    """Compare the checkpoint in ``written`` with ``plan`` applied to its base.
+    """Compare the checkpoint in ``written`` with ``plan``, with its edits, applied to its base.
 
     Raises:
         SourceError: one of the two cannot be read.
     """
     result = open_folder(written, name=str(written))
-    equation = Equation.of(plan, directions)
-    checks = [ShardCheck.of(equation, result, shard, memory_bytes) for shard in plan.checkpoint.shards]
+    checks = [ShardCheck.of(plan, result, shard, memory_bytes) for shard in plan.checkpoint.shards]
     on_event(Started(task=TASK, total=plan.checkpoint.size_bytes, unit="bytes"))
     with one_core(needed=not plan.packed):
         for check in checks:
@@ -129,6 +98,7 @@ def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) ->
         identical_files=same_files,
         failures=(
             *(failure for shard in shards for failure in shard.failures),
+            *check_declared(plan),
             *file_failures,
             *(f"writer '{name}' was not checked" for name in sorted(unchecked)),
             *(f"shard {shard.name} is not in the base" for shard in result.shards if shard.name not in known),
@@ -144,7 +114,6 @@ class ShardCheck:
     """One shard of the base against its written counterpart."""
 
     plan: EditPlan
-    equation: Equation
     result: Checkpoint
     shard: Shard
     slab_bytes: int
@@ -155,10 +124,10 @@ class ShardCheck:
     digests: tuple[str, str] = ("", "")
 
     @classmethod
-    def of(cls, equation: Equation, result: Checkpoint, shard: Shard, memory_bytes: int) -> "ShardCheck":
+    def of(cls, plan: EditPlan, result: Checkpoint, shard: Shard, memory_bytes: int) -> "ShardCheck":
         """A check of ``shard`` within a memory budget."""
         slab_bytes = max(SMALLEST_PIECE, (memory_bytes - RESERVED_BYTES) // (2 * PAIRS))
-        return cls(plan=equation.plan, equation=equation, result=result, shard=shard, slab_bytes=slab_bytes)
+        return cls(plan=plan, result=result, shard=shard, slab_bytes=slab_bytes)
 
     def report(self) -> ShardReport:
         """What ``run`` found."""
@@ -215,9 +184,8 @@ class ShardCheck:
                 yield from self._identical(tensor.start, tensor.end, f"tensor '{tensor.name}'", changed)
                 continue
             writer = writers[tensor.name]
-            read, write = self.equation.vectors(writer)
             codec = codec_of(self.plan.checkpoint.folder, writer, self.held)
-            prover = Prover(writer, codec, read, write)
+            prover = Prover(writer, codec, self.plan.edits[writer.tensor.name])
             provers.append(prover)
             yield from self._rows(prover) if writer.in_rows else self._columns(prover)
         yield from self._identical(position, self.shard.size_bytes, f"{self.shard.name}: the end of the file", changed)
@@ -289,7 +257,8 @@ def judge(proof: TensorProof) -> list[str]:
     if proof.ok:
         return []
     if not proof.worst_left <= 1.0:
-        return [f"'{proof.name}' still writes the direction: {proof.left:.1e} of its norm, {_times(proof.worst_left)}"]
+        what = "still writes the direction" if proof.removes else "holds another share of the direction than planned"
+        return [f"'{proof.name}' {what}: {proof.left:.1e} of its norm, {_times(proof.worst_left)}"]
     return [f"'{proof.name}' differs from the equation, {_times(proof.worst_error)}"]
 
 

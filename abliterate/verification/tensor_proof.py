@@ -1,18 +1,20 @@
 """The proof of one edited tensor, from the equation: what was written against what should have been.
 
-With ``u`` the direction that must vanish (unit columns) and ``a`` the vectors it is taken out along, every column of a
-written tensor must satisfy, within the rounding of its dtype,
+With ``u`` the directions that are read (unit columns), ``a`` the vectors they are taken out along, ``s`` the strength,
+``c`` the constant and ``k`` what gives a column its length back (or 1), every column ``w`` of the base and ``w'`` of
+the result must satisfy, within the rounding of the stored dtype,
 
-    |u^T w'| <= eps |w'|                                          (removal)
-    |w' - (w - a (u^T a)^-1 u^T w)| <= (1 + feedback) eps |w'|    (nothing else)
+    |u^T w' - k (u^T w - s (u^T a) (u^T w) + u^T c)| <= eps |w'|          (the post-condition)
+    |w' - k (w - s a (u^T w) + c)| <= (1 + feedback) eps |w'|             (and nothing else)
 
-``eps`` is the unit roundoff: what rounding each element to nearest can do to a column at most.  ``feedback`` allows for
-the rows that take up the leak of all others: ``FEEDBACK_ROWS`` of them may each move by a few units in their last
-place, which matters in narrow matrices (2.8 at width 128) and hardly in wide ones (0.5 at 4096).
+The first says that nothing is left along ``u`` where the edit removes.  ``eps`` is the unit roundoff: what rounding
+each element to nearest can do to a column at most.  ``feedback`` allows for the rows that take up the leak of all
+others: ``FEEDBACK_ROWS`` of them may each move by a few units in their last place, which matters in narrow matrices
+(2.8 at width 128) and hardly in wide ones (0.5 at 4096).
 
 The roundoff of FP8 and MXFP4 is larger than what a typical column has along ``u`` at all, so an unedited matrix would
-pass the first bound: of these the whole matrix must in addition have lost all but ``KEPT`` of it, or what half a
-smallest step in each column makes along ``u``, below which such a grid resolves nothing.
+pass the first bound: of these the whole matrix must in addition have lost all but ``KEPT`` of what it should lose, or
+what half a smallest step in each column makes along ``u``, below which such a grid resolves nothing.
 """
 
 import hashlib
@@ -26,6 +28,7 @@ from torch import Tensor
 from abliterate.arch.codecs import Codec
 from abliterate.arch.formats import FORMATS
 from abliterate.arch.model_map import Writer
+from abliterate.method.weight_edit import WeightEdit
 
 KEPT = 2.0**-7
 """Share of what was there along ``u`` that may be left in a quantised matrix.  Measured: 1e-5 to 1e-4, in matrices 32
@@ -43,9 +46,10 @@ BLOCK_ELEMENTS = 2**17
 class TensorProof:
     """One edited tensor, as measured on the written bytes.
 
-    ``left`` is ``|u^T W'| / |W'|`` and ``before`` is ``|u^T W| / |W|`` (Frobenius), ``error`` the distance to the exact
-    edit, ``|W' - (W - a c)| / |W|``; ``worst_left`` and ``worst_error`` are the largest removal and equation residuals
-    over its columns, as fractions of their bounds: above 1 is a failure.
+    ``before`` is ``|u^T W| / |W|`` (Frobenius), ``left`` how far ``u^T W'`` is from what the edit leaves, relative to
+    ``|W'|``: the residual fraction, where the edit ``removes``.  ``error`` is the distance to the exact edit relative
+    to ``|W|``.  ``worst_left`` and ``worst_error`` are the largest residuals of post-condition and equation over its
+    columns, as fractions of their bounds: above 1 is a failure.
     """
 
     name: str
@@ -57,6 +61,7 @@ class TensorProof:
     worst_error: float
     sha256_before: str
     sha256_after: str
+    removes: bool = True
 
     @property
     def ok(self) -> bool:
@@ -65,17 +70,15 @@ class TensorProof:
 
 
 class Prover:
-    """Takes a tensor and its written counterpart block by block, and finds the worst column.
+    """Takes a tensor and its written counterpart block by block, and finds the worst column."""
 
-    ``read`` and ``write`` are ``u`` and ``a`` of the module's docstring, any lengths, in float64.
-    """
-
-    def __init__(self, writer: Writer, codec: Codec, read: Float[Tensor, "d k"], write: Float[Tensor, "d k"]) -> None:
-        self.writer, self.codec = writer, codec
-        self._u = read / torch.linalg.vector_norm(read, dim=0)
-        self._a = write @ torch.linalg.inv(self._u.T @ write)
+    def __init__(self, writer: Writer, codec: Codec, edit: WeightEdit) -> None:
+        self.writer, self.codec, self.edit = writer, codec, edit
+        lengths = torch.linalg.vector_norm(edit.read, dim=0)
+        self._u, self._a = edit.read / lengths, edit.strength * edit.write * lengths
+        self._removes = edit.removes
         self._digests = (hashlib.sha256(), hashlib.sha256())
-        self._squares = torch.zeros(5, dtype=torch.float64)  # removed, total, left, total written, error
+        self._squares = torch.zeros(6, dtype=torch.float64)  # removed, total, wrong, total written, error, before
         self._worst = [0.0, 0.0]
         self._columns = 0
         self._format = FORMATS[writer.format]
@@ -89,9 +92,31 @@ class Prover:
     def rows(self, old: Tensor, new: Tensor, first_row: int) -> None:
         """Stream vectors stored as rows, from ``first_row`` of the tensor on."""
         for _, before, after in self.pairs(old, new, first_row):
-            c, c_new = before @ self._u, after @ self._u
-            error = after - (before - c @ self._a.T)
-            self._judge(c.T, c_new.T, error.square().sum(1), before.square().sum(1), after.square().sum(1))
+            c, c_new = (before @ self._u).T, (after @ self._u).T
+            exact = before - c.T @ self._a.T
+            if self.edit.constant is not None:
+                exact = exact + self.edit.constant
+            total = before.square().sum(1)
+            scale = self.scale(total, exact.square().sum(1))
+            error = after - (exact if scale is None else exact * scale[:, None])
+            self._judge(c, c_new, scale, error.square().sum(1), total, after.square().sum(1))
+
+    def scale(self, before: Float[Tensor, " n"], after: Float[Tensor, " n"]) -> Float[Tensor, " n"] | None:
+        """What gives edited columns of squared length ``after`` their length back; None where they are not to have it.
+
+        A column of which nothing is left stays as it is.
+        """
+        if not self.edit.scales:
+            return None
+        nothing = after <= 2.0**-100 * before
+        return torch.where(nothing, 1.0, (before / torch.where(nothing, 1.0, after)).sqrt())
+
+    def left_along(self, c: Float[Tensor, "k n"], scale: Float[Tensor, " n"] | None) -> Float[Tensor, "k n"]:
+        """``u^T W'`` as it must be, given ``u^T W``."""
+        left = torch.zeros_like(c) if self._removes else c - (self._u.T @ self._a) @ c
+        if self.edit.constant is not None:
+            left = left + (self._u.T @ self.edit.constant)[:, None]
+        return left if scale is None else left * scale
 
     def columns(self, old: Tensor, new: Tensor, first_row: int) -> None:
         """A whole matrix of stream vectors stored as columns, which begins at ``first_row`` of the tensor."""
@@ -113,7 +138,7 @@ class Prover:
 
     def finish(self) -> TensorProof:
         """The proof, once all of the tensor was seen."""
-        removed, total, left, total_new, error = self._squares.sqrt().tolist()
+        removed, total, left, total_new, error, before = self._squares.sqrt().tolist()
         worst_left = self._worst[0]
         if self.writer.packed is not None and left > 0:
             resolved = self._half_step * float(self._u.abs().max()) * self._columns**0.5
@@ -121,35 +146,39 @@ class Prover:
         return TensorProof(
             name=self.writer.tensor.name,
             role=self.writer.role,
-            before=removed / total if total else 0.0,
+            before=before / total if total else 0.0,
             left=left / total_new if total_new else 0.0,
             error=error / total if total else 0.0,
             worst_left=worst_left,
             worst_error=self._worst[1],
             sha256_before=self._digests[0].hexdigest(),
             sha256_after=self._digests[1].hexdigest(),
+            removes=self._removes,
         )
 
     def _judge(
         self,
         c: Float[Tensor, "k n"],
         c_new: Float[Tensor, "k n"],
+        scale: Float[Tensor, " n"] | None,
         error: Float[Tensor, " n"],
         total: Float[Tensor, " n"],
         total_new: Float[Tensor, " n"],
     ) -> None:
         """Hold the columns against their bounds; ``error`` and the totals are squared lengths."""
         size, size_new = total.sqrt(), total_new.sqrt()
+        expected = self.left_along(c, scale)
+        wrong = c_new - expected
         slack = self._half_step * self._u.shape[0] ** 0.5
         arithmetic = self._format.arithmetic_roundoff * (size + size_new)
         allowed = self._format.unit_roundoff * size_new + arithmetic + slack
         d, k = self._u.shape
         feedback = 1 + FEEDBACK_STEPS * k * min(1.0, FEEDBACK_ROWS / d) ** 0.5
-        for place, (residual, factor) in enumerate(((c_new.abs().amax(0), 1.0), (error.sqrt(), feedback))):
+        for place, (residual, factor) in enumerate(((wrong.abs().amax(0), 1.0), (error.sqrt(), feedback))):
             ratio = float((residual / (factor * allowed).clamp_min(1e-300)).amax()) if residual.numel() else 0.0
             self._worst[place] = max(self._worst[place], ratio) if ratio == ratio else float("inf")
         self._columns += c.shape[1]
-        squares = (c.square(), total, c_new.square(), total_new, error)
+        squares = ((c - expected).square(), total, wrong.square(), total_new, error, c.square())
         self._squares += torch.stack([part.sum() for part in squares])
 
 
@@ -163,24 +192,40 @@ class ColumnProver:
         self._c = torch.zeros(k, n, dtype=torch.float64)
         self._c_new = torch.zeros(k, n, dtype=torch.float64)
         self._error, self._total, self._total_new = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+        self._along, self._base = torch.zeros(k, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        self._scale: Tensor | None = None
+        self._gathered = False
 
     def gather(self, old: Tensor, row: int) -> None:
-        """First pass, over the base alone."""
+        """First pass, over the base alone; where columns keep their lengths, those are taken as well."""
         for place, before in self._prover.blocks(old, self._first_row + row):
             self._c += self._rows_of(self._prover._u, place, before).T @ before
+            if self._prover.edit.scales:
+                self._along += self._rows_of(self._prover._a, place, before).T @ before
+                self._base += before.square().sum(0)
+
+    def _end_of_gathering(self) -> None:
+        """``|w - a c|^2 = |w|^2 - 2 (a^T w) c + c^T a^T a c`` tells the scale of each column."""
+        a, c = self._prover._a, self._c
+        after = self._base - ((2 * self._along - (a.T @ a) @ c) * c).sum(0)
+        self._scale, self._gathered = self._prover.scale(self._base, after), True
 
     def compare(self, old: Tensor, new: Tensor, row: int) -> None:
         """Second pass, over both."""
+        if not self._gathered:
+            self._end_of_gathering()
         for place, before, after in self._prover.pairs(old, new, self._first_row + row):
             self._c_new += self._rows_of(self._prover._u, place, before).T @ after
-            taken = self._rows_of(self._prover._a, place, before) @ self._c
-            self._error += (after - (before - taken)).square().sum(0)
+            exact = before - self._rows_of(self._prover._a, place, before) @ self._c
+            if self._prover.edit.constant is not None:
+                exact = exact + self._rows_of(self._prover.edit.constant[:, None], place, before)
+            self._error += (after - (exact if self._scale is None else exact * self._scale)).square().sum(0)
             self._total += before.square().sum(0)
             self._total_new += after.square().sum(0)
 
     def finish(self) -> None:
         """Judge the columns, once both passes are over."""
-        self._prover._judge(self._c, self._c_new, self._error, self._total, self._total_new)
+        self._prover._judge(self._c, self._c_new, self._scale, self._error, self._total, self._total_new)
 
     def _rows_of(self, vectors: Float[Tensor, "d k"], place: int, block: Tensor) -> Float[Tensor, "rows k"]:
         row = place - self._first_row

@@ -11,12 +11,13 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
+from abliterate.method.edits import removing
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
@@ -27,7 +28,7 @@ from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.passes import cost, passes_of
 from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
-from abliterate.workflow.trials import EDITED, Proof, side_by_side, task_request
+from abliterate.workflow.trials import EDITED, side_by_side, task_request
 
 STEPS = "steps"
 
@@ -51,23 +52,21 @@ def edit(
     *,
     on_event: OnEvent = ignore,
 ) -> None:
-    """Write the edited checkpoint, without manifest and card, into ``output``."""
-    base = edit_plan.checkpoint
+    """Write the edited checkpoint, without manifest and card, into ``output``; ``directions`` are where it came
+    from."""
     edit_checkpoint(
         edit_plan,
-        directions.direction[:, None],
         output,
         rounding=recipe.rounding,
         memory_bytes=recipe.edit_memory_bytes,
         on_event=on_event,
     )
-    keep_origin(base, directions, recipe, output)
+    keep_origin(edit_plan, directions, recipe, output)
 
 
 def verify(
     session: Session,
     edit_plan: EditPlan,
-    directions: DirectionSet,
     written: Path,
     *,
     behaviour: bool = True,
@@ -78,13 +77,12 @@ def verify(
     Raises:
         SourceError: something cannot be read.
     """
-    on_bytes = verify_bytes(edit_plan, directions.direction[:, None], written, on_event=on_event)
+    on_bytes = verify_bytes(edit_plan, written, memory_bytes=session.recipe.edit_memory_bytes, on_event=on_event)
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
     say_cost(session, passes_of(session.recipe, ["verify"]))
     edited = open_folder(written, name=str(written))
-    proof = Proof(plan=edit_plan, directions=directions)
-    compared, _ = side_by_side(session, [(EDITED, edited)], proof=proof, with_replies=False, on_event=on_event)
+    compared, _ = side_by_side(session, [(EDITED, edited)], proof=edit_plan, with_replies=False, on_event=on_event)
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
@@ -169,8 +167,9 @@ def run(
         except AbliterateError:
             output.discard()  # there is nothing in it yet, and another try may differ
             raise
+    edit_plan = along(edit_plan, removing(directions.direction[:, None]))
     edit(edit_plan, directions, output, recipe, on_event=on_event)
-    verification = verify(session, edit_plan, directions, output.path, behaviour=False, on_event=on_event)
+    verification = verify(session, edit_plan, output.path, behaviour=False, on_event=on_event)
     require_verified(verification, output)
     if not measuring_first:
         say_cost(session, passes)  # only here: the edit and its proof need no model in memory
@@ -178,7 +177,7 @@ def run(
     behaviour, evaluated = side_by_side(
         session,
         [(EDITED, edited)],
-        proof=Proof(plan=edit_plan, directions=directions),
+        proof=edit_plan,
         directions=directions,
         controls=recipe.controls,
         with_replies=with_evaluation,

@@ -6,14 +6,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import plan
 from abliterate.events import OnEvent, ignore
+from abliterate.method.edits import removing
 from abliterate.publishing import manifest
+from abliterate.publishing.finished import FinishedEdit
 from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 
@@ -59,16 +60,14 @@ def reproduce(
         CheckpointError: not a folder that abliterate finished.
         NotEnoughDiskError: a second copy does not fit on the disk.
     """
-    document = manifest.read(folder)
-    recipe = manifest.recipe_of(document).with_changes({"trust_remote_code": trust_remote_code})
-    source = document["source"]
-    revision = source["revision"] if base is None and not Path(source["name"]).exists() else None
-    session = open_session(base or source["name"], recipe, revision=revision, on_event=on_event)
-    made = plan(session.checkpoint, **recipe.plan_options)
+    finished = FinishedEdit.open(folder).with_changes({"trust_remote_code": trust_remote_code})
+    document, recipe = finished.document, finished.recipe
+    session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     if measure:
         directions = pipeline.select(session, pipeline.measure(session, on_event=on_event), on_event=on_event)
+        made = plan(session.checkpoint, edit=removing(directions.direction[:, None]), **recipe.plan_options)
     else:
-        directions = direction_files.load(folder / document["direction"]["file"])
+        directions, made = finished.directions, finished.plan(session.checkpoint)
     ours = open_folder(folder, name=str(folder))
     expected = (document["verification"] or {}).get("sha256") or {}
     found = {shard.name: sha256_file(folder / shard.name) for shard in ours.shards}

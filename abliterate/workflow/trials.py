@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.arch.formats import FORMATS
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PromptError
 from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
@@ -35,19 +34,6 @@ from abliterate.workflow.session import Session
 
 HELD_OUT_PROMPTS = 32
 BASE, EDITED = "base", "edited"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """An edit whose result is to be held against the base under hooks."""
-
-    plan: EditPlan
-    directions: DirectionSet
-
-    @property
-    def vectors(self) -> Float[Tensor, "d 1"]:
-        """The direction as a column."""
-        return self.directions.direction[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +138,7 @@ def side_by_side(
     session: Session,
     others: Sequence[tuple[str, Checkpoint]],
     *,
-    proof: Proof | None = None,
+    proof: EditPlan | None = None,
     directions: DirectionSet | None = None,
     controls: bool = False,
     with_replies: bool = True,
@@ -160,18 +146,18 @@ def side_by_side(
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
-    With ``proof`` the first of them is compared with the base under ablation hooks; ``with_replies`` evaluates replies.
-    ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with others ablated
-    that should change nothing (``control_directions``); these are spared the tasks.
+    With ``proof``, the plan it came from, the first of them is compared with the base under hooks; ``with_replies``
+    evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with
+    others ablated that should change nothing (``control_directions``); these are spared the tasks.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
         bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=on_event)
     hooked = compared = None
-    if proof is not None:
+    if proof is not None and proof.stream is not None:
         hooked = equivalence.hooked_base(
-            session.loaded, session.chat, proof.vectors, prompts, batch_size=recipe.batch_size
+            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.batch_size
         )
     if bench is not None:
         bench.look(BASE, session)
@@ -267,20 +253,5 @@ def held_out_prompts(session: Session) -> list[str]:
     return [*contrast.harmful_test.texts[:half], *contrast.harmless_test.texts[:half]]
 
 
-def coarsest_format(edit_plan: EditPlan) -> str:
-    """The stored format of the writers that rounds most."""
-    return max((writer.format for writer in edit_plan.writers), key=lambda name: FORMATS[name].unit_roundoff)
-
-
-def _compared(result: Session, proof: Proof, hooked: equivalence.HookedBase, prompts: Sequence[str]) -> Behaviour:
-    return equivalence.compare(
-        result.loaded,
-        result.chat,
-        hooked,
-        proof.vectors,
-        prompts,
-        stored=coarsest_format(proof.plan),
-        exact_family=proof.plan.exactness == "A",
-        expect_removed=proof.plan.exactness != "C",
-        batch_size=result.recipe.batch_size,
-    )
+def _compared(result: Session, proof: EditPlan, hooked: equivalence.HookedBase, prompts: Sequence[str]) -> Behaviour:
+    return equivalence.compare(result.loaded, result.chat, hooked, proof, prompts, batch_size=result.recipe.batch_size)

@@ -3,7 +3,7 @@
 import hashlib
 import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +15,21 @@ from abliterate.arch.codecs import Plain, as_rows
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
-from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.budget import COPY_BYTES
 from abliterate.checkpoint.directio import Slab, SourceFile, view_of
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.header import Shard, read_header
-from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder
-from abliterate.data.bundled import open_model
-from abliterate.editing.planning import plan
-from abliterate.editing.writing import projectors
 from abliterate.errors import OutputError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.bitstreams import PRESET
-from abliterate.exports.patches.file import FORMAT, PROJECTOR_PARTS, PatchFile, PatchWriter
-from abliterate.exports.patches.replay import Recorder, StoredProjector, TensorReplay, rows_of_block
+from abliterate.exports.patches.file import EDIT_PARTS, FORMAT, FORMAT_NUMBER, PatchFile, PatchWriter
+from abliterate.exports.patches.replay import Recorder, StoredEdit, TensorReplay, rows_of_block
+from abliterate.method.edits import column_scale
 from abliterate.publishing import manifest
+from abliterate.publishing.finished import FinishedEdit
 from abliterate.recipe import Recipe
 from abliterate.verification.checkpoint_proof import compare_headers
 
@@ -85,27 +82,21 @@ def export(
     """
     if out.exists():
         raise OutputError(f"{out}: exists already", "choose another --out, or move it away")
-    found = manifest.read(edited)
-    recipe = Recipe.model_validate(found["recipe"])
-    made = plan(fetch(open_model(base)), **recipe.plan_options)
+    finished = FinishedEdit.open(edited)
+    made = finished.plan(finished.open_base(base))
     result = open_folder(edited, name=str(edited))
-    directions = direction_files.load(edited / found["direction"]["file"])
     writer, counts = PatchWriter(out), Counts()
     exporter = Exporter(
         plan=made,
         result=result,
-        projectors={
-            name: StoredProjector.of(its, feedback=recipe.rounding == "direction")
-            for name, its in projectors(made, directions.direction[:, None]).items()
-        },
         writer=writer,
         purposes=tuple(purposes),
         counts=counts,
         on_event=on_event,
     )
     try:
-        writer.add("direction", directions.direction.to(torch.float32))
-        document = exporter.run(recipe)
+        writer.add("direction", finished.directions.direction.to(torch.float32))
+        document = exporter.run(finished.recipe)
     except BaseException:
         writer.discard()
         raise
@@ -133,15 +124,15 @@ class Exporter:
 
     plan: EditPlan
     result: Checkpoint
-    projectors: Mapping[str, StoredProjector]
     writer: PatchWriter
     purposes: tuple[Purpose, ...]
     counts: Counts
     on_event: OnEvent
+    stored: dict[int, StoredEdit] = field(default_factory=dict)
 
     def run(self, recipe: Recipe) -> dict[str, Any]:
         """Everything goes to ``writer``; gives back the document."""
-        numbers = self._add_projectors()
+        numbers = self._add_edits(recipe)
         base, result = self.plan.checkpoint, self.result
         ours = {shard.name: shard for shard in result.shards}
         self.on_event(Started(task=TASK, total=base.size_bytes, unit="bytes"))
@@ -154,7 +145,7 @@ class Exporter:
             shards[shard.name] = self._shard(shard, ours[shard.name], tensors, numbers)
         self.on_event(Finished(task=TASK))
         return {
-            "format": FORMAT,
+            "format": f"{FORMAT}{FORMAT_NUMBER}",
             "for": list(self.purposes),
             "versions": manifest.versions(),
             "base": {"name": base.name, "revision": base.revision},
@@ -164,17 +155,17 @@ class Exporter:
             "files": self._files(),
         }
 
-    def _add_projectors(self) -> dict[str, int]:
-        numbers: dict[str, int] = {}
-        known: dict[bytes, int] = {}
-        for name, projector in self.projectors.items():
-            key = bytes(view_of(projector.write)) + bytes(view_of(projector.read))
-            if key not in known:
-                known[key] = len(known)
-                for part in PROJECTOR_PARTS:
-                    self.writer.add(f"projector.{known[key]}.{part}", getattr(projector, part))
-            numbers[name] = known[key]
-        return numbers
+    def _add_edits(self, recipe: Recipe) -> dict[str, int]:
+        """Write every different edit once; gives back the number of each writer's."""
+        numbers = {id(edit): number for number, edit in enumerate(self.plan.distinct_edits)}
+        for number, edit in enumerate(self.plan.distinct_edits):
+            stored = StoredEdit.of(edit, feedback=recipe.rounding == "direction")
+            self.stored[number] = stored
+            for part in EDIT_PARTS:
+                self.writer.add(f"projector.{number}.{part}", getattr(stored, part))
+            if stored.constant is not None:
+                self.writer.add(f"projector.{number}.constant", stored.constant)
+        return {name: numbers[id(edit)] for name, edit in self.plan.edits.items()}
 
     def _shard(
         self, shard: Shard, ours: Shard, tensors: list[dict[str, Any]], numbers: Mapping[str, int]
@@ -191,7 +182,7 @@ class Exporter:
                     continue
                 self._same(pair, position, tensor.start, shard.name)
                 number = len(tensors)
-                before, after = self._writer(pair, writer, number)
+                before, after = self._writer(pair, writer, number, numbers[tensor.name])
                 tensors.append(
                     {
                         "name": tensor.name,
@@ -227,7 +218,7 @@ class Exporter:
                 )
         self.on_event(Advanced(task=TASK, amount=end - start))
 
-    def _writer(self, pair: "Pair", writer: Writer, number: int) -> tuple[str, str]:
+    def _writer(self, pair: "Pair", writer: Writer, number: int, edit: int) -> tuple[str, str]:
         """Hashes before and after."""
         digests = hashlib.sha256(), hashlib.sha256()
 
@@ -240,7 +231,7 @@ class Exporter:
         if writer.packed is not None:
             self._codes(writer, number, read)
         else:
-            self._replay(writer, number, read, pair)
+            self._replay(writer, number, self.stored[edit], read, pair)
         return digests[0].hexdigest(), digests[1].hexdigest()
 
     def _codes(self, writer: Writer, number: int, read: "Read") -> None:
@@ -251,15 +242,18 @@ class Exporter:
             parts.append(compressor.compress(view_of(new - old)))
         self.writer.add(f"tensor.{number}.codes", b"".join([*parts, compressor.flush()]))
 
-    def _replay(self, writer: Writer, number: int, read: "Read", pair: "Pair") -> None:
-        projector = self.projectors[writer.tensor.name]
+    def _replay(self, writer: Writer, number: int, edit: StoredEdit, read: "Read", pair: "Pair") -> None:
         settle, tail = Recorder(), Recorder()
         stored = DTYPES[writer.tensor.dtype]
         compute = Plain(stored, writer.row_elements).compute
-        coefficients = self._coefficients(writer, projector, pair).to(compute)
+        scales = self.plan.edits[writer.tensor.name].scales
+        coefficients, scale = self._coefficients(writer, edit, pair, scales=scales)
+        coefficients = coefficients.to(compute)
         self.writer.add(f"tensor.{number}.c", coefficients)
-        replay = TensorReplay(projector=projector, coefficients=coefficients, settle=settle, tail=tail)
-        width, d = writer.row_elements, len(projector.read)
+        if scale is not None:
+            self.writer.add(f"tensor.{number}.scale", scale)
+        replay = TensorReplay(edit=edit, coefficients=coefficients, settle=settle, tail=tail, scale=scale)
+        width, d = writer.row_elements, len(edit.read)
         step = rows_of_block(width)
         matrix_rows = writer.tensor.numel // width if writer.in_rows else d
         row_bytes = width * stored.itemsize
@@ -288,13 +282,17 @@ class Exporter:
                 self.writer.add(f"{stem}.bits", bits)
                 self.writer.add(f"{stem}.outside", outside)
 
-    def _coefficients(self, writer: Writer, projector: StoredProjector, pair: "Pair") -> Float[Tensor, "k columns"]:
-        """``read^T W`` in float64."""
+    def _coefficients(
+        self, writer: Writer, edit: StoredEdit, pair: "Pair", *, scales: bool
+    ) -> tuple[Float[Tensor, "k columns"], Float[Tensor, " columns"] | None]:
+        """``read^T W`` in float64 and, where columns keep their lengths, what each is multiplied by."""
         stored, width = DTYPES[writer.tensor.dtype], writer.row_elements
         step, row_bytes = rows_of_block(width), width * stored.itemsize
-        d, rows = len(projector.read), writer.tensor.numel // width
+        d, rows = len(edit.read), writer.tensor.numel // width
         count = rows if writer.in_rows else rows // d * width
-        found = torch.zeros(projector.read.shape[1], count, dtype=torch.float64)
+        vectors = torch.cat((edit.read, edit.write), dim=1) if scales else edit.read
+        found = torch.zeros(vectors.shape[1], count, dtype=torch.float64)
+        squares = torch.zeros(count, dtype=torch.float64)
 
         def read(start: int, size: int) -> tuple[Tensor, Tensor]:
             old = pair.first.read(pair.slabs[0], writer.tensor.start + start, size)
@@ -305,11 +303,18 @@ class Exporter:
             for row, both in _blocks(read, first, matrix_rows, step, row_bytes, stored):
                 wide = both[0].to(torch.float64)
                 if writer.in_rows:
-                    found[:, row : row + len(wide)] = (wide @ projector.read).T
+                    found[:, row : row + len(wide)] = (wide @ vectors).T
+                    squares[row : row + len(wide)] = wide.square().sum(1)
                 else:
-                    place = first // d * width
-                    found[:, place : place + width] += projector.read[row : row + len(wide)].T @ wide
-        return found
+                    place = slice(first // d * width, first // d * width + width)
+                    found[:, place] += vectors[row : row + len(wide)].T @ wide
+                    squares[place] += wide.square().sum(0)
+        k = edit.read.shape[1]
+        if not scales:
+            return found, None
+        c, along = found[:k], found[k:]
+        after = squares - ((2 * along - (edit.write.T @ edit.write) @ c) * c).sum(0)
+        return c, column_scale(squares, after)
 
     def _files(self) -> list[dict[str, Any]]:
         """What becomes of every file that is not a shard; the text of those that differ goes to ``writer``."""

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoint.directio import read_stretch, view_of
+from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.header import read_shard
 from abliterate.checkpoint.output import flush
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.exports.patches.bitstreams import Intervals, Sparse
-from abliterate.exports.patches.replay import Backwards, Forwards, Settle, StoredProjector, TensorReplay
+from abliterate.exports.patches.replay import Backwards, Forwards, Settle, StoredEdit, TensorReplay
 
-FORMAT = "abliterate-patch-1"
+FORMAT, FORMAT_NUMBER = "abliterate-patch-", 2
+"""Patches of version 1, whose edits remove directions and do nothing else, are still read."""
 KEY = "abliterate-patch"
 STORED = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
 LARGEST_TEXT = 2**26
@@ -97,8 +99,7 @@ class PatchFile:
             self.document: dict[str, Any] = json.loads(text)
         except ValueError as error:
             raise self.damaged(error) from error
-        if self.document.get("format") != FORMAT:
-            raise UsageError(f"{path}: format {self.document.get('format')!r} is unknown", "update abliterate")
+        check_format(self.document.get("format"), FORMAT, FORMAT_NUMBER, where=path)
         self._tensors = {tensor.name: tensor for tensor in shard.tensors}
 
     def damaged(self, error: Exception) -> AbliterateError:
@@ -136,15 +137,19 @@ class PatchFile:
         """Bytes of all tensors whose names end so."""
         return sum(tensor.size_bytes for name, tensor in self._tensors.items() if name.endswith(endings))
 
-    def projector(self, number: int) -> StoredProjector:
-        """One projector."""
-        return StoredProjector(**{part: self.tensor(f"projector.{number}.{part}") for part in PROJECTOR_PARTS})
+    def edit(self, number: int) -> StoredEdit:
+        """One edit."""
+        stem = f"projector.{number}"
+        parts = {part: self.tensor(f"{stem}.{part}") for part in EDIT_PARTS}
+        constant = self.tensor(f"{stem}.constant") if self.has(f"{stem}.constant") else None
+        return StoredEdit(**parts, constant=constant)
 
     def replay(self, number: int, settle: Callable[[str], Settle]) -> TensorReplay:
         """What is known of the edited tensor ``number``."""
         entry = self.document["tensors"][number]
         return TensorReplay(
-            projector=self.projector(entry["projector"]),
+            edit=self.edit(entry["projector"]),
+            scale=self.tensor(f"tensor.{number}.scale") if self.has(f"tensor.{number}.scale") else None,
             coefficients=self.tensor(f"tensor.{number}.c"),
             settle=settle(f"tensor.{number}"),
             tail=settle(f"tensor.{number}.tail"),
@@ -166,4 +171,4 @@ class PatchFile:
             raise self.damaged(error) from error
 
 
-PROJECTOR_PARTS = ("read", "write", "rows", "shares")
+EDIT_PARTS = ("read", "write", "rows", "shares")

@@ -4,10 +4,12 @@ The edit itself sums ``read^T W`` by whatever BLAS there is, and another one rou
 taken once, where the patch is made, and stored as coefficients ``c`` (one float for each column and direction); what
 follows is element by element, or added in a fixed order, so that all machines agree:
 
-    W' ~ W - shift,        shift = write c           (feedback rows: + share leak, as in ``edits.round_tail``)
+    W' ~ scale W - shift,      shift = scale (strength write c - constant)
 
-Forwards, ``W'`` is the rounding of ``W - shift`` but for a few elements in ten thousand.  Backwards, ``W'`` tells where
-``W`` was before rounding: within half a step of ``W'`` around ``W' + shift``.  Where the values of the dtype lie as
+(``scale`` is 1 unless columns keep their lengths; feedback rows: + share leak, as in ``rounding.round_tail``).
+
+Forwards, ``W'`` is the rounding of that but for a few elements in ten thousand.  Backwards, ``W'`` tells where ``W``
+was before rounding: within half a step of ``W'`` around ``(W' + shift) / scale``.  Where the values of the dtype lie as
 far apart there as at ``W'``, that is one value.  Where ``|W'|`` has grown past a power of two they lie closer, and
 which one it was is lost in ``W'``: those bits, and no others, must be stored.
 
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from abliterate.arch.codecs import Codec
 from abliterate.exports.patches.bitstreams import Intervals, Sparse, ordinal, value
-from abliterate.method.edits import GRAM_TOLERANCE, Projector, feedback_rows
+from abliterate.method.rounding import GRAM_TOLERANCE, feedback_rows
+from abliterate.method.weight_edit import WeightEdit
 
 BLOCK_ELEMENTS = 2**18
 """Elements of a block.  Blocks begin at multiples of it whatever the memory budget: corrections are stored in order."""
@@ -34,46 +37,59 @@ SLACK = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-10, torch.float32: 2.0**
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StoredProjector:
-    """What a patch holds of a projector; ``shares`` are the coefficients of the leak in each feedback row."""
+class StoredEdit:
+    """What a patch holds of an edit: ``write`` times its strength, and ``shares``, the coefficients of the leak in each
+    feedback row."""
 
     read: Float[Tensor, "d k"]
     write: Float[Tensor, "d k"]
     rows: Int[Tensor, " rows"]
     shares: Float[Tensor, "rows k"]
+    constant: Float[Tensor, " d"] | None = None
 
     @classmethod
-    def of(cls, projector: Projector, *, feedback: bool) -> "StoredProjector":
-        """Of the projector of the edit; without ``feedback`` every element was rounded to nearest."""
-        rows = feedback_rows(projector.read) if feedback else []
-        tail = projector.read[rows]
+    def of(cls, edit: WeightEdit, *, feedback: bool) -> "StoredEdit":
+        """Of one edit; without ``feedback`` every element was rounded to nearest."""
+        rows = feedback_rows(edit.read) if feedback else []
+        tail = edit.read[rows]
         shares = [
             tail[place] @ torch.linalg.pinv(tail[place:].T @ tail[place:], rtol=GRAM_TOLERANCE, hermitian=True)
             for place in range(len(rows))
         ]
         return cls(
-            read=projector.read,
-            write=projector.write,
+            read=edit.read,
+            write=edit.strength * edit.write,
             rows=torch.tensor(rows, dtype=torch.long),
-            shares=torch.stack(shares) if shares else torch.zeros(0, projector.read.shape[1], dtype=torch.float64),
+            shares=torch.stack(shares) if shares else torch.zeros(0, edit.rank, dtype=torch.float64),
+            constant=edit.constant,
         )
+
+
+Scale = Float[Tensor, " n"] | None
+"""What each column is multiplied by; None for 1."""
 
 
 @runtime_checkable
 class Settle(Protocol):
-    """Makes both matrices of what is known of them: ``(known, shift) -> (base, edited)``."""
+    """Makes both matrices of what is known of them: ``(known, shift, scale) -> (base, edited)``."""
 
-    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> tuple[Tensor, Tensor]:
         """``known`` is ``[rows, n]``, or both stacked."""
         ...
 
 
-def rounded(old: Tensor, shift: Float[Tensor, "rows n"]) -> Tensor:
+def exact(old: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> Float[Tensor, "rows n"]:
+    """The edited values before rounding."""
+    wide = old.to(torch.float64)
+    return wide - shift if scale is None else wide * scale - shift
+
+
+def rounded(old: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> Tensor:
     """The first guess of the edited values."""
-    return (old.to(torch.float64) - shift).to(old.dtype)
+    return exact(old, shift, scale).to(old.dtype)
 
 
-def expected(new: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
+def expected(new: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> tuple[Tensor, Tensor]:
     """The lowest ordinal of a base value that rounds to ``new``, and how many there are (at least one)."""
     bits = ordinal(new.abs())
     here = new.abs().to(torch.float64)
@@ -81,6 +97,8 @@ def expected(new: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tenso
     step = torch.where(torch.isfinite(step), step, here - value((bits - 1).clamp_min(0), new.dtype).to(torch.float64))
     centre = new.to(torch.float64) + shift
     half = 0.5 * step * (1 + SLACK[new.dtype])
+    if scale is not None:
+        centre, half = centre / scale, half / scale
     ends = []
     for end, side in ((centre - half, 1), (centre + half, -1)):
         nearest = end.to(new.dtype)
@@ -96,11 +114,11 @@ class Recorder:
     forward: Sparse = field(default_factory=Sparse)
     backward: Intervals = field(default_factory=Intervals)
 
-    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> tuple[Tensor, Tensor]:
         """``known`` holds base and edited."""
         old, new = known[0], known[1]
-        self.forward.write(ordinal(new) - ordinal(rounded(old, shift)))
-        self.backward.write(ordinal(old), *expected(new, shift))
+        self.forward.write(ordinal(new) - ordinal(rounded(old, shift, scale)))
+        self.backward.write(ordinal(old), *expected(new, shift, scale))
         return old, new
 
 
@@ -110,9 +128,9 @@ class Forwards:
 
     corrections: Sparse
 
-    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> tuple[Tensor, Tensor]:
         """Base and edited."""
-        return known, value(self.corrections.read_onto(ordinal(rounded(known, shift))), known.dtype)
+        return known, value(self.corrections.read_onto(ordinal(rounded(known, shift, scale))), known.dtype)
 
 
 @dataclass(slots=True)
@@ -121,9 +139,9 @@ class Backwards:
 
     corrections: Intervals
 
-    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, known: Tensor, shift: Float[Tensor, "rows n"], scale: Scale = None) -> tuple[Tensor, Tensor]:
         """Base and edited."""
-        return value(self.corrections.read(*expected(known, shift)), known.dtype), known
+        return value(self.corrections.read(*expected(known, shift, scale)), known.dtype), known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,14 +151,15 @@ class TensorReplay:
     Two, because where a matrix is larger than memory, its feedback rows come when all else was written.
     """
 
-    projector: StoredProjector
+    edit: StoredEdit
     coefficients: Float[Tensor, "k columns"]
     settle: Settle
     tail: Settle
+    scale: Float[Tensor, " columns"] | None = None
 
     def walk(self, columns: slice) -> "Walk":
         """Through one matrix, or some rows that are stream vectors."""
-        return Walk(self, self.coefficients[:, columns])
+        return Walk(self, self.coefficients[:, columns], None if self.scale is None else self.scale[columns])
 
 
 class Walk:
@@ -149,9 +168,10 @@ class Walk:
     ``known`` blocks are ``[rows, n]``, or ``[2, rows, n]`` where both matrices are known.
     """
 
-    def __init__(self, tensor: TensorReplay, c: Float[Tensor, "k n"]) -> None:
-        self._projector, self._settle, self._tail = tensor.projector, tensor.settle, tensor.tail
+    def __init__(self, tensor: TensorReplay, c: Float[Tensor, "k n"], scale: Scale = None) -> None:
+        self._edit, self._settle, self._tail = tensor.edit, tensor.settle, tensor.tail
         self._c = c.to(torch.float64)
+        self._scale = None if scale is None else scale.to(torch.float64)
         self._leak = torch.zeros_like(self._c)
         self._held: dict[int, Tensor] = {}
 
@@ -159,10 +179,10 @@ class Walk:
         """Base and edited of the rows from ``row`` on; feedback rows hold nothing yet."""
         count = known.shape[-2]
         shift = self._shift(slice(row, row + count))
-        mine = [int(its) - row for its in self._projector.rows if row <= its < row + count]
-        read = self._projector.read[row : row + count]
+        mine = [int(its) - row for its in self._edit.rows if row <= its < row + count]
+        read = self._edit.read[row : row + count]
         if not mine:
-            old, new = self._settle(known, shift)
+            old, new = self._settle(known, shift, self._scale)
             self._gather(read, old, new, shift)
             return old, new
         for place in mine:
@@ -171,7 +191,7 @@ class Walk:
         keep[mine] = False
         found = torch.empty(2, count, known.shape[-1], dtype=known.dtype)
         if keep.any():
-            old, new = self._settle(known[..., keep, :], shift[keep])
+            old, new = self._settle(known[..., keep, :], shift[keep], self._scale)
             self._gather(read[keep], old, new, shift[keep])
             found[0, keep], found[1, keep] = old, new
         return found[0], found[1]
@@ -179,20 +199,23 @@ class Walk:
     def finish(self) -> list[tuple[int, Tensor, Tensor]]:
         """The feedback rows one after the other, as ``(row, base, edited)``."""
         found = []
-        for place, row in enumerate(self._projector.rows.tolist()):
+        for place, row in enumerate(self._edit.rows.tolist()):
             shift = self._shift(slice(row, row + 1))
-            taken = shift + _combine(self._projector.shares[place : place + 1], self._leak)
-            old, new = self._tail(self._held.pop(row), taken)
+            taken = shift + _combine(self._edit.shares[place : place + 1], self._leak)
+            old, new = self._tail(self._held.pop(row), taken, self._scale)
             found.append((row, old[0], new[0]))
-            self._gather(self._projector.read[row : row + 1], old, new, shift)
+            self._gather(self._edit.read[row : row + 1], old, new, shift)
         return found
 
     def _shift(self, rows: slice) -> Float[Tensor, "rows n"]:
-        return _combine(self._projector.write[rows], self._c)
+        shift = _combine(self._edit.write[rows], self._c)
+        if self._edit.constant is not None:
+            shift = shift - self._edit.constant[rows, None]
+        return shift if self._scale is None else shift * self._scale
 
     def _gather(self, read: Float[Tensor, "rows k"], old: Tensor, new: Tensor, shift: Float[Tensor, "rows n"]) -> None:
-        """``leak += read^T (W' - (W - shift))``."""
-        error = new.to(torch.float64) - (old.to(torch.float64) - shift)
+        """``leak += read^T (W' - (scale W - shift))``."""
+        error = new.to(torch.float64) - exact(old, shift, self._scale)
         for direction in range(read.shape[1]):
             self._leak[direction] += _sum(read[:, direction, None] * error)
 
@@ -279,7 +302,7 @@ class ColumnReplay:
     def _apply(self, block: Tensor, first_row: int) -> None:
         if self._walk is None:
             tensor, n = self._edit.tensor(), self._edit.codec.values
-            place = self._first_row // len(tensor.projector.read) * n
+            place = self._first_row // len(tensor.edit.read) * n
             self._walk = tensor.walk(slice(place, place + n))
         step = self._edit.block_rows()
         for start in range(0, len(block), step):

@@ -1,0 +1,66 @@
+"""What an edit does to the residual stream: one operator for everything that is added to it, or another at each place.
+
+The operator stands in the coordinates of the stream: what a writer adds, ``s``, becomes
+``s - strength write (read^T s) + constant``.  Hooks put it on the output of every writer; a plan turns it into the edit
+of every writer's matrix, where the gain of a norm behind the writer has to be taken into account.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.method.linalg import orthonormal_basis
+from abliterate.method.weight_edit import WeightEdit
+
+Kind = Literal["embedding", "attention", "MLP", "next-token block"]
+"""Kinds of places where something is added: the embedding (with all else that enters block 0, and what other modalities
+put in place of it), the mixer of tokens of a block (attention, convolution, state space), its MLP or experts and all
+else, and blocks that only draft tokens for the model."""
+
+Place = tuple[int | None, Kind]
+"""Layer (None for the embedding and for next-token blocks) and kind."""
+
+SAME_SUBSPACE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamEdit:
+    """``everywhere`` but at ``places``, which have an edit of their own; None leaves a place alone."""
+
+    everywhere: WeightEdit | None = None
+    places: Mapping[Place, WeightEdit | None] = field(default_factory=dict)
+
+    def at(self, layer: int | None, kind: Kind) -> WeightEdit | None:
+        """The edit at one place."""
+        return self.places.get((layer, kind), self.everywhere)
+
+    def edits(self) -> Iterator[WeightEdit]:
+        """The different edits, each once."""
+        seen: set[int] = set()
+        for edit in (self.everywhere, *self.places.values()):
+            if edit is not None and id(edit) not in seen:
+                seen.add(id(edit))
+                yield edit
+
+    @property
+    def d_model(self) -> int:
+        """Width of the stream, 0 where nothing is edited."""
+        return next((edit.d_model for edit in self.edits()), 0)
+
+    @property
+    def removed(self) -> Float[Tensor, "d k"] | None:
+        """An orthonormal basis of what the edit removes at every place; None where that differs, or is nothing."""
+        found = [self.everywhere, *self.places.values()]
+        if not found or any(edit is None or not edit.removes for edit in found):
+            return None
+        bases = [orthonormal_basis(edit.read) for edit in self.edits()]
+        first = bases[0]
+        same = all(
+            basis.shape == first.shape and torch.dist(basis, first @ (first.T @ basis)) < SAME_SUBSPACE
+            for basis in bases[1:]
+        )
+        return first if same and self.everywhere is not None else None

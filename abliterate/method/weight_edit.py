@@ -1,0 +1,86 @@
+"""What happens to one writer, as a value.  Everything that edits, proves, previews or hands on an edit reads it.
+
+A *writer* is a matrix (or bias) whose output is added to the residual stream.  Here it always stands as ``W`` of shape
+``(d, n)``: the residual axis first, one column per thing it can write.  Every edit has the form
+
+    W' = (W - strength * write (read^T W) + constant 1^T) diag(column_scale)
+
+and so, whatever made it, every edited writer satisfies the *post-condition*
+
+    read^T W' = (kept (read^T W) + read^T constant 1^T) diag(column_scale),       kept = I - strength read^T write
+
+``kept = 0`` and no constant: nothing can make ``W'`` write along ``read``.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ColumnScale = Literal["none", "kept norms"]
+"""What ``diag(column_scale)`` is: the identity, or what gives every column the length it had before the edit."""
+
+ROUNDING = 1e-9
+"""Entries of ``kept`` below this are the rounding of float64 arithmetic, for vectors of length one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightEdit:
+    """One edit, its vectors in float64.
+
+    Attributes:
+        read: what is taken from a column, one unit vector for each direction.
+        write: what it is taken out along.  ``read is write`` for an orthogonal edit.
+        strength: 1 takes it out, 0 leaves the writer alone.
+        column_scale: "kept norms" gives every column its length back, which leaves what is zero along ``read`` zero.
+        constant: what every column gains; None for nothing.
+        predicted_error: relative distance to hook ablation that an isotropic write would see (0 when exact).
+        ridge: the weight of the regularisation chosen by ``edits.behind_norm``.
+    """
+
+    read: Float[Tensor, "d k"]
+    write: Float[Tensor, "d k"]
+    strength: float = 1.0
+    column_scale: ColumnScale = "none"
+    constant: Float[Tensor, " d"] | None = None
+    predicted_error: float = 0.0
+    ridge: float = 0.0
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.read.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.read.shape[1]
+
+    @cached_property
+    def kept(self) -> Float[Tensor, "k k"]:
+        """What the edit leaves of ``read^T W``: ``I - strength read^T write``, exact zeros where only rounding is."""
+        size = torch.linalg.vector_norm(self.read, dim=0)[:, None] * torch.linalg.vector_norm(self.write, dim=0)
+        left = torch.eye(self.rank, dtype=torch.float64) - self.strength * (self.read.T @ self.write)
+        return torch.where(left.abs() <= ROUNDING * size.clamp_min(1.0), torch.zeros_like(left), left)
+
+    @property
+    def removes(self) -> bool:
+        """Whether nothing is left along ``read``."""
+        return not self.kept.any() and self.constant is None
+
+    @property
+    def scales(self) -> bool:
+        """Whether columns get another length than the edit leaves them."""
+        return self.column_scale != "none"
+
+    def expected(self, coefficients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"] | None:
+        """``read^T W'`` before any scale, given ``read^T W``; None for zero."""
+        if self.removes:
+            return None
+        left = self.kept.to(coefficients.dtype) @ coefficients
+        if self.constant is not None:
+            left = left + (self.read.T @ self.constant).to(coefficients.dtype)[:, None]
+        return left
