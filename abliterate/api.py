@@ -72,7 +72,7 @@ def measure(
     """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
     session = open_session(model, recipe or Recipe(), on_event=on_event)
     file = Path(covariance) if covariance else None
-    return pipeline.measure(session, estimators=estimators, covariance=file, on_event=on_event)
+    return pipeline.measure(session, estimators=estimators, covariance=file)
 
 
 def select(
@@ -83,7 +83,7 @@ def select(
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Score and choose among measured candidates; see ``pipeline.select``."""
-    return pipeline.select(open_session(model, recipe or Recipe(), on_event=on_event), directions, on_event=on_event)
+    return pipeline.select(open_session(model, recipe or Recipe(), on_event=on_event), directions)
 
 
 def inspect(
@@ -95,9 +95,7 @@ def inspect(
     on_event: OnEvent = ignore,
 ) -> Inspection:
     """What writes a direction, and how much of it prompts carry; see ``inspecting.inspect``."""
-    return inspecting.inspect(
-        open_session(model, recipe or Recipe(), on_event=on_event), directions, suffix=suffix, on_event=on_event
-    )
+    return inspecting.inspect(open_session(model, recipe or Recipe(), on_event=on_event), directions, suffix=suffix)
 
 
 def edit(
@@ -242,8 +240,8 @@ def verify(
     recipe, name = finished.recipe, base or finished.base_name
     session = open_session(name, recipe, revision=finished.revision_of(base), on_event=on_event)
     made = finished.plan(session.checkpoint)
-    has_prompts = bool(recipe.harmful and recipe.harmless) or is_bundled(name)
-    report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts, on_event=on_event)
+    has_prompts = bool(recipe.find.harmful and recipe.find.harmless) or is_bundled(name)
+    report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts)
     if report.ok and finished.document["verification"] is None and not finished.from_hub:
         manifest.record(finished.folder, session.checkpoint, report)
     return report
@@ -276,14 +274,19 @@ def stream(
     recipe: Recipe | None = None,
     revision: str | None = None,
     branch: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     message: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Published:
-    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``."""
+    """Edit a model of the Hub and upload the result, shard by shard; see ``relay.stream``.
+
+    ``private`` is what the recipe says, unless given.
+    """
+    recipe = recipe or Recipe()
+    private = recipe.publish.private if private is None else private
     return relay.stream(
-        model, direction, name, Path(out), recipe or Recipe(), revision=revision, branch=branch, private=private,
-        message=message, on_event=on_event,
+        model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,
+        on_event=on_event,
     )  # fmt: skip
 
 
@@ -298,7 +301,7 @@ def eval(
     """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
     others = [(EDITED, fetch(open_model(edited)))]
-    return pipeline.evaluate(session, others, directions=directions, on_event=on_event)
+    return pipeline.evaluate(session, others, directions=directions)
 
 
 def compare(
@@ -311,7 +314,7 @@ def compare(
     """Hold any checkpoints against ``base`` on the same prompts; see ``pipeline.evaluate``."""
     session = open_session(base, recipe or Recipe(), on_event=on_event)
     opened = [(str(other), fetch(open_model(other))) for other in others]
-    return pipeline.evaluate(session, opened, on_event=on_event)
+    return pipeline.evaluate(session, opened)
 
 
 def run(
@@ -351,8 +354,8 @@ def reply(
     """The next assistant turn of a conversation, greedy."""
     chat_format, loaded = session.chat, session.loaded
     history = [dict(message) for message in messages]
-    if session.recipe.system is not None and history[0]["role"] != "system":
-        history.insert(0, {"role": "system", "content": session.recipe.system})
+    if session.recipe.model.system is not None and history[0]["role"] != "system":
+        history.insert(0, {"role": "system", "content": session.recipe.model.system})
     ids = chat_format.encode_messages(history)
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
@@ -361,5 +364,5 @@ def reply(
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.direction, direction.choice.layer, scale=scale)
     with context:
-        tokens = generate_ids(loaded, chat_format, batch, session.recipe.max_new_tokens)[0]
+        tokens = generate_ids(loaded, chat_format, batch, session.recipe.evaluate.max_new_tokens)[0]
     return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,7 +1,7 @@
 """What a stage reports while it works: frozen values, drawn by nobody but the command line.
 
 A stage takes ``on_event`` and calls it with ``Started``, any number of ``Advanced``, and ``Finished``; ``Noted`` is a
-sentence the user should read, and ``WeightsRead`` tells how far the weights of a model out of core have passed.  The
+sentence the user should read, and ``WeightsRead`` tells how far a weight pass out of core is.  The
 default, ``ignore``, makes every stage silent.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A piece of long work begins.  ``total`` counts ``unit``: "bytes" is drawn as a rate of bytes."""
+    """Long work begins.  ``total`` counts ``unit``: "bytes" is drawn as a rate of bytes."""
 
     task: str
     total: int
@@ -42,7 +42,7 @@ class Noted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsRead:
-    """In reading number ``reading`` of a model's weights ``done`` of about ``total`` bytes are read, up to ``part``."""
+    """In weight pass number ``reading`` of a model, ``done`` of about ``total`` bytes are read, ``part`` the last."""
 
     reading: int
     part: str

@@ -1,8 +1,8 @@
-"""A model of 70 billion parameters rehearsed on this machine: some of its layers, from holes, out of core.
+"""A model of 70 billion parameters rehearsed on this machine: some of its blocks, from holes, out of core.
 
     python -m bench.large [--layers 3] [--memory-gib 9] [--write docs/large-models.md]
 
-Measured: bytes read, memory, and the time of loading and of running a layer, for batches that move together; and how
+Measured: bytes read, memory, and the time of loading and of running a block, for batches that move together; and how
 fast this disk gives up a file that is not cached.  The whole run is computed from these.
 """
 
@@ -44,7 +44,7 @@ MEASURED_PROMPTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsed:
-    """One pass of all batches through a slice."""
+    """One weight pass of all batches through a slice."""
 
     layers: int
     seconds: float
@@ -72,7 +72,7 @@ def batches() -> list[Batch]:
 
 
 def rehearse(layers: int, memory_bytes: int) -> Rehearsed:
-    """Run one pass, in a process of its own: the peak is that of this pass."""
+    """Run one weight pass in a process of its own, so that the peak of memory is that of this pass."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_rehearse, layers, memory_bytes).result()
 
@@ -133,12 +133,12 @@ def main() -> None:
     lines = [
         "| measured here | |",
         "|---|--:|",
-        f"| layers of {NAME} run | {more.layers} of {shapes.layers} |",
+        f"| blocks of {NAME} run | {more.layers} of {shapes.layers} |",
         f"| prompts x tokens | {prompts} x {TOKENS}, {BATCHES} batches, float32, {torch.get_num_threads()} threads |",
-        f"| weights read | {more.bytes_read / 1e9:.2f} GB, each layer once: {more.block_bytes / 1e9:.2f} GB a layer |",
+        f"| weights read | {more.bytes_read / 1e9:.2f} GB, each block once: {more.block_bytes / 1e9:.2f} GB a block |",
         f"| memory given | {args.memory_gib:g} GiB |",
         f"| peak memory of the process | {more.peak_bytes / 2**30:.2f} GiB |",
-        f"| a layer, loaded and run | {layer_seconds:.1f} s (from holes: no disk in it) |",
+        f"| a block, loaded and run | {layer_seconds:.1f} s (from holes: no disk in it) |",
         f"| this disk, not cached | {rate / 1e9:.2f} GB/s |",
     ]
     recipe = Recipe(max_new_tokens=REPLY_TOKENS, look_alike="bundled:over_refusal")
@@ -147,7 +147,8 @@ def main() -> None:
     compute = layer_seconds * shapes.layers / (prompts * TOKENS)
     lines += [
         "",
-        f"| computed: the whole of {NAME}, {size / 1e9:.0f} GB | read a pass | measure, select, verify ({work} passes) "
+        f"| computed: the whole of {NAME}, {size / 1e9:.0f} GB | a weight pass "
+        f"| measure, select, verify ({work} passes) "
         f"| replies of {REPLY_TOKENS} tokens ({passes['replies']} passes) |",
         "|---|--:|--:|--:|",
     ]

@@ -32,8 +32,10 @@ WAYS = ("ours", "nearest, old scales", "nearest, own scales")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Relative distance to the exact edit, and the share of what was there along ``r`` that is left, of each way;
-    ``unedited`` is the distance that quantising the weights costs in the first place."""
+    """Relative distance to the exact edit, and the share of what was there along ``r`` that is left, of each way.
+
+    ``unedited`` is the distance that quantising the weights costs in the first place.
+    """
 
     name: str
     direction: str

@@ -23,12 +23,15 @@ from abliterate.data.tiny_chat import model_path
 
 LAYERS, INNER = 16, 8192
 RECIPE = """
+[find]
 harmful = "bundled:tiny-chat"
 harmless = "bundled:tiny-chat"
 n_train = 32
 n_val = 6
 n_test = 8
+[model]
 batch_size = 8
+[evaluate]
 max_new_tokens = 12
 """
 WRAPPER = """

@@ -67,16 +67,16 @@ A random Llama of 24 layers with {positions} positions, {deep_prompts} prompts o
 
 {disk}
 
-The rival's bytes are computed: one pass of it over the offloaded model was measured, and it makes as many passes as it
-has batches ({passes}).  With less room (last row) the work takes more passes.
+The rival's bytes are computed: one weight pass of it was measured, and it makes one for each of its batches ({passes}).
+With less room (last row) ours makes more of them.
 
 Machine: {machine}.
 """
-WHY = """Every pass of either way is matrix products at the speed of the processor, so batching candidates gains little
-here by itself (it does where a pass is too small to fill the device).  What is gained is work left out: padding, logits
-of positions that nobody reads, the blocks below an addition, and the tokens that all prompts begin with, which are run
-once per candidate.  The last is the largest part where the chat template has a system prompt, and small where, as with
-the bundled model, it has none."""
+WHY = """Every forward pass of either way is matrix products at the speed of the processor, so batching candidates
+gains little here by itself (it does where a pass is too small to fill the device).  What is gained is work left out:
+padding, logits of positions that nobody reads, the blocks below an addition, and the tokens that all prompts begin
+with, which are run once per candidate.  The last is the largest part where the chat template has a system prompt, and
+small where, as with the bundled model, it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -241,7 +241,7 @@ def timed(run: Callable[[], list[CandidateScore]]) -> tuple[tuple[float, float],
 
 
 def out_of_core(whole: Case, base: Path) -> tuple[str, int]:
-    """The table of bytes, and the rival's number of passes."""
+    """The table of bytes, and the rival's number of weight passes."""
     size = open_folder(base, name="base").size_bytes
     model, read = load_with_accelerate(base)
     before = read()
@@ -251,7 +251,7 @@ def out_of_core(whole: Case, base: Path) -> tuple[str, int]:
     passes = (1 + 3 * usable) * math.ceil(DEEP_PROMPTS / BATCH)
     expected = whole.scored()
     lines = [
-        "| | passes | weights read, GB | read / size | times fewer | largest difference |",
+        "| | weight passes | weights read, GB | read / size | times fewer | largest difference |",
         "|---|--:|--:|--:|--:|--:|",
         f"| sweep, offloaded by accelerate | {passes} | {passes * one_pass / 1e9:.1f} "
         f"| {passes * one_pass / size:.0f} | | |",

@@ -26,6 +26,14 @@ def _quiet():
     measured.write()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """No test outlives the machine, so none needs what it wrote to be on the disk; it is a third of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The package as pip builds it from this folder."""

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -15,7 +16,9 @@ from abliterate import __version__
 from abliterate.cli.app import app
 from abliterate.cli.failures import explain
 from abliterate.cli.options import default_out, parse_size
+from abliterate.cli.recipe_options import flag_of, takes
 from abliterate.errors import UsageError
+from abliterate.recipe import SECTION_OF, SECTIONS, Recipe, Trait, option
 from tests import checkpoints, factories
 from tests.checkpoints import INDEX, write_llama
 
@@ -68,6 +71,7 @@ def world(tmp_path_factory):
     save_file({"direction": torch.zeros(32)}, here / "zero.safetensors")
     save_file({"direction": torch.ones(31)}, here / "narrow.safetensors")
     (here / "bad.toml").write_text("n_trian = 1")
+    (here / "misplaced.toml").write_text('[find]\ntied = "keep"')
     (here / "few.txt").write_text("a\nb\n")
     return here
 
@@ -105,6 +109,123 @@ def test_looking_around_does_not_import_torch(args):
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
+# --- options of the recipe --------------------------------------------------------------------------------------------
+
+OFFERED = [name for name in SECTION_OF if Trait.FILE_ONLY not in option(name).metadata]
+
+
+def options_of(command):
+    """The parameters of a command as Typer made them, by name."""
+    return {its.name: its for its in typer.main.get_command(app).commands[command].params}
+
+
+def test_every_flag_is_one_option_of_the_recipe():
+    flags = [flag_of(name).name for name in OFFERED]
+    assert len(set(flags)) == len(flags)
+    for command in COMMANDS:
+        for name, its in options_of(command).items():
+            for flag in set(its.opts) & set(flags):
+                assert flag == flag_of(name).name, command
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_an_option_is_offered_with_the_help_text_of_its_field(name):
+    """``run`` has them all; where another command has one, it is the same."""
+    assert name in options_of("run")
+    for its in (options_of(command).get(name) for command in COMMANDS):
+        if its is not None:
+            assert its.help == option(name).description
+            assert its.opts == [flag_of(name).name]
+            assert its.default is None
+
+
+def test_what_stands_in_files_only_is_offered_nowhere():
+    hidden = SECTION_OF.keys() - set(OFFERED)
+    assert hidden == {
+        "n_train", "n_val", "n_test", "seed", "filter_prompts", "max_kl_nats", "min_induce", "prune_layers",
+    }  # fmt: skip
+    assert not any(hidden & options_of(command).keys() for command in COMMANDS)
+    with pytest.raises(ValueError, match="seed stands in recipe files only"):
+        takes("seed")
+
+
+TAKEN = {
+    "measure": ["find", "model"],
+    "select": ["find", "model"],
+    "edit": ["edit", "memory_bytes", "publish"],
+    "push": ["publish"],
+    "plan": ["tied", "mtp", "allow_partial"],
+    "reproduce": ["trust_remote_code"],
+    "eval": ["harmful", "harmless", "model", "evaluate"],
+    "diff": [],
+    "dequantize": [],
+}
+
+
+@pytest.mark.parametrize("command", TAKEN)
+def test_a_command_has_the_options_of_its_stages(command):
+    expected = {its for name in TAKEN[command] for its in (SECTIONS[name].model_fields if name in SECTIONS else [name])}
+    assert options_of(command).keys() & SECTION_OF.keys() == expected & set(OFFERED)
+
+
+@pytest.fixture
+def seen():
+    """A small application, and what its command was given."""
+    small, found = typer.Typer(), {}
+
+    @small.command()
+    @takes("find", "edit", "model", "tasks", file=True)
+    def command(name: str, *, recipe: Recipe, given: dict, last: bool = False) -> None:
+        found.update(name=name, recipe=recipe, given=given, last=last)
+
+    def call(*args):
+        done = CliRunner().invoke(small, [str(arg) for arg in args])
+        return done, found
+
+    return call
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(seen, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('[find]\nn_train = 7\nharmful = "a"\n[edit]\nmtp = false\ntied = "keep"\n')
+    done, found = seen("x", "--recipe", file, "--harmful", "b", "--memory", "2GiB", "--mtp", "--last")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert found["given"] == {"harmful": "b", "memory_bytes": 2**31, "mtp": True}
+    assert found["recipe"] == Recipe(n_train=7, harmful="b", tied="keep", memory_bytes=2**31)
+    assert (found["name"], found["last"]) == ("x", True)
+
+
+def test_words_of_a_flag_are_taken_apart(seen):
+    _, found = seen("x", "--tasks", " a, b,,a ", "--refusal-token", "I", "--refusal-token", "As an, AI")
+    assert found["given"] == {"tasks": ("a", "b"), "refusal_tokens": ("I", "As an, AI")}
+    assert seen("x", "--tasks", "")[1]["given"] == {"tasks": ()}
+    assert seen("x")[1]["recipe"] == Recipe()
+
+
+def test_an_old_recipe_is_read_with_a_note(here, tmp_path):
+    old = tmp_path / "old.toml"
+    old.write_text("n_train = 1\nn_val = 1\nn_test = 1\nbatch_size = 2\n")
+    done = run("run", "--dry-run", "--recipe", old)
+    assert done.exit_code == 0
+    (note,) = done.stderr.splitlines()
+    assert note == (
+        f"note: {old} has the old form, and is read all the same; options now stand in tables: "
+        "[find] n_train, n_val, n_test; [model] batch_size"
+    )
+    assert "harmful train: 1 prompts" in done.stdout
+    new = tmp_path / "new.toml"
+    new.write_text("[find]\nn_train = 1\nn_val = 1\nn_test = 1\n[model]\nbatch_size = 2\n")
+    assert run("run", "--dry-run", "--recipe", new).stderr == ""
+    assert run("run", "--dry-run", "--recipe", new).stdout == done.stdout
+
+
+def test_private_in_a_recipe_is_no_wish_to_upload(here, tmp_path):
+    (tmp_path / "mine.toml").write_text("[find]\nn_train = 1\nn_val = 1\nn_test = 1\n[publish]\nprivate = true\n")
+    asked = ("run", "--dry-run", "--recipe", tmp_path / "mine.toml")
+    assert run(*asked).exit_code == 0
+    two_lines(run(*asked, "--private"), 2, "--private says how to upload")
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 EDIT = ("edit", "base", "d.safetensors")
@@ -132,6 +253,7 @@ FAILURES = [
     (("verify", "base"), 5, "has no abliterate.json"),
     (("verify", "./missing"), 5, "has no abliterate.json"),
     (("run", "base", "--dry-run", "--recipe", "bad.toml"), 2, "bad.toml: n_trian"),
+    (("run", "base", "--recipe", "misplaced.toml"), 2, "misplaced.toml: find.tied: no such option here"),
     (("run", "base", "--dry-run", "--harmful", "few.txt"), 2, "two prompt sources are needed"),
     (("run", "base", "--dry-run", "--harmful", "few.txt", "--harmless", "d.txt"), 2, "few.txt: holds 2 prompts"),
     (("run", "base", "--dry-run", "--out", "edited"), 2, "edited: exists already"),

@@ -36,7 +36,7 @@ def pair():
     notes = []
     ours = load_model(checkpoint, device="cpu", memory_bytes=2**25 + 2**22, on_event=notes.append)
     assert ours.offload is not None
-    assert "each layer is read once" in notes[0].text
+    assert "each block is read once" in notes[0].text
     whole = load_model(checkpoint, device="cpu")
     assert whole.offload is None
     return whole, ours
@@ -125,10 +125,10 @@ class TestPlanning:
         return plan_memory(checkpoint, family, dtype=torch.float32, memory_bytes=memory, **options)
 
     def test_resident_where_it_fits(self, saved):
-        assert self.plan(saved("llama"), None).mode == "resident"
-        assert self.plan(saved("llama"), 2**30).mode == "resident"
+        assert self.plan(saved("llama"), None).mode == "held"
+        assert self.plan(saved("llama"), 2**30).mode == "held"
         assert self.plan(saved("llama"), 2**25).mode == "lockstep"
-        assert self.plan(saved("llama"), 2**20, device_bytes=2**30).mode == "resident"
+        assert self.plan(saved("llama"), 2**20, device_bytes=2**30).mode == "held"
         assert self.plan(saved("llama"), 2**30, device_bytes=2**20).mode == "lockstep"
 
     @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3-moe", "gemma3-vision", "nemotron-h"])
@@ -138,7 +138,7 @@ class TestPlanning:
         bytes_of = sum(p.nbytes for p in whole.parameters())
         tied = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
         again = whole.get_input_embeddings().weight.nbytes if tied else 0
-        assert plan.resident_bytes - again == pytest.approx(bytes_of, rel=0.02)
+        assert plan.held_bytes - again == pytest.approx(bytes_of, rel=0.02)
         exact = offloaded(saved(name)).offload.sizes().passing_bytes(prefetch=True)
         assert exact * 0.98 <= plan.lockstep_bytes - 2**25
 
@@ -148,7 +148,7 @@ class TestPlanning:
         checkpoint = open_folder(saved(name), name="tiny")
         first, _ = running(checkpoint, family_of(checkpoint.config, where="tiny"), Recipe())
         offloaded(saved(name), memory_bytes=first.least_bytes)
-        with pytest.raises(UsageError, match="one layer of this model needs"):
+        with pytest.raises(UsageError, match="one block of this model needs"):
             offloaded(saved(name), memory_bytes=first.least_bytes * 99 // 100)
 
     def test_what_may_be_used_of_each_gpu(self, monkeypatch):
@@ -169,7 +169,7 @@ class TestPlanning:
         )
         family = family_of(checkpoint.config, where="base")
         plan = plan_memory(checkpoint, family, dtype=torch.bfloat16, memory_bytes=None)
-        whole, block = plan.resident_bytes, sizes_of(checkpoint, family, dtype=torch.bfloat16)[0].blocks[0]
+        whole, block = plan.held_bytes, sizes_of(checkpoint, family, dtype=torch.bfloat16)[0].blocks[0]
 
         def placed(*rooms, memory=2**20):
             rooms = dict(enumerate(rooms))

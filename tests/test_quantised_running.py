@@ -164,13 +164,15 @@ def test_a_scale_that_is_off_would_be_noticed(kind, made, tmp_path):
 def test_experts_are_decoded_one_by_one(made):
     """No more than one of them lies in memory beside the stack."""
     ours = offloaded(made("mixtral")[0]).offload
-    fused = [recipe for unit in ours.units for recipe in unit.recipes if recipe.transform is not None]
+    fused = [conversion for unit in ours.units for conversion in unit.conversions if conversion.transform is not None]
     assert fused
-    for recipe in fused:
-        assert len(recipe.parts) == recipe.shape[0] == 4
-        assert sorted(t.name for part in recipe.parts for _, t in part) == sorted(t.name for _, t in recipe.sources)
-        one = 4 * recipe.shape[1:].numel()
-        assert recipe.conversion_bytes == 2 * one + max(decoding_bytes(tensor) for _, tensor in recipe.sources)
+    for conversion in fused:
+        assert len(conversion.parts) == conversion.shape[0] == 4
+        assert sorted(t.name for part in conversion.parts for _, t in part) == sorted(
+            t.name for _, t in conversion.sources
+        )
+        one = 4 * conversion.shape[1:].numel()
+        assert conversion.extra_bytes == 2 * one + max(decoding_bytes(tensor) for _, tensor in conversion.sources)
 
 
 def test_a_quantised_embedding_is_decoded_by_row(tmp_path):
@@ -192,11 +194,11 @@ def test_headers_tell_the_sizes(kind, made):
     checkpoint = open_folder(folder, name="tiny")
     family = family_of(checkpoint.config, where="tiny")
     plan = plan_memory(checkpoint, family, dtype=torch.float32, memory_bytes=2**25)
-    assert plan.resident_bytes == pytest.approx(sum(p.nbytes for p in held(folder).parameters()), rel=0.02)
+    assert plan.held_bytes == pytest.approx(sum(p.nbytes for p in held(folder).parameters()), rel=0.02)
     exact = offloaded(folder).offload.sizes().passing_bytes(prefetch=True)
     assert exact * 0.98 <= plan.lockstep_bytes - 2**25
     card = plan_memory(checkpoint, family, dtype="auto", memory_bytes=2**25, device_bytes=2**30)
-    assert card.resident_bytes < plan.resident_bytes / 2 + 2**12  # an accelerator holds what is stored
+    assert card.held_bytes < plan.held_bytes / 2 + 2**12  # an accelerator holds what is stored
 
 
 def test_a_whole_run_is_the_same_out_of_core(tmp_path):
@@ -205,10 +207,10 @@ def test_a_whole_run_is_the_same_out_of_core(tmp_path):
     recipe = Recipe(harmful=source, harmless=source, n_train=24, n_val=6, n_test=20)
     results = []
     for name, budget in (("whole", None), ("parts", 36 * 2**20)):
-        its = recipe if budget is None else recipe.model_copy(update={"memory_bytes": budget})
+        its = recipe if budget is None else recipe.with_changes({"memory_bytes": budget})
         notes = []
         results.append(pipeline.run(base, tmp_path / name, its, with_evaluation=False, on_event=notes.append))
-        assert any("each layer is read once" in getattr(note, "text", "") for note in notes) == (budget is not None)
+        assert any("each block is read once" in getattr(note, "text", "") for note in notes) == (budget is not None)
     whole, parts = (result.directions for result in results)
     assert torch.equal(factories.vectors_of(whole), factories.vectors_of(parts))
     assert whole.choice == parts.choice
@@ -232,7 +234,7 @@ def test_peak_memory_is_within_the_budget(kind, tmp_path, record_property):
     plan = plan_memory(checkpoint, family, dtype=torch.float32, memory_bytes=1)
     layer = max(sizes_of(checkpoint, family, dtype=torch.float32)[0].blocks)
     budget = plan.lockstep_bytes + 2**22
-    assert budget < plan.resident_bytes
+    assert budget < plan.held_bytes
     found = in_a_process("lockstep", base, batches=3, memory=budget)
     record_property("peak_bytes", found["peak"])
     assert layer < found["peak"] <= budget

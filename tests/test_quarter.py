@@ -9,14 +9,17 @@ import pytest
 from bench.quarter import enlarged, run, weight_bytes
 
 RECIPE = """
+[find]
 harmful = "bundled:tiny-chat"
 harmless = "bundled:tiny-chat"
 n_train = 6
 n_val = 1
 n_test = 4
-batch_size = 4
-max_new_tokens = 5
 refusal_tokens = ["I"]
+[model]
+batch_size = 4
+[evaluate]
+max_new_tokens = 5
 """
 
 

@@ -40,22 +40,21 @@ def test_a_run_comes_out_again_measured_anew(finished):
     assert [path.name for path in finished.parent.iterdir()] == ["out"]
 
 
-def test_a_manifest_gives_no_leave_to_run_code(edited, monkeypatch):
+@pytest.mark.parametrize("form", ["in tables", "flat"])
+def test_a_manifest_gives_no_leave_to_run_code(form, edited, monkeypatch):
     """Nor does it say which device or how much memory of this machine is used."""
     path = edited / manifest.FILE_NAME
     document = json.loads(path.read_text())
-    document["recipe"] |= {
-        "trust_remote_code": True,
-        "device": "cuda:7",
-        "memory_bytes": 2**20,
-        "harmful": "a",
-        "harmless": "b",
-    }
+    tables = document["recipe"]
+    tables["model"] |= {"trust_remote_code": True, "device": "cuda:7", "memory_bytes": 2**20}
+    tables["find"] |= {"harmful": "a", "harmless": "b"}
+    if form == "flat":
+        document["recipe"] = Recipe.model_validate(tables).flat()
     path.write_text(json.dumps(document))
     seen = []
 
     def verify(session, *_, **__):
-        seen.append(session.recipe)
+        seen.append(session.recipe.model)
         raise CheckpointError("enough", "seen")
 
     monkeypatch.setattr("abliterate.workflow.pipeline.verify", verify)
@@ -122,7 +121,7 @@ def test_a_folder_without_a_manifest(tmp_path):
 def test_a_run_leaves_its_recipe_to_be_run_again(finished):
     again = load_recipe(str(finished / "abliterate" / "recipe.toml"))
     assert again == Recipe.model_validate(manifest.read(finished)["recipe"])
-    assert again.harmful == "bundled:tiny-chat"
+    assert again.find.harmful == "bundled:tiny-chat"
 
 
 @pytest.mark.parametrize(
@@ -198,4 +197,4 @@ def test_an_unbounded_recipe_can_be_read_back(tmp_path):
     edited = edited_by_us(base, tmp_path / "edited", recipe=Recipe(min_induce=float("-inf")))
     text = (edited / manifest.FILE_NAME).read_text()
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert Recipe.model_validate(document["recipe"]).min_induce < -1e300
+    assert Recipe.model_validate(document["recipe"]).find.min_induce < -1e300

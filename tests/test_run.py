@@ -19,6 +19,7 @@ from abliterate.events import Started
 from abliterate.method.directions import grid
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
+from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 from tests import factories
 
@@ -225,6 +226,20 @@ def test_a_failed_verification_leaves_no_finished_folder(monkeypatch, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_memory_budget_of_the_recipe_is_that_of_the_proof(monkeypatch, few_finished):
+    real, budgets = pipeline.verify_bytes, []
+
+    def watched(*args, memory_bytes, **options):
+        budgets.append(memory_bytes)
+        return real(*args, memory_bytes=memory_bytes, **options)
+
+    monkeypatch.setattr(pipeline, "verify_bytes", watched)
+    session = open_session(None, FEW.with_changes({"memory_bytes": 2**21}))
+    assert pipeline.verify(session, few_finished.plan, few_finished.out, behaviour=False).ok
+    assert abliterate.verify(few_finished.out, changes={"memory_bytes": 2**22}, behaviour=False).ok
+    assert budgets == [2**21, 2**22]
+
+
 # --- inputs that cannot work --------------------------------------------------------------------------------------
 
 
@@ -247,7 +262,7 @@ def test_one_prompt_source_is_not_enough(tmp_path):
 
 def test_a_model_of_ones_own_gets_the_bundled_contrast_set():
     session = open_session(model_path(), Recipe())
-    assert session.recipe.harmful == session.recipe.harmless == "bundled:contrast"
+    assert session.recipe.find.harmful == session.recipe.find.harmless == "bundled:contrast"
     assert session.contrast.harmful_train.source == "bundled:contrast/harmful.train"
     assert len(session.contrast.harmless_test.prompts) == 100
     assert open_session(None, Recipe()).contrast.harmful_train.source == "bundled:tiny-chat/harmful.train"

@@ -15,10 +15,12 @@ from abliterate.workflow import finding
 from abliterate.workflow.session import open_session, prompts_of, with_default_prompts
 
 PROMPTS = """
+[evaluate]
+max_new_tokens = 6
+[find]
 n_train = 12
 n_val = 4
 n_test = 4
-max_new_tokens = 6
 refusal_tokens = ["I"]
 """
 
@@ -88,7 +90,7 @@ def test_covariances_are_those_of_the_activations(here, monkeypatch):
 def test_out_of_core_the_commands_say_what_it_costs(here, monkeypatch):
     monkeypatch.chdir(here)
     done = abliterate("measure", "tiny-chat", "--recipe", "few.toml", "--memory", "36MiB", "--out", "again.safetensors")
-    assert "they stay on disk, and each layer is read once for all batches" in done.stderr
+    assert "they stay on disk, and each block is read once for all batches" in done.stderr
     assert "will be read about 4 times (measure 4)" in done.stderr
     options = ("--direction", "whole/abliterate/direction.safetensors", "--ablate", "--memory", "36MiB")
     question = prompts_of(with_default_prompts(None, Recipe())).harmful_test.texts[0]

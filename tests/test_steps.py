@@ -1,5 +1,7 @@
 """What is finished is not done again, and belongs to one piece of work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,10 +87,10 @@ def test_measuring_continues_where_it_was_stopped(tmp_path):
     whole = pipeline.measure(session)
     folder, fingerprint = tmp_path / "steps", pipeline.work_fingerprint(session)
     with pytest.raises(KeyboardInterrupt), Steps(folder, fingerprint) as steps:
-        pipeline.measure(session, steps=steps, on_event=Heard(stop="measure harmless prompts"))
+        pipeline.measure(replace(session, on_event=Heard(stop="measure harmless prompts")), steps=steps)
     heard = Heard()
     with Steps(folder, fingerprint) as steps:
-        measured = pipeline.measure(session, steps=steps, on_event=heard)
+        measured = pipeline.measure(replace(session, on_event=heard), steps=steps)
     assert heard.tasks == ["measure harmless prompts"]
     assert torch.equal(factories.vectors_of(measured), factories.vectors_of(whole))
     assert measured.metadata == whole.metadata

@@ -17,7 +17,7 @@ from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, p
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
-from abliterate.checkpoint.stream import Ring, StoppedError, Stretch, stream
+from abliterate.checkpoint.transfer import ByteRange, Ring, StoppedError, transfer
 from abliterate.editing import blocks
 from abliterate.editing import shards as editor
 from abliterate.editing.planning import plan
@@ -156,14 +156,14 @@ def test_stream_changes_in_order(tmp_path, direct):
         seen.append(len(raw))
         raw.bitwise_not_()
 
-    stretches = [
-        Stretch(start=0, size=10000),
-        Stretch(start=10000, size=30000, change=change),
-        Stretch(start=40000, size=5000, change=lambda raw: seen.append(-len(raw)), written=False),
-        Stretch(start=40000, size=10000),
+    byte_ranges = [
+        ByteRange(start=0, size=10000),
+        ByteRange(start=10000, size=30000, change=change),
+        ByteRange(start=40000, size=5000, change=lambda raw: seen.append(-len(raw)), written=False),
+        ByteRange(start=40000, size=10000),
     ]
     with SourceFile(tmp_path / "in", direct=direct) as source, TargetFile(tmp_path / "out", direct=direct) as out:
-        stream(source, stretches, Ring(100000), write=lambda _, data: out.append(data), advance=lambda _: None)
+        transfer(source, byte_ranges, Ring(100000), write=lambda _, data: out.append(data), advance=lambda _: None)
         out.finish()
     data[10000:40000] = ~data[10000:40000]
     assert (tmp_path / "out").read_bytes() == data.numpy().tobytes()
@@ -184,13 +184,13 @@ def test_a_failure_in_any_thread_is_raised_and_nothing_hangs(tmp_path, monkeypat
     real_read, real_append = SourceFile.read, TargetFile.append
     monkeypatch.setattr(SourceFile, "read", lambda *args: (count("read"), real_read(*args))[1])
     monkeypatch.setattr(TargetFile, "append", lambda *args: (count("write"), real_append(*args))[1])
-    stretches = [Stretch(start=n * 10000, size=10000, change=lambda raw: count("change")) for n in range(20)]
+    byte_ranges = [ByteRange(start=n * 10000, size=10000, change=lambda raw: count("change")) for n in range(20)]
     with (
         SourceFile(tmp_path / "in") as file,
         TargetFile(tmp_path / "out") as out,
         pytest.raises(OSError, match="planted"),
     ):
-        stream(file, stretches, Ring(50000), write=lambda _, data: out.append(data), advance=lambda _: None)
+        transfer(file, byte_ranges, Ring(50000), write=lambda _, data: out.append(data), advance=lambda _: None)
 
 
 def edited_bytes(base, out, **options):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from abliterate.arch.model_map import config_size, text_config
+from abliterate.arch.packed import text_config
 from abliterate.arch.registry import families
+from abliterate.arch.sizes import config_size
 from abliterate.arch.spec import RESIDUAL_AXIS
 from abliterate.checkpoint.source import Checkpoint
 

@@ -8,16 +8,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import METHODS, Packed, packed_tensors, quantisation, text_config
 from abliterate.arch.registry import family_of
+from abliterate.arch.sizes import config_sizes, is_tied
 from abliterate.arch.spec import DRAFTS, RESIDUAL_AXIS, Family, Matcher, WriterSpec, kind_of
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PlanRefusedError, UnknownTensorError, UnsupportedFormatError
-from abliterate.method.stream_edit import Place
+from abliterate.method.places import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,49 +178,6 @@ def _packed(checkpoint: Checkpoint) -> tuple[Mapping[str, Packed], set[str]]:
     if method not in METHODS:
         raise _refused_format(checkpoint, method)
     return packed_tensors(checkpoint)
-
-
-def config_sizes(config: Mapping[str, Any], family: Family, where: str) -> dict[str, int]:
-    """The sizes that ``family`` names, by axis; those marked "?" only where the configuration has them.
-
-    Raises:
-        UnknownTensorError: one is absent or not a positive integer.
-    """
-    sizes = {}
-    for axis, key in family.sizes.items():
-        names = key.removesuffix("?").split("|")
-        if key.endswith("?") and not any(config.get(name.removeprefix("len ")) for name in names):
-            continue
-        sizes[axis] = config_size(config, key.removesuffix("?"), where)
-    return sizes
-
-
-def config_size(config: Mapping[str, Any], key: str, where: str) -> int:
-    """A positive integer of a configuration.
-
-    ``key`` may name alternatives, separated by bars; of one behind "len", a list or a pattern with a letter for each
-    block, it is the length.
-
-    Raises:
-        UnknownTensorError: absent or not a positive integer.
-    """
-    value = None
-    for name in key.split("|"):
-        found = config.get(name.removeprefix("len "))
-        if found is not None:
-            value = len(found) if name.startswith("len ") else found
-            break
-    if not isinstance(value, int) or value <= 0:
-        raise UnknownTensorError(f"{where}/config.json: {key} is {value!r}", "the configuration must give this size")
-    return value
-
-
-def is_tied(config: Mapping[str, Any], family: Family) -> bool:
-    """Whether transformers ties the head: the top level decides, then ``text_config``, then the family's default."""
-    for part in (config, text_config(config)):
-        if "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    return config.get("model_type") in family.tied_by_default
 
 
 @dataclass(slots=True, kw_only=True)

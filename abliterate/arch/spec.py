@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from abliterate.method.stream_edit import Kind
+from abliterate.method.places import Kind
 
 RESIDUAL_AXIS = "d_model"
 

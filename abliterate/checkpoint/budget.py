@@ -1,10 +1,10 @@
-"""How a memory budget is shared out where files are streamed."""
+"""How a memory budget is shared out where files are read and written."""
 
 DEFAULT_BYTES = 512 * 2**20
-"""The memory budget of work that streams, where nobody asks for another."""
+"""The memory budget of an edit or a proof where none is given."""
 
 MOST_BYTES = 2**30
-"""More than this does not make streaming faster."""
+"""A larger memory budget makes nothing faster."""
 
 RESERVED_BYTES = 96 * 2**20
 """Of the memory budget: float buffers, held rows, headers, threads."""

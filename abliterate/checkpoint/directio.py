@@ -6,8 +6,8 @@ it does not, plain reads and writes are used and the cache is told to forget.  W
 cache is taken from there (``RWF_NOWAIT``): that is faster than any disk, and nothing is added to the cache.
 
 Direct transfers need the address in memory, the offset in the file and the length to be multiples of the page.  A
-``Slab`` therefore holds a stretch of a file at the same offset modulo the page as the file does, so that what was read
-can be edited in place and written without moving, as long as it keeps its offset modulo the page in the output.
+``Slab`` therefore holds a byte range at the same offset modulo the page as the file does, so that what was read can be
+edited in place and written without moving, as long as it keeps its offset modulo the page in the output.
 """
 
 import errno
@@ -39,7 +39,7 @@ class Slab:
     def __init__(self, capacity: int, memory: Tensor | None = None) -> None:
         self.bytes = pages_of(capacity) if memory is None else memory[: slab_bytes(capacity)]
 
-    def stretch(self, offset: int, size: int) -> Tensor:
+    def byte_range(self, offset: int, size: int) -> Tensor:
         """``size`` bytes whose address is ``offset`` modulo the page."""
         return self.bytes[offset % PAGE : offset % PAGE + size]
 
@@ -68,7 +68,7 @@ class SourceFile:
         Raises:
             CheckpointError: the file ends before that.
         """
-        target = slab.stretch(start, size)
+        target = slab.byte_range(start, size)
         if not self.direct:
             self._fill(view_of(target), start, size)
             _forget(self._file, start, size)
@@ -299,6 +299,6 @@ def write_all(file: int, view: memoryview, place: int) -> None:
 
 
 def _forget(file: int, start: int, size: int) -> None:
-    """Drop a stretch of a file from the page cache, where the platform can."""
+    """Drop a byte range of a file from the page cache, where the platform can."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)

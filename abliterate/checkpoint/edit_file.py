@@ -1,13 +1,13 @@
 """The file that holds what an edit does to the residual stream: safetensors, never pickle.
 
-Tensors ``edit.N.read``, ``edit.N.write`` (absent where it is the same) ``[d, k]`` and ``edit.N.constant`` ``[d]``,
-float64. The metadata is one JSON document under ``abliterate-edit``: strength and column scale of each edit, and at
-which place which of them stands.
+Tensors ``vectors.N``, float64: ``read`` and ``write`` of edits ``[d, k]``, and constants ``[d]``, each different one
+once. The metadata is one JSON document under ``abliterate-edit``: which vectors each edit has, its strength and column
+scale, and at which place which of the edits stands.
 """
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError
-from abliterate.method.stream_edit import Kind, Place, StreamEdit
+from abliterate.method.places import Kind, Place
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import ColumnScale, WeightEdit
 
 KEY = "abliterate-edit"
@@ -26,10 +27,13 @@ HINT = "give the file that an edit left in its folder, under abliterate/"
 
 
 class _Edit(BaseModel):
-    """What is written of one edit beside its tensors."""
+    """One edit, its vectors by their numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    read: int
+    write: int
+    constant: int | None
     strength: float
     column_scale: ColumnScale
 
@@ -47,21 +51,33 @@ class _Document(BaseModel):
 
 def save(stream: StreamEdit, path: Path) -> Path:
     """Write ``stream`` to ``path``."""
+    vectors: list[Tensor] = []
+
+    def number(tensor: Tensor) -> int:
+        for known, other in enumerate(vectors):
+            if other.shape == tensor.shape and torch.equal(other, tensor):
+                return known
+        vectors.append(tensor)
+        return len(vectors) - 1
+
     edits = list(stream.edits())
-    numbers = {id(edit): number for number, edit in enumerate(edits)} | {id(None): None}
-    tensors: dict[str, Tensor] = {}
-    for number, edit in enumerate(edits):
-        tensors[f"edit.{number}.read"] = edit.read.contiguous()
-        if edit.write is not edit.read:
-            tensors[f"edit.{number}.write"] = edit.write.contiguous()
-        if edit.constant is not None:
-            tensors[f"edit.{number}.constant"] = edit.constant.contiguous()
+    numbers = {id(edit): place for place, edit in enumerate(edits)} | {id(None): None}
     document = {
         "format": FORMAT,
-        "edits": [{"strength": edit.strength, "column_scale": edit.column_scale} for edit in edits],
+        "edits": [
+            {
+                "read": number(edit.read),
+                "write": number(edit.write),
+                "constant": None if edit.constant is None else number(edit.constant),
+                "strength": edit.strength,
+                "column_scale": edit.column_scale,
+            }
+            for edit in edits
+        ],
         "everywhere": numbers[id(stream.everywhere)],
         "places": [[layer, kind, numbers[id(edit)]] for (layer, kind), edit in stream.places.items()],
     }
+    tensors = {f"vectors.{place}": tensor.contiguous().clone() for place, tensor in enumerate(vectors)}
     write_atomically(path, serialise(tensors, metadata={KEY: json.dumps(document, sort_keys=True)}))
     return path
 
@@ -89,21 +105,21 @@ def load(path: Path) -> StreamEdit:
 
 def _stream_of(document: _Document, tensors: dict[str, Tensor]) -> StreamEdit:
     edits: list[WeightEdit | None] = []
-    for number, its in enumerate(document.edits):
-        read = tensors[f"edit.{number}.read"]
-        write, constant = tensors.get(f"edit.{number}.write", read), tensors.get(f"edit.{number}.constant")
+    for its in document.edits:
+        read, write = tensors[f"vectors.{its.read}"], tensors[f"vectors.{its.write}"]
+        constant = None if its.constant is None else tensors[f"vectors.{its.constant}"]
         parts = [part for part in (read, write, constant) if part is not None]
-        if read.ndim != 2 or write.shape != read.shape or any(p.dtype != torch.float64 for p in parts):
-            raise ValueError("shapes or dtypes")
-        if not all(torch.isfinite(part).all() for part in parts):
-            raise ValueError("not finite")
+        if read.ndim != 2 or write.shape != read.shape or not all(map(_usable, parts)):
+            raise ValueError("shapes, dtypes, or values that are not finite")
         edits.append(
             WeightEdit(read=read, write=write, strength=its.strength, column_scale=its.column_scale, constant=constant)
         )
-    if any(kind not in get_args(Kind) for _, kind, _ in document.places):
-        raise ValueError("an unknown kind of place")
     at = [*edits, None]
     places: dict[Place, WeightEdit | None] = {
         (layer, kind): at[-1 if number is None else number] for layer, kind, number in document.places
     }
     return StreamEdit(everywhere=at[-1 if document.everywhere is None else document.everywhere], places=places)
+
+
+def _usable(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64 and bool(torch.isfinite(tensor).all())

@@ -1,5 +1,4 @@
-"""The number of the format that a file of ours is written in: older ones are read, a newer one is refused with
-words."""
+"""The number of the format of a file that abliterate wrote: older ones are read, newer ones refused with words."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The output folder: it exists under its final name only when it is complete.
+"""The output folder: it has its final name only when it is complete.
 
-While work goes on it is called ``NAME.partial`` and holds a journal: the fingerprint of the plan, and the files that
-are complete and on disk (fsync) already.  The same command continues from there; another plan refuses to.
+Until then it is called ``NAME.partial`` and holds a journal: the fingerprint of the work, and the files that are
+complete and on disk (fsync).  The same command continues from there; other work is refused.
 """
 
 import hashlib
@@ -18,14 +18,17 @@ from abliterate.version import __version__
 
 JOURNAL = ".abliterate-journal.json"
 PRIVATE_FOLDER = "abliterate"
-"""Subfolder of the output for what is ours: the direction, the report, the base's own README."""
+"""The private folder, in the output: the direction, the recipe, the base's own README."""
 
 DISK_RESERVE_BYTES = 64 * 2**20
 
 
 @dataclass(slots=True, kw_only=True)
 class OutputFolder:
-    """A folder under construction.  ``path`` is where the files go until ``finish`` renames it to ``final``."""
+    """An unfinished output folder at ``path``, which ``finish`` renames to ``final``.
+
+    ``done`` are the complete files and their sizes in bytes.
+    """
 
     final: Path
     path: Path
@@ -34,16 +37,16 @@ class OutputFolder:
 
     @property
     def private(self) -> Path:
-        """The subfolder for our own artefacts."""
+        """The private folder."""
         return self.path / PRIVATE_FOLDER
 
     def is_done(self, name: str) -> bool:
-        """Whether an earlier run completed this file, and it still has its size."""
+        """Whether the file ``name`` was completed, and still has its size."""
         path = self.path / name
         return name in self.done and path.is_file() and path.stat().st_size == self.done[name]
 
     def complete(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have ``write`` make a file under a temporary name (flushed), give it its own, and record it."""
+        """Have ``write`` write and flush a file under a temporary name, rename it to ``name``, and record it."""
         unfinished = self.path / (name + ".tmp")
         write(unfinished)
         unfinished.replace(self.path / name)
@@ -63,7 +66,7 @@ class OutputFolder:
     def finish(self) -> Path:
         """Flush the folder and give it its final name, without the journal.
 
-        That waits beside the folder until it has its name: stopped in between, the same command still continues.
+        The journal lies beside the folder while it is renamed, so that a run that is killed there can be continued.
 
         Raises:
             OutputError: something appeared under the final name meanwhile.
@@ -82,17 +85,17 @@ class OutputFolder:
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
-    """What must be the same for unfinished work to be continued: ``document``, and the version of this tool."""
+    """A hash of ``document`` and the version of this tool; unfinished work is continued only where it is the same."""
     text = json.dumps({**document, "version": __version__}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -> OutputFolder:
-    """Create ``final.partial``, or continue one that belongs to the same plan.
+    """Create ``final.partial``, or continue one with the same ``fingerprint``.
 
     Raises:
-        OutputError: ``final`` exists, lies inside the source or the Hub cache (or the other way round), or a partial
-            folder of another plan is in the way.
+        OutputError: ``final`` exists; it lies inside ``source`` or around it, or inside the Hub cache; or the partial
+            folder of other work is in the way.
         NotEnoughDiskError: ``needed_bytes`` do not fit on the disk.
     """
     final = Path(os.path.abspath(final.expanduser()))  # noqa: PTH100 - symlinks stay as the user typed them
@@ -127,7 +130,7 @@ def check_space(final: Path, needed_bytes: int) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one, whatever happens."""
+    """Write ``data`` to ``path`` through a temporary file, so that it never holds a part of ``data``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -150,7 +153,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or, where the platform can, a folder."""
+    """Call fsync on a file or, where the platform can, on a folder."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -161,7 +164,7 @@ def flush(path: Path) -> None:
 
 
 def check_place(final: Path, source: Path) -> None:
-    """Check that ``final`` is free, and apart from the source and the Hub cache.
+    """Check that ``final`` does not exist, and lies neither in the source, nor around it, nor in the Hub cache.
 
     Raises:
         OutputError: it is not.
@@ -184,10 +187,10 @@ def _journal_aside(final: Path) -> Path:
 
 
 def _journal(folder: OutputFolder) -> dict[str, int]:
-    """The files that are done of an unfinished folder.
+    """The complete files of an unfinished folder, by its journal.
 
     Raises:
-        OutputError: it is that of other work.
+        OutputError: the journal cannot be read, or belongs to other work.
     """
     partial, aside = folder.path, _journal_aside(folder.final)
     if aside.is_file() and not (partial / JOURNAL).exists():

@@ -16,7 +16,7 @@ PAIRS = 2
 
 
 def same_content(first: Tensor, second: Tensor) -> bool:
-    """Whether two stretches of bytes are equal, eight bytes at a time where their addresses allow it."""
+    """Whether two runs of bytes are equal, eight bytes at a time where their addresses allow it."""
     if len(first) != len(second):
         return False
     words = len(first) // 8 * 8 if first.data_ptr() % 8 == second.data_ptr() % 8 == 0 else 0
@@ -25,8 +25,8 @@ def same_content(first: Tensor, second: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairStretch:
-    """The same stretch of both files, at ``start`` in the first one, shown to ``see``; ``hashed`` once only."""
+class PairedRange:
+    """The same byte range of both files, at ``start`` in the first one, shown to ``see``; ``hashed`` once only."""
 
     start: int
     size: int
@@ -45,17 +45,17 @@ class Digests:
 def read_pairs(
     first: Path,
     second: Path,
-    stretches: Sequence[PairStretch],
+    byte_ranges: Sequence[PairedRange],
     *,
     first_header: bytes,
     second_header: bytes,
     advance: Callable[[int], None],
     direct: bool = True,
 ) -> Digests:
-    """Show every stretch of two files to its ``see``, and hash both.
+    """Show every byte range of two files to its ``see``, and hash both.
 
     The second file's data is moved against the first one's by the difference of their headers, which are given, and
-    hashed before all else.  The hashed stretches must cover both files from there on, in order, or the digests mean
+    hashed before all else.  The hashed byte ranges must cover both files from there on, in order, or the digests mean
     nothing.
 
     Raises:
@@ -63,7 +63,7 @@ def read_pairs(
     """
     digests = (hashlib.sha256(first_header), hashlib.sha256(second_header))
     moved = len(second_header) - len(first_header)
-    size = max((stretch.size for stretch in stretches), default=0)
+    size = max((byte_range.size for byte_range in byte_ranges), default=0)
     slabs = [(Slab(size), Slab(size)) for _ in range(PAIRS)]
     with (
         SourceFile(first, direct=direct) as a,
@@ -73,24 +73,24 @@ def read_pairs(
     ):
 
         def read(place: int) -> tuple[Tensor, Tensor]:
-            stretch, pair = stretches[place], slabs[place % PAIRS]
+            byte_range, pair = byte_ranges[place], slabs[place % PAIRS]
             return (
-                a.read(pair[0], stretch.start, stretch.size),
-                b.read(pair[1], stretch.start + moved, stretch.size),
+                a.read(pair[0], byte_range.start, byte_range.size),
+                b.read(pair[1], byte_range.start + moved, byte_range.size),
             )
 
-        ahead: Future[tuple[Tensor, Tensor]] | None = reader.submit(read, 0) if stretches else None
-        for place, stretch in enumerate(stretches):
+        ahead: Future[tuple[Tensor, Tensor]] | None = reader.submit(read, 0) if byte_ranges else None
+        for place, byte_range in enumerate(byte_ranges):
             pair = ahead.result() if ahead is not None else (torch.empty(0), torch.empty(0))
-            ahead = reader.submit(read, place + 1) if place + 1 < len(stretches) else None
+            ahead = reader.submit(read, place + 1) if place + 1 < len(byte_ranges) else None
             hashing = []
-            if stretch.hashed:
+            if byte_range.hashed:
                 hashing = [
                     hasher.submit(digest.update, view_of(part)) for digest, part in zip(digests, pair, strict=True)
                 ]
-            stretch.see(*pair)
+            byte_range.see(*pair)
             for done in hashing:
                 done.result()
-            if stretch.hashed:
-                advance(stretch.size)
+            if byte_range.hashed:
+                advance(byte_range.size)
     return Digests(first=digests[0].hexdigest(), second=digests[1].hexdigest())

@@ -32,7 +32,7 @@ def share_blocks(source: Path, target: Path) -> bool:
 
 
 class SharedFile:
-    """An existing file of which some stretches are overwritten, past the page cache where that works."""
+    """An existing file of which some byte ranges are overwritten, past the page cache where that works."""
 
     def __init__(self, path: Path, *, direct: bool = True) -> None:
         self.path = path

@@ -1,7 +1,7 @@
-"""A checkpoint of which only the headers and a few small tensors are here; the rest of each shard is a hole.
+"""Shells of the shards of a Hub repository: files with headers and a few small tensors, and holes for the rest.
 
-A shell has the size of its shard, so everything that reads a header or a small tensor works on it as on the real file,
-and the disk holds only what was written.
+A shell has the size of its shard.  Code that reads headers or small tensors works on it as on the shard, and the disk
+holds only what was written.
 """
 
 import logging
@@ -23,7 +23,7 @@ PART_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """A file of a Hub repository; ``sha256`` is known of large ones."""
+    """A file of a Hub repository; the Hub gives the ``sha256`` of large files only."""
 
     name: str
     size_bytes: int
@@ -53,11 +53,11 @@ class RemoteFiles:
         return cls(repository=repository, commit=commit, files={file.name: file for file in found})
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """A range of bytes of one file.
+        """The byte range from ``start`` to ``end`` of one file.
 
         Raises:
-            HubError: the Hub (or a proxy before it) does not answer ranges.
-            CheckpointError: the file ends before.
+            HubError: the Hub, or a proxy, does not answer range requests.
+            CheckpointError: the file ends before ``end``.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -77,9 +77,9 @@ class RemoteFiles:
         return data
 
     def download(self, name: str, folder: Path) -> Path:
-        """The whole file, below ``folder``; a broken one is continued.
+        """Download a whole file to ``folder``; a transfer that broke off is continued.
 
-        The client tries again when a transfer breaks, but not when its first question is cut off.
+        After a network error it is tried again, because the client does that for transfers, not for its first request.
         """
         from huggingface_hub import hf_hub_download
 
@@ -94,7 +94,11 @@ class RemoteFiles:
         raise AssertionError("the last try returns or raises")
 
     def make_shell(self, name: str, path: Path) -> None:
-        """Write the shell of a shard: its header, and a hole for everything else."""
+        """Write the shell of the shard ``name`` to ``path``: its header, and a hole for everything else.
+
+        Raises:
+            CheckpointError: it is no safetensors file.
+        """
         size = self.files[name].size_bytes
         prefix = self.read(name, 0, 8)
         length = int.from_bytes(prefix, "little")
@@ -103,7 +107,7 @@ class RemoteFiles:
         write_shell(path, prefix + self.read(name, 8, 8 + length), size)
 
     def fill(self, tensors: Iterable[TensorInfo], folder: Path) -> int:
-        """Write small tensors into the shells in ``folder``, by range requests; gives back the bytes."""
+        """Write small tensors into the shells in ``folder``, by range requests; returns how many bytes they take."""
         total = 0
         for tensor in tensors:
             with (folder / tensor.shard).open("r+b") as file:
@@ -117,7 +121,7 @@ class RemoteFiles:
 
 
 def write_shell(path: Path, head: bytes, size_bytes: int) -> None:
-    """A file of ``size_bytes`` that begins with ``head``; the rest is a hole.  It appears whole or not at all."""
+    """Write a file of ``size_bytes`` that begins with ``head``; the rest is a hole.  It appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(head)

@@ -8,27 +8,25 @@ import typer
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.cli.evaluate import check_report
+from abliterate.cli.recipe_options import takes
+from abliterate.cli.stages import read_direction
+from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterate.evaluate.inspection import Inspection
 
 
 @guarded
+@takes("harmful", "harmless", "model", leaving_out=["system"])
 def inspect(
     model: opt.Model,
     direction: Annotated[Path, typer.Argument(help="A direction file, as select writes it.")],
+    *,
     suffix: Annotated[str, typer.Option(help="A text of yours to put behind the harmful prompts.")] = "",
     prompts: Annotated[int, typer.Option(help="How many test prompts of each class.")] = 32,
     position: opt.Position = None,
     layer: opt.Layer = None,
-    harmful: opt.Harmful = None,
-    harmless: opt.Harmless = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    memory: opt.Memory = None,
-    device_memory: opt.DeviceMemory = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    recipe: Recipe,
     report: Annotated[
         Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
     ] = None,
@@ -38,12 +36,6 @@ def inspect(
 
     Example: abliterate inspect tiny-chat direction.safetensors
     """
-    settings = opt.make_recipe(
-        None, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
-        device_memory=device_memory,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    from abliterate.cli.stages import read_direction
     from abliterate.model.load import quiet_transformers
     from abliterate.workflow.inspecting import inspect as inspect_model
     from abliterate.workflow.session import open_session
@@ -54,8 +46,8 @@ def inspect(
         raise AssertionError("a file was given")
     quiet_transformers()
     with progress() as listen:
-        session = open_session(model, settings, on_event=listen)
-        found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts, on_event=listen)
+        session = open_session(model, recipe, on_event=listen)
+        found = inspect_model(session, chosen, suffix=suffix, n_prompts=prompts)
     if report is not None:
         from abliterate.evaluate.inspection_page import write_inspection
 

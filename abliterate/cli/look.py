@@ -7,6 +7,8 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.cli.recipe_options import takes
+from abliterate.recipe import Recipe, bundled_recipes, load_recipe
 
 if TYPE_CHECKING:
     from abliterate.arch.edit_plan import EditPlan
@@ -14,12 +16,12 @@ if TYPE_CHECKING:
 
 
 @guarded
+@takes("edit", leaving_out=["rounding"])
 def plan(
     model: opt.OptionalModel = None,
-    tied: opt.Tied = None,
+    *,
     revision: opt.Revision = None,
-    mtp: opt.Mtp = None,
-    allow_partial: opt.AllowPartial = None,
+    recipe: Recipe,
     guess: Annotated[
         bool, typer.Option("--guess", help="Of an unknown model type, say what its tensors look like; edits nothing.")
     ] = False,
@@ -33,7 +35,6 @@ def plan(
 
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
-    settings = opt.make_recipe(None, tied=tied, mtp=mtp, allow_partial=allow_partial)
     from abliterate.data.bundled import open_model
 
     if guess:
@@ -42,11 +43,11 @@ def plan(
     from abliterate.cli.tables import show_plan
     from abliterate.editing.planning import plan as make_plan
 
-    made = make_plan(open_model(model, revision=revision), **settings.plan_options)
+    made = make_plan(open_model(model, revision=revision), **recipe.plan_options)
     from abliterate.workflow.passes import running
     from abliterate.workflow.session import with_default_prompts
 
-    needs = running(made.checkpoint, made.model_map.family, with_default_prompts(model, settings))
+    needs = running(made.checkpoint, made.model_map.family, with_default_prompts(model, recipe))
     if json:
         show_json({**made.to_json(), "running": [each.to_json() for each in needs]})
         return
@@ -54,9 +55,14 @@ def plan(
     if direction is not None:
         show_behind_norms(made, direction)
     if tensors:
-        for writer in made.writers:
-            line = f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}"
-            out.print(line, markup=False)
+        show_writers(made)
+
+
+def show_writers(plan: "EditPlan") -> None:
+    """Every writer on a line of its own."""
+    for writer in plan.writers:
+        line = f"{writer.tensor.shard}  {writer.tensor.name}  {list(writer.tensor.shape)} axis {writer.axis}"
+        out.print(line, markup=False)
 
 
 def show_behind_norms(plan: "EditPlan", file: Path) -> None:
@@ -171,8 +177,6 @@ def recipes(json: opt.Json = False) -> None:
 
     Example: abliterate recipes
     """
-    from abliterate.recipe import bundled_recipes, load_recipe
-
     loaded = {name: load_recipe(name) for name in bundled_recipes()}
     if json:
         show_json({name: recipe.model_dump(mode="json") for name, recipe in loaded.items()})
@@ -181,5 +185,5 @@ def recipes(json: opt.Json = False) -> None:
 
     shown = table("recipes", "name", "title", "max KL", "tied", right=(2,))
     for name, recipe in loaded.items():
-        shown.add_row(name, recipe.title, f"{recipe.max_kl_nats:g}", recipe.tied)
+        shown.add_row(name, recipe.title, f"{recipe.find.max_kl_nats:g}", recipe.edit.tied)
     out.print(shown)

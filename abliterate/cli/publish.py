@@ -1,7 +1,7 @@
 """``abliterate push``, and what ``run`` and ``edit`` share with it."""
 
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,19 +9,41 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.cli.recipe_options import takes
 from abliterate.errors import UsageError
+from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
+    from abliterate.events import OnEvent
     from abliterate.method.directions import DirectionSet
     from abliterate.publishing.push import Published
-    from abliterate.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """Where ``run`` and ``edit`` send what they made: nowhere without a name."""
+
+    name: str | None
+    branch: str | None
+    private: bool
+
+    def check(self, model: str, listen: "OnEvent") -> None:
+        """Refuse, before hours of work, what could not be sent afterwards."""
+        if self.name is None:
+            return
+        from abliterate.publishing import push as publishing
+
+        publishing.refuse_base(model, self.name, self.branch)
+        publishing.check_target(self.name, branch=self.branch, private=self.private, on_event=listen)
 
 
 @guarded
+@takes("publish")
 def push(
     folder: Annotated[Path, typer.Argument(help="A finished and verified folder.")],
     name: Annotated[str, typer.Argument(help="The repository, OWNER/NAME. It is made if it is not there.")],
-    private: opt.Private = False,
+    *,
+    recipe: Recipe,
     branch: opt.Branch = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder of the base. Default: the one the manifest names.")] = None,
@@ -39,7 +61,7 @@ def push(
     stop_on_sigterm()
     with progress() as listen:
         done = api.push(
-            folder, name, private=private, branch=branch, message=message, base=base, verify=verify,
+            folder, name, private=recipe.publish.private, branch=branch, message=message, base=base, verify=verify,
             on_event=listen,
         )  # fmt: skip
     if json:
@@ -62,17 +84,15 @@ def check_push_options(push: str | None, branch: str | None, *, private: bool) -
 def stream_through(
     model: str | None,
     direction: "DirectionSet | None",
-    name: str | None,
     target: Path,
-    recipe: "Recipe",
+    recipe: Recipe,
+    upload: Upload,
     *,
     revision: str | None,
-    branch: str | None,
-    private: bool,
     as_json: bool,
 ) -> None:
     """``--stream`` of ``edit`` and ``run``."""
-    if name is None:
+    if upload.name is None:
         raise UsageError("--stream sends every shard to the Hub", "add --push OWNER/NAME")
     if model is None or direction is None:
         raise UsageError(
@@ -84,8 +104,8 @@ def stream_through(
     stop_on_sigterm()
     with progress() as listen:
         done = api.stream(
-            model, direction, name, target, recipe=recipe, revision=revision, branch=branch, private=private,
-            on_event=listen,
+            model, direction, upload.name, target, recipe=recipe, revision=revision, branch=upload.branch,
+            private=upload.private, on_event=listen,
         )  # fmt: skip
     if as_json:
         show_json(asdict(done))

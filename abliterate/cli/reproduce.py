@@ -6,6 +6,8 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.cli.recipe_options import takes
+from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterate.workflow.reproducing import Reproduction
@@ -14,14 +16,16 @@ MOST_NAMES = 8
 
 
 @guarded
+@takes("trust_remote_code")
 def reproduce(
     folder: opt.Finished,
-    base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
+    *,
+    base: opt.Base = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure and select the direction again, not only the edit.")
     ] = False,
     revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    recipe: Recipe,
     json: opt.Json = False,
 ) -> None:
     """Make a checkpoint again from its manifest, in a temporary folder beside it, and say whether the bytes agree.
@@ -39,8 +43,8 @@ def reproduce(
     quiet_transformers()
     with progress() as listen:
         found = api.reproduce(
-            folder, revision=revision, base=base, measure=measure, trust_remote_code=bool(trust_remote_code),
-            on_event=listen,
+            folder, revision=revision, base=base, measure=measure, on_event=listen,
+            trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
     if json:
         show_json({**asdict(found), "agrees": found.agrees})

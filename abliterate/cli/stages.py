@@ -7,59 +7,45 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
-from abliterate.cli.publish import check_push_options, stream_through
+from abliterate.cli.publish import Upload, check_push_options, stream_through
+from abliterate.cli.recipe_options import Given, takes
 from abliterate.errors import UsageError
+from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterate.events import OnEvent
     from abliterate.method.directions import DirectionSet
-    from abliterate.recipe import Recipe
     from abliterate.workflow.session import Session
     from abliterate.workflow.steps import Steps
 
-DirectionArgument = Annotated[Path, typer.Argument(help="A direction file written by measure or select.")]
-
 
 @guarded
+@takes("find", "model", file=True)
 def measure(
     model: opt.Model,
+    *,
     out_file: Annotated[Path, typer.Option("--out", help="Where to write the candidates.")] = Path(
         "candidates.safetensors"
     ),
-    recipe: opt.RecipeFile = None,
-    harmful: opt.Harmful = None,
-    harmless: opt.Harmless = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    memory: opt.Memory = None,
-    device_memory: opt.DeviceMemory = None,
-    system: opt.System = None,
-    refusal_token: opt.RefusalToken = None,
+    recipe: Recipe,
     covariance: Annotated[
         Path | None, typer.Option(help="Also write the covariances of both classes at the last position to this file.")
     ] = None,
     revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
     """Measure the difference of means at every layer and post-instruction position.
 
     Example: abliterate measure tiny-chat --out candidates.safetensors
     """
-    settings = opt.make_recipe(
-        recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
-        device_memory=device_memory,
-        system=system, refusal_token=refusal_token, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
     from abliterate.checkpoint.direction_file import save
     from abliterate.workflow import pipeline
 
     with progress() as listen:
-        session = _session(model, settings, revision, listen)
-        pipeline.say_cost(session, pipeline.passes_of(settings, ["measure"]))
+        session = _session(model, recipe, revision, listen)
+        pipeline.say_cost(session, pipeline.passes_of(recipe, ["measure"]))
         with _steps(out_file, session) as steps:
-            measured = pipeline.measure(session, steps=steps, covariance=covariance, on_event=listen)
+            measured = pipeline.measure(session, steps=steps, covariance=covariance)
             save(measured, out_file)
     if json:
         show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})
@@ -72,35 +58,22 @@ def measure(
 
 
 @guarded
+@takes("find", "model", file=True)
 def select(
     model: opt.Model,
-    candidates: DirectionArgument,
+    candidates: opt.DirectionFile,
+    *,
     out_file: Annotated[Path, typer.Option("--out", help="Where to write the chosen direction.")] = Path(
         "direction.safetensors"
     ),
-    recipe: opt.RecipeFile = None,
-    harmful: opt.Harmful = None,
-    harmless: opt.Harmless = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    batch_size: opt.BatchSize = None,
-    memory: opt.Memory = None,
-    device_memory: opt.DeviceMemory = None,
-    system: opt.System = None,
-    refusal_token: opt.RefusalToken = None,
+    recipe: Recipe,
     revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
     """Score every candidate by bypass, induce and KL, and choose one.
 
     Example: abliterate select tiny-chat candidates.safetensors --out direction.safetensors
     """
-    settings = opt.make_recipe(
-        recipe, harmful=harmful, harmless=harmless, device=device, dtype=dtype, batch_size=batch_size, memory=memory,
-        device_memory=device_memory,
-        system=system, refusal_token=refusal_token, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
     from dataclasses import asdict
 
     from abliterate.checkpoint.direction_file import load, save
@@ -109,10 +82,10 @@ def select(
 
     measured = load(candidates)
     with progress() as listen:
-        session = _session(model, settings, revision, listen)
-        pipeline.say_cost(session, pipeline.passes_of(settings, ["select"]))
+        session = _session(model, recipe, revision, listen)
+        pipeline.say_cost(session, pipeline.passes_of(recipe, ["select"]))
         with _steps(out_file, session) as steps:
-            chosen = pipeline.select(session, measured, steps=steps, on_event=listen)
+            chosen = pipeline.select(session, measured, steps=steps)
             save(chosen, out_file)
     if json:
         choice = asdict(chosen.choice) if chosen.choice else None
@@ -123,21 +96,18 @@ def select(
 
 
 @guarded
+@takes("edit", "memory_bytes", "publish")
 def edit(
     model: opt.Model,
-    direction: DirectionArgument,
+    direction: opt.DirectionFile,
+    *,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
-    tied: opt.Tied = None,
-    rounding: opt.Rounding = None,
-    memory: opt.Memory = None,
     revision: opt.Revision = None,
-    mtp: opt.Mtp = None,
-    allow_partial: opt.AllowPartial = None,
+    recipe: Recipe,
     push: opt.Push = None,
     branch: opt.Branch = None,
-    private: opt.Private = False,
     stream: opt.Stream = False,
     json: opt.Json = False,
 ) -> None:
@@ -145,24 +115,20 @@ def edit(
 
     Example: abliterate edit tiny-chat direction.safetensors --out tiny-chat-abl
     """
-    settings = opt.make_recipe(None, tied=tied, rounding=rounding, memory=memory, mtp=mtp, allow_partial=allow_partial)
     from abliterate import api
 
+    target = out_folder or opt.default_out(model)
     chosen = read_direction(direction, position, layer)
     assert chosen is not None
     if push is not None and not stream:
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
     if stream:
-        target = out_folder or opt.default_out(model)
-        stream_through(
-            model, chosen, push, target, settings, revision=revision, branch=branch, private=private, as_json=json
-        )
+        upload = Upload(name=push, branch=branch, private=recipe.publish.private)
+        stream_through(model, chosen, target, recipe, upload, revision=revision, as_json=json)
         return
-    check_push_options(push, branch, private=private)
+    check_push_options(push, branch, private=recipe.publish.private)
     with progress() as listen:
-        edited = api.edit(
-            model, chosen, out_folder or opt.default_out(model), recipe=settings, revision=revision, on_event=listen
-        )
+        edited = api.edit(model, chosen, target, recipe=recipe, revision=revision, on_event=listen)
     if json:
         show_json({"out": str(edited.out), **edited.plan.to_json()})
         return
@@ -196,18 +162,14 @@ def dequantize(
 
 
 @guarded
+@takes("harmful", "harmless", "model", leaving_out=["batch_size", "system"])
 def verify(
     folder: opt.Finished,
-    base: Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")] = None,
+    *,
+    base: opt.Base = None,
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Do not load the models.")] = False,
-    harmful: opt.Harmful = None,
-    harmless: opt.Harmless = None,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    memory: opt.Memory = None,
-    device_memory: opt.DeviceMemory = None,
+    given: Given,
     revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
     json: opt.Json = False,
 ) -> None:
     """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
@@ -222,20 +184,7 @@ def verify(
     _quiet()
     with progress() as listen:
         report = api.verify(
-            folder,
-            revision=revision,
-            base=base,
-            changes={
-                "harmful": harmful,
-                "harmless": harmless,
-                "device": device,
-                "dtype": dtype,
-                "memory_bytes": None if memory is None else opt.parse_size(memory),
-                "trust_remote_code": trust_remote_code,
-                "device_memory_bytes": None if device_memory is None else opt.parse_size(device_memory),
-            },
-            behaviour=not bytes_only,
-            on_event=listen,
+            folder, revision=revision, base=base, changes=given, behaviour=not bytes_only, on_event=listen
         )
     if json:
         show_json(manifest.verification_json(report))
@@ -262,11 +211,11 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
     return directions
 
 
-def _session(model: str, settings: "Recipe", revision: str | None, listen: "OnEvent") -> "Session":
+def _session(model: str, recipe: Recipe, revision: str | None, listen: "OnEvent") -> "Session":
     from abliterate.workflow.session import open_session
 
     _quiet()
-    return open_session(model, settings, revision=revision, on_event=listen)
+    return open_session(model, recipe, revision=revision, on_event=listen)
 
 
 def _steps(out_file: Path, session: "Session") -> "Steps":

@@ -73,7 +73,7 @@ def show_plan(plan: "EditPlan", needs: "Sequence[Running]" = ()) -> None:
     for each in needs:
         out.print(
             f"memory to run it, {each.dtype}: {size(each.whole_bytes)}, out of core from {size(each.least_bytes)} "
-            f"(a whole run then reads the weights about {each.readings} times)"
+            f"(a whole run then reads the weights about {each.weight_passes} times)"
         )
     for note in plan.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}")

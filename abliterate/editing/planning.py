@@ -18,7 +18,8 @@ from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, UnsupportedFormatError
 from abliterate.method.edits import behind_norm
-from abliterate.method.stream_edit import Place, StreamEdit
+from abliterate.method.places import Place
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 
 

@@ -1,6 +1,6 @@
 """One shard streamed into another: what is not edited is copied, what is edited is changed where it was read.
 
-A shard is cut into ``Stretch``es in file order, so names, order, offsets, alignment and metadata stay.  Reading,
+A shard is cut into ``ByteRange``s in file order, so names, order, offsets, alignment and metadata stay.  Reading,
 arithmetic and writing overlap: one thread reads ahead, one writes behind.
 
 Stream vectors that lie in rows (embeddings, biases) can be cut anywhere between rows.  Where they lie in columns
@@ -25,7 +25,7 @@ from abliterate.checkpoint.budget import COPY_BYTES
 from abliterate.checkpoint.directio import PAGE, SourceFile, TargetFile, patch, slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo, read_header
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
-from abliterate.checkpoint.stream import Ring, Stretch, bytes_of, stream
+from abliterate.checkpoint.transfer import ByteRange, Ring, bytes_of, transfer
 from abliterate.events import Advanced, OnEvent
 
 TASK = "edit"
@@ -98,42 +98,43 @@ class Editor:
     def write_shard(
         self, shard: Shard, target: Path, *, header: bytes | None = None, copied: TensorInfo | None = None
     ) -> None:
-        """Write one edited shard to ``target`` and flush it to disk; with another ``header``, and a tensor ``copied``
-        to its end.
+        """Write one edited shard to ``target`` and flush it to disk.
+
+        It gets another ``header`` where one is given, and the tensor ``copied`` at its end.
         """
         patches: list[LatePatch] = []
-        stretches = list(self._stretches(shard, patches))
+        byte_ranges = list(self._byte_ranges(shard, patches))
         if copied is not None:
-            stretches += self._copies(copied.start, copied.end)
+            byte_ranges += self._copies(copied.start, copied.end)
         path = self.folder / shard.name
         with SourceFile(path, direct=self.direct) as source:
             if header is None and share_blocks(path, target):
                 moved = 0
-                self._overwrite(source, target, stretches)
+                self._overwrite(source, target, byte_ranges)
             else:
                 header = read_header(path, shard) if header is None else header
                 moved = len(header) - shard.data_start
-                self._write(source, target, header, stretches)
+                self._write(source, target, header, byte_ranges)
         found = [(place + moved + offset, data) for place, late in patches for offset, data in late()]
         if found:
             patch(target, found)
 
-    def _write(self, source: SourceFile, target: Path, header: bytes, stretches: list[Stretch]) -> None:
+    def _write(self, source: SourceFile, target: Path, header: bytes, byte_ranges: list[ByteRange]) -> None:
         with TargetFile(target, direct=self.direct) as out:
             out.append(bytes_of(header))
-            ring = self._ring_for(stretches)
-            stream(source, stretches, ring, write=lambda _, data: out.append(data), advance=self._advance)
+            ring = self._ring_for(byte_ranges)
+            transfer(source, byte_ranges, ring, write=lambda _, data: out.append(data), advance=self._advance)
             out.finish()
 
-    def _overwrite(self, source: SourceFile, target: Path, stretches: list[Stretch]) -> None:
+    def _overwrite(self, source: SourceFile, target: Path, byte_ranges: list[ByteRange]) -> None:
         """``target`` is the source already: only what changes is read and written."""
-        changing = [stretch for stretch in stretches if stretch.change is not None]
-        self._advance(sum(stretch.size for stretch in stretches if stretch.change is None))
+        changing = [byte_range for byte_range in byte_ranges if byte_range.change is not None]
+        self._advance(sum(byte_range.size for byte_range in byte_ranges if byte_range.change is None))
         with SharedFile(target, direct=self.direct) as out:
-            stream(source, changing, self._ring_for(changing), write=out.overwrite, advance=self._advance)
+            transfer(source, changing, self._ring_for(changing), write=out.overwrite, advance=self._advance)
             out.finish()
 
-    def _stretches(self, shard: Shard, patches: list[LatePatch]) -> Iterator[Stretch]:
+    def _byte_ranges(self, shard: Shard, patches: list[LatePatch]) -> Iterator[ByteRange]:
         """The data of ``shard`` in file order; what can only be known at the end goes to ``patches``."""
         position = shard.data_start
         for tensor in shard.tensors:
@@ -143,24 +144,24 @@ class Editor:
             writer = self.writers[tensor.name]
             edit = self.edit_of(writer)
             if writer.in_rows:
-                yield from self._row_stretches(writer, edit)
+                yield from self._row_ranges(writer, edit)
             else:
-                yield from self._column_stretches(writer, edit, patches)
+                yield from self._column_ranges(writer, edit, patches)
             position = tensor.end
         yield from self._copies(position, shard.size_bytes)
 
-    def _copies(self, start: int, end: int) -> Iterator[Stretch]:
+    def _copies(self, start: int, end: int) -> Iterator[ByteRange]:
         size = min(COPY_BYTES, self.piece_bytes)
         for place in range(start, end, size):
-            yield Stretch(start=place, size=min(size, end - place))
+            yield ByteRange(start=place, size=min(size, end - place))
 
-    def _row_stretches(self, writer: Writer, edit: InPlace) -> Iterator[Stretch]:
+    def _row_ranges(self, writer: Writer, edit: InPlace) -> Iterator[ByteRange]:
         tensor, width = writer.tensor, writer.row_elements
         row_bytes = width * edit.codec.stored.itemsize
         at_once = self._rows(edit, row_bytes)
         for start in range(tensor.start, tensor.end, at_once * row_bytes):
             first = (start - tensor.start) // row_bytes
-            yield Stretch(
+            yield ByteRange(
                 start=start,
                 size=min(at_once * row_bytes, tensor.end - start),
                 change=lambda raw, first=first: in_place(
@@ -168,7 +169,7 @@ class Editor:
                 ),
             )
 
-    def _column_stretches(self, writer: Writer, edit: InPlace, patches: list[LatePatch]) -> Iterator[Stretch]:
+    def _column_ranges(self, writer: Writer, edit: InPlace, patches: list[LatePatch]) -> Iterator[ByteRange]:
         tensor, width = writer.tensor, writer.row_elements
         d = tensor.shape[writer.axis]
         matrix_bytes = d * width * edit.codec.stored.itemsize
@@ -184,7 +185,7 @@ class Editor:
         at_once = max(matrix_bytes, COPY_BYTES // matrix_bytes * matrix_bytes)
         for start in range(tensor.start, tensor.end, at_once):
             first = (start - tensor.start) // matrix_bytes * d
-            yield Stretch(
+            yield ByteRange(
                 start=start,
                 size=min(at_once, tensor.end - start),
                 change=lambda raw, first=first: in_place(
@@ -194,7 +195,7 @@ class Editor:
 
     def _by_parts(
         self, start: int, writer: Writer, edit: InPlace, first: int, patches: list[LatePatch]
-    ) -> Iterator[Stretch]:
+    ) -> Iterator[ByteRange]:
         """A matrix that does not fit into a buffer: read once for every pass, then patched."""
         columns, codec = edit.columns(first), edit.codec
         width, d = writer.row_elements, writer.tensor.shape[writer.axis]
@@ -202,7 +203,7 @@ class Editor:
         at_once = self._rows(edit, row_bytes)
         for number, step in enumerate(columns.passes, start=1):
             for row in range(0, d, at_once):
-                yield Stretch(
+                yield ByteRange(
                     start=start + row * row_bytes,
                     size=min(at_once, d - row) * row_bytes,
                     change=lambda raw, row=row, step=step: in_place(
@@ -213,12 +214,12 @@ class Editor:
         patches.append((start, lambda: [(row * row_bytes, values) for row, values in columns.finish()]))
 
     def _rows(self, edit: InPlace, row_bytes: int) -> int:
-        """Rows for one stretch: as many as fit, but whole blocks of the arithmetic, and at least one of those."""
+        """Rows for one byte range: as many as fit, but whole blocks of the arithmetic, and at least one of those."""
         step = edit.block_rows()
         return max(1, min(COPY_BYTES, self.piece_bytes) // (step * row_bytes)) * step
 
-    def _ring_for(self, stretches: list[Stretch]) -> Ring:
-        largest = max((stretch.size for stretch in stretches), default=0)
+    def _ring_for(self, byte_ranges: list[ByteRange]) -> Ring:
+        largest = max((byte_range.size for byte_range in byte_ranges), default=0)
         capacity = PIECES * slab_bytes(max(self.piece_bytes, largest))
         if self._ring is None or self._ring.capacity < capacity:
             self._ring = None  # let go of the small one first

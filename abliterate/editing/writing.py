@@ -14,7 +14,7 @@ from abliterate.checkpoint.directio import slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo, read_header
 from abliterate.checkpoint.output import OutputFolder, copy_file, write_json
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
-from abliterate.checkpoint.stream import one_core
+from abliterate.checkpoint.transfer import one_core
 from abliterate.editing.blocks import Rounding, TensorEdit, Workspace
 from abliterate.editing.planning import EditPlan
 from abliterate.editing.shards import HELD_BYTES, PIECES, TASK, Editor, InPlace, header_with

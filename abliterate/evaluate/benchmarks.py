@@ -56,7 +56,7 @@ class Benchmarks:
 def scores_of(
     results: Mapping[str, Any], base: Mapping[str, Any] | None, asked: Sequence[str]
 ) -> tuple[TaskScore, ...]:
-    """Every task and metric of ``results`` (what lm-eval gives back), held against ``base``; None: it is the base."""
+    """Every task and metric of ``results`` (what lm-eval gives back), compared with ``base``; None: it is the base."""
     found = []
     parts = {part for below in results.get("group_subtasks", {}).values() for part in below}
     for task, metrics in results["results"].items():
@@ -84,8 +84,10 @@ def scores_of(
 
 
 def published_for(base: str, tasks: Sequence[str]) -> dict[str, str]:
-    """What Arditi et al. 2024 give for these tasks: the delta of this very model if it is one of theirs, or the range
-    over theirs."""
+    """What Arditi et al. 2024 give for these tasks, as text by task.
+
+    It is the change of ``base`` where that is one of their models, else the range over their models.
+    """
     found = {}
     for task in tasks:
         entry = _published()["tasks"].get(task)

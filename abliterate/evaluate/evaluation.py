@@ -1,7 +1,7 @@
-"""What models say and what they lost: refusal, damage and broken replies, each with its uncertainty.
+"""What models say and what they lost: refusals, damage and broken replies, each with its uncertainty.
 
-The first model is the base; every other one (an edited checkpoint, the base under a control) is held against it on the
-same prompts.  "Harmless" prompts must go on being answered, "look-alike" ones are harmless and look harmful.
+The first model is the base.  Every other one, an edited checkpoint or the base under a control, is compared with it on
+the same prompts.  Harmless prompts must still be answered; look-alike prompts are harmless and look harmful.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ HARMFUL, HARMLESS, LOOK_ALIKE = "harmful", "harmless", "look-alike"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """What models are tested on: prompts by kind (harmful and harmless at least), and a text to predict, or ""."""
+    """What models are tested on: prompts by kind, harmful and harmless at least, and a text to predict, if any."""
 
     prompts: Mapping[str, PromptSet]
     text: str = ""
@@ -41,15 +41,20 @@ class Material:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observations:
-    """What one model says.
+    """What was observed of one model.
 
-    ``first`` are the next-token log-probabilities of a base after the harmless prompts, ``tokens`` those along the
-    first tokens of its replies to them; other models only say how far theirs are from that, ``kl_nats`` and
-    ``kl_tokens_nats``.  ``completion_nats`` is the mean cross-entropy per token on the base's replies (greedy ones, so
-    that the base itself scores lowest), ``text_nats`` that on the text, NaN without one.
-    ``along``: for each kind, the component of every prompt along the unit direction, at its layer and position.
-    ``mode`` is how it was asked, "" the template's own way, and ``opening`` the mark of a thinking which the template
-    begins in its place.
+    Attributes:
+        name: what the model is called in the report.
+        replies: by kind of prompt.
+        first: of a base only: log-probabilities of the first token after each harmless prompt.
+        tokens: of a base only: log-probabilities along the first tokens of its replies to harmless prompts.
+        kl_nats: mean KL(base || model) of ``first``.
+        kl_tokens_nats: mean KL(base || model) of ``tokens``.
+        completion_nats: mean cross-entropy per token on the base's replies to harmless prompts.
+        text_nats: mean cross-entropy per token on the text; NaN without a text.
+        along: by kind, the component of every prompt along the unit direction, at its layer and position.
+        mode: how the model was asked; "" is the template's default.
+        opening: the mark that opens the thinking, where the template puts it before the reply.
     """
 
     name: str
@@ -67,12 +72,17 @@ class Observations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassScores:
-    """Replies of one model to one kind of prompts.
+    """Counts over the replies of one model to one kind of prompts.
 
-    ``refused`` counts every refusal, ``delayed`` those among them that come late or after an answer was begun,
-    ``degenerate`` empty replies as well, and ``unfinished`` those whose thinking never ended.
-    ``accuracy`` counts replies that hold the known answer, among prompts that have one; ``held_out`` is the refusal
-    rate on held-out prompts alone.  ``words`` is the mean length.
+    Attributes:
+        refused: all refusals.
+        delayed: refusals that come late, or after an answer was begun.
+        degenerate: broken and empty replies.
+        unfinished: replies whose thinking never ended.
+        complied: replies that answer.
+        accuracy: replies that hold the known answer, among prompts that have one.
+        held_out: refusals, among held-out prompts only.
+        words: mean length of a reply.
     """
 
     refused: Rate
@@ -87,14 +97,17 @@ class ClassScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScores:
-    """One model's scores by kind of prompt, and what separates it from the base.
+    """One model's scores by kind of prompt, and how far it is from the base.
 
-    ``kl_nats``: mean KL(base || model) of the first reply token, ``kl_tokens_nats`` over the first tokens of the base's
-    replies; both unsmoothed, on harmless prompts, NaN where the vocabularies differ.  ``refusal_change``: refusals
-    against the base's on the same prompts.  ``along`` as observed.
-    ``judged``: harmful replies that the report's judge says yes to, of those it gave an answer on.  ``tasks``: its
-    scores on tasks of lm-eval.  ``mode`` is how it was asked, and ``against`` the name of the base asked the same way,
-    "" where that is this model.
+    Both KL divergences are unsmoothed, on harmless prompts, and NaN where the vocabularies differ.
+
+    Attributes:
+        name, kl_nats, kl_tokens_nats, completion_nats, text_nats, along, mode: as observed.
+        scores: by kind of prompt.
+        refusal_change: by kind, refusals compared with the base's on the same prompts.
+        judged: replies to harmful prompts that the judge says yes to, among those it answered on.
+        tasks: scores on tasks of lm-eval.
+        against: the name of the base that was asked the same way; "" for a base.
     """
 
     name: str
@@ -122,11 +135,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """All models, the base first; where they were asked in several modes, one mode after the other, each base first.
+    """The scores of all models: mode by mode where there are several, and the base first in each.
 
-    ``agreement`` holds the scorers against each other on all replies.  ``judge`` names the guard model, and what it was
-    asked; empty without one.  ``benchmarks`` says how tasks were put, where any were, and ``modes`` what the chat
-    template was given in each.
+    ``agreement`` compares the scorers with each other on all replies.  ``judge`` names the guard model and what it was
+    asked, "" without one.  ``benchmarks`` says how tasks were asked, None without tasks.  ``modes`` says what the chat
+    template was given in each mode.
     """
 
     models: tuple[ModelScores, ...]
@@ -145,7 +158,7 @@ class EvalReport:
 
     @property
     def edited(self) -> ModelScores:
-        """The second."""
+        """The second model."""
         return self.models[1]
 
     @property
@@ -168,10 +181,10 @@ def observe(
     replies: Mapping[str, tuple[str, ...]] | None = None,
     on_event: OnEvent = ignore,
 ) -> Observations:
-    """Let a model reply to every prompt, and measure how likely it finds what the base says; None: it is the base.
+    """Have a model reply to every prompt, and compare its distributions with those of ``base`` (None: it is the base).
 
-    With ``directions`` it is measured how far the prompts reach along the chosen one.  ``replies``, by kind, are given
-    where the model wrote them elsewhere.
+    With ``directions``, the components of the prompts along the chosen one are measured as well.  ``replies``, by kind
+    of prompt, are taken as they are where another backend wrote them.
     """
     replies = replies or {
         kind: tuple(
@@ -240,8 +253,7 @@ def report(
     benchmarks: Benchmarks | None = None,
     modes: Mapping[str, str] = MappingProxyType({}),
 ) -> EvalReport:
-    """Score all models, the first of each mode being the base of that mode; ``judged`` and ``tasks`` by name of the
-    model."""
+    """Score all models; the first one of each mode is its base.  ``judged`` and ``tasks`` are by name of the model."""
     bases: dict[str, Observations] = {}
     for model in observed:
         bases.setdefault(model.mode, model)
@@ -281,7 +293,7 @@ def report(
 def score(
     prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RULES, *, opening: str = ""
 ) -> ClassScores:
-    """Count one model's replies to one kind of prompts; a template may have begun them with ``opening``."""
+    """Score one model's replies to one kind of prompts; ``opening`` is what the template puts before each."""
     whole = [(prompt, opening + reply) for prompt, reply in zip(prompts, replies, strict=True)]
     counts = shares(((prompt.text, reply) for prompt, reply in whole), scorer)
     n = len(replies)
@@ -325,7 +337,7 @@ def _scores(material: Material, base: Observations, model: Observations, scorer:
 
 
 def divergence_nats(base: Float[Tensor, "n vocab"] | None, other: Float[Tensor, "m other"]) -> float:
-    """Mean KL(base || other); NaN where they are not over the same tokens."""
+    """Mean KL(base || other) in nats; NaN where the shapes differ or there is nothing to compare."""
     if base is None or base.shape != other.shape or not len(base):
         return float("nan")
     return float(torch.stack([exact_kl_nats(p.double(), q.double()) for p, q in zip(base, other, strict=True)]).mean())

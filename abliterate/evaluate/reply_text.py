@@ -57,8 +57,11 @@ def is_empty(reply: str) -> bool:
 
 
 def is_degenerate(reply: str) -> bool:
-    """Whether ``reply`` is empty, says one to twenty-four words four times in a row, says one to four letters ten times
-    in a row, or has many words but few different ones."""
+    """Whether ``reply`` is empty or broken.
+
+    It is broken where one to 24 words come four times in a row, one to four letters ten times in a row, or where less
+    than a quarter of 24 or more words are different.
+    """
     words = re.findall(r"\w+", reply.lower())
     if not words or _LETTERS.search(reply.lower()):
         return True

@@ -17,7 +17,7 @@ from abliterate.checkpoint.directio import Slab, SourceFile, TargetFile
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.output import OutputFolder, copy_file, fingerprint, prepare, write_atomically, write_json
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
-from abliterate.checkpoint.stream import bytes_of
+from abliterate.checkpoint.transfer import bytes_of
 from abliterate.editing.writing import plain_failures, write_shards
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.version import __version__

@@ -137,8 +137,10 @@ class CandidateScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The id of the candidate that was taken, where that was read, and the rule ("arditi-2024", "pareto-fallback",
-    "given")."""
+    """The id of the candidate that was taken, where it was read, and by which rule it was taken.
+
+    Rules are "arditi-2024", "pareto-fallback" and "given".
+    """
 
     candidate: str
     layer: int

@@ -19,8 +19,10 @@ DIFFERENCE_OF_MEANS = "difference-of-means"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimator:
-    """A function and the statistics it takes: "means" at all positions and layers; at the last position the
-    "covariance", or the "samples" themselves (see ``ActivationStats``)."""
+    """A function that makes candidates, and the statistics it needs (see ``ActivationStats``).
+
+    "means" are at all positions and layers; "covariance" and "samples", the residuals themselves, at the last position.
+    """
 
     needs: frozenset[Need]
     candidates: Callable[[ActivationStats], tuple[Candidate, ...]]

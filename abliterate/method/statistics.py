@@ -48,7 +48,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "lower", "higher", or "tie" where the interval holds zero."""
+        """What the interval says: "lower", "higher", or "tie" where it holds zero."""
         if math.isnan(self.value) or self.low <= 0 <= self.high:
             return "tie"
         return "lower" if self.value < 0 else "higher"
@@ -87,7 +87,10 @@ def exact_kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n voca
 
 
 def refusal_metric(log_probs: Float[Tensor, "*n vocab"], refusal_tokens: list[int]) -> Float[Tensor, "*n"]:
-    """Log-odds of refusing at the first token: ``log(p + 1e-8) - log(1 - p + 1e-8)`` with ``p`` the summed probability
-    of the refusal tokens (Arditi et al. 2024, appendix B; clipped to about +-18.4 by the smoothing)."""
+    """Log-odds of refusing at the first token (Arditi et al. 2024, appendix B).
+
+    ``log(p + 1e-8) - log(1 - p + 1e-8)``, with ``p`` the summed probability of the refusal tokens.  The smoothing clips
+    it to about +-18.4.
+    """
     p = log_probs[..., refusal_tokens].to(torch.float64).exp().sum(-1)
     return (p + 1e-8).log() - (1 - p + 1e-8).clamp_min(1e-8).log()

@@ -7,22 +7,14 @@ of every writer's matrix, where the gain of a norm behind the writer has to be t
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.method.linalg import orthonormal_basis
+from abliterate.method.places import Kind, Place
 from abliterate.method.weight_edit import WeightEdit
-
-Kind = Literal["embedding", "attention", "MLP", "next-token block"]
-"""Kinds of places where something is added: the embedding (with all else that enters block 0, and what other modalities
-put in place of it), the mixer of tokens of a block (attention, convolution, state space), its MLP or experts and all
-else, and blocks that only draft tokens for the model."""
-
-Place = tuple[int | None, Kind]
-"""Layer (None for the embedding and for next-token blocks) and kind."""
 
 SAME_SUBSPACE = 1e-6
 

@@ -1,4 +1,4 @@
-"""Forward passes over lists of prompts: last-position log-probabilities, activations, replies."""
+"""Forward passes over lists of prompts: log-probabilities of the next token, residuals, replies."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from abliterate.model.lockstep import groups, run_together
 
 DEFAULT_BATCH_SIZE = 32
 PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
-"""Divergence below which a difference is rounding, by the bytes of a logit: batches of other sizes round otherwise."""
+"""KL divergence that rounding explains, by the bytes of a logit: batches of another size are rounded otherwise."""
 
 
 def run_batch(
@@ -29,9 +29,10 @@ def run_batch(
     keep: int = 1,
     cache: Any = None,  # noqa: ANN401 - a cache of transformers
 ) -> Tensor:
-    """Logits ``[batch, tokens, vocab]``, of the last ``keep`` positions only where the model can be asked for that.
+    """Run a batch and return its logits ``[batch, tokens, vocab]``.
 
-    With ``cache``, which may hold earlier tokens, the ids of ``batch`` are the last of those its mask covers.
+    A model that can be asked for it gives only those of the last ``keep`` tokens.  ``cache`` is an attention cache; it
+    may hold earlier tokens, which the mask of ``batch`` covers as well.
     """
     accepted = inspect.signature(loaded.model.forward).parameters
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
@@ -60,7 +61,7 @@ def each_batch(
     result_bytes: int = 0,
     new_tokens: int = 0,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with what ``work`` makes of it; see ``each_job``."""
+    """Each batch with the result of ``work`` on it; see ``each_job``."""
     jobs = ((batch, partial(work, batch)) for batch in batches)
     yield from each_job(loaded, jobs, result_bytes=result_bytes, new_tokens=new_tokens)
 
@@ -72,15 +73,17 @@ def each_job(
     result_bytes: int = 0,
     new_tokens: int = 0,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """The result of each job on its batch: one after the other or, out of core, as many at once as fit.
+    """Call each job and give its batch and its result; out of core, as many jobs in lockstep as memory allows.
 
-    ``result_bytes`` is what a row's result takes up; ``new_tokens`` says that a cache is kept for as many.
+    ``result_bytes`` is the size of one row's result.  ``new_tokens`` is how many tokens a job adds to an attention
+    cache, 0 if it keeps none.
     """
     if loaded.offload is None:
         yield from ((batch, job()) for batch, job in jobs)
         return
     waiting = list(jobs)
-    shapes = [(*batch.input_ids.shape, new_tokens) for batch, _ in waiting]
+    sizes = (batch.input_ids.shape for batch, _ in waiting)
+    shapes = [(rows, width, new_tokens) for rows, width in sizes]
     for group in fitting(loaded, shapes, result_bytes=result_bytes):
         chosen = waiting[group.start : group.stop]
         results = run_together(loaded, [job for _, job in chosen])
@@ -88,7 +91,10 @@ def each_job(
 
 
 def fitting(loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0) -> Iterator[range]:
-    """Stretches of batches (rows, tokens, new tokens) that fit beside the weights together: all wait while one runs."""
+    """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
+
+    All batches of a range wait, with their states in memory, while one of them runs.
+    """
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
     cache, most, sizes = cache_bytes(loaded), 0, []
@@ -100,9 +106,9 @@ def fitting(loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, resu
 
 
 def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:
-    """Whether a prompt gives the same next token behind padding as alone.
+    """Whether padding before a prompt leaves the distribution of its next token as it is.
 
-    Some models see what the attention mask hides (a short convolution with a bias lets padding into its window).
+    In some models it does not: a short convolution with a bias sees the padding that the attention mask hides.
     """
     (alone,) = left_padded([ids], 1, pad_id)
     (beside,) = left_padded([ids, ids + ids], 2, pad_id)
@@ -134,9 +140,9 @@ def of_last_log_probs(
     batch_size: int = DEFAULT_BATCH_SIZE,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "prompts *rest"]:
-    """What ``figure`` makes of the log-probabilities ``[batch, vocab]`` of the next token, a row for each prompt.
+    """``figure`` of the log-probabilities ``[batch, vocab]`` of the next token, one row for each prompt.
 
-    Distributions over a large vocabulary take up more than the states of a model: only the figures are kept.
+    Only the figures are kept: distributions over a large vocabulary would take more memory than the states.
     """
 
     def last(batch: Batch) -> Tensor:
@@ -159,7 +165,7 @@ def last_of_batch(
 ) -> Tensor:
     """Log-probabilities ``[batch, vocab]`` of the next token, in float64; ``cache`` as for ``run_batch``.
 
-    What may pause has no shapes in its signature: jaxtyping takes calls to end in the reverse order of their begin.
+    The signature has no shapes: this function may pause, and jaxtyping expects that the last call ends first.
     """
     return run_batch(loaded, batch, cache=cache)[:, -1].to(device="cpu", dtype=torch.float64).log_softmax(-1)
 
@@ -188,10 +194,10 @@ def see_residuals(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Show ``see(rows, l, values)`` what enters each block ``l`` at the last ``n_positions`` tokens of each prompt.
+    """Call ``see(rows, l, values)`` for each block ``l`` with what enters it at the last tokens of some prompts.
 
-    ``rows`` are places in ``prompts``; ``values`` is ``[rows, positions, d]`` in float32 on the host.  Nothing is kept,
-    so that all prompts can share a reading of the weights whatever the memory.
+    ``rows`` are places in ``prompts``.  ``values`` is ``[rows, n_positions, d]`` in float32, on the host.  Nothing is
+    kept here, so all prompts can share a weight pass.
     """
 
     def run(batch: Batch) -> Tensor:

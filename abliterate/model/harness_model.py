@@ -1,9 +1,10 @@
-"""A loaded model as lm-eval sees it.  This module imports lm-eval; ``harness`` imports it once lm-eval is known to be
-there.
+"""A loaded model as lm-eval sees it.
 
-Prompts and generation are those of ``HFLM``.  Likelihoods are computed here: the same sums, from the logits of the
-answers only, so that a large vocabulary and a long prompt need no tens of gigabytes, and in lockstep where the weights
-stay on disk.
+This module imports lm-eval; ``harness`` imports it once lm-eval is known to be there.
+
+Prompts and generation are those of ``HFLM``.  Likelihoods are computed here.  They are the same sums, but only the
+logits of the answers are made, so that a large vocabulary and a long prompt do not take tens of gigabytes; and out of
+core they are computed in lockstep.
 """
 
 # The decorator on HFLM hides its type.
@@ -123,10 +124,10 @@ class _Hook:
 def likelihoods(
     loaded: LoadedModel, chat: ChatFormat, requests: Sequence[tuple[Any, list[int], list[int]]], longest: int, size: int
 ) -> tuple[list[tuple[float, bool]], int]:
-    """Of every (request, context, continuation): the continuation's log-likelihood in nats, and whether it is the
-    greedy one; and how many were cut to ``longest`` tokens.
+    """The log-likelihood of each continuation in nats, and whether it is the greedy one.
 
-    Answers that differ in their last token only (A, B, C, D) share a row.
+    ``requests`` are (request, context, continuation).  The second value returned is how many were cut to ``longest``
+    tokens.  Answers that differ in their last token only (A, B, C, D) share a row.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
     for place, (_, context, continuation) in enumerate(requests):

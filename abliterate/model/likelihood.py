@@ -23,8 +23,11 @@ WINDOW = 256
 def on_completions(
     loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], completions: Sequence[str], *, batch_size: int
 ) -> tuple[float, Float[Tensor, "tokens vocab"]]:
-    """Mean negative log-likelihood per token of the completions, in nats, averaged over prompts that have one; and the
-    log-probabilities at the first ``KL_TOKENS`` places of the first ``KL_PROMPTS``, in float32."""
+    """Mean negative log-likelihood per token of the completions in nats, over prompts that have one.
+
+    The second value returned are the log-probabilities at the first ``KL_TOKENS`` tokens of the first ``KL_PROMPTS``
+    completions, in float32.
+    """
     encoded, lengths = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         tail = _tokens(chat, completion)

@@ -17,7 +17,7 @@ from abliterate.arch.spec import Family, WriterSpec, kind_of
 from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
-from abliterate.method.stream_edit import Kind
+from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
@@ -141,8 +141,11 @@ def _check_known_method(checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where weights go: held as ``device_map`` and ``max_memory`` of transformers say, with ``room_bytes`` left (None:
-    whatever is free); or, with ``budget_bytes``, through so much memory, out of core."""
+    """Where weights go.
+
+    With ``budget_bytes`` they pass through so much memory, out of core.  Else the model is held where ``device_map``
+    and ``max_memory`` of transformers say; ``room_bytes`` are left beside it (None: whatever is free).
+    """
 
     device_map: str | dict[str, Any] | None = None
     max_memory: dict[int, int] | None = None
@@ -173,8 +176,11 @@ def _placement(
     memory_bytes: int | None,
     on_event: OnEvent,
 ) -> Placement:
-    """Held by the host, by the first of the GPUs with ``rooms`` that holds all, or by several; else out of core, where
-    the first one computes."""
+    """Decide where the weights go; ``rooms`` are the bytes that may be used of each GPU, by number.
+
+    The model is held by the host where there is no GPU, by the first GPU that it fits into, or by several.  Where it
+    fits nowhere it runs out of core, and the first GPU computes.
+    """
     if memory_bytes is None:
         number = next(iter(rooms), None)
         return Placement(device_map="auto" if len(rooms) > 1 else None if number is None else {"": number})
@@ -182,16 +188,16 @@ def _placement(
     def planned(room: int | None) -> MemoryPlan:
         return plan_memory(checkpoint, family, dtype=dtype, memory_bytes=memory_bytes, device_bytes=room)
 
-    if not rooms and (plan := planned(None)).mode == "resident":
-        return Placement(room_bytes=memory_bytes - plan.resident_bytes)
+    if not rooms and (plan := planned(None)).mode == "held":
+        return Placement(room_bytes=memory_bytes - plan.held_bytes)
     for number, room in rooms.items():
-        if (plan := planned(room)).mode == "resident":
-            return Placement(device_map={"": number}, room_bytes=room - plan.resident_bytes)
+        if (plan := planned(room)).mode == "held":
+            return Placement(device_map={"": number}, room_bytes=room - plan.held_bytes)
     if len(rooms) > 1:
         # One GPU after the other is filled, and the last block that does not fit leaves a gap.
         gap = sizes_of(checkpoint, family, dtype=dtype)[0].passing_bytes(prefetch=False)
         usable = {number: room - working_bytes(room) for number, room in rooms.items() if room > 2 * gap}
-        if planned(sum(usable.values()) - gap * len(usable)).mode == "resident":
+        if planned(sum(usable.values()) - gap * len(usable)).mode == "held":
             left = min(working_bytes(rooms[number]) for number in usable)
             return Placement(device_map="sequential", max_memory=usable, room_bytes=left)
     plan = planned(next(iter(rooms.values()), None))
@@ -214,8 +220,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any
     folder = checkpoint.folder
     config = AutoConfig.from_pretrained(folder, **options)
     for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config  # what is quantised has been decoded by the time it is a parameter
+        vars(part).pop("quantization_config", None)  # what is quantised is decoded before it is a parameter
     trusted = {"trust_remote_code": options.get("trust_remote_code", False)}
     with torch.device("meta"):
         kind = type(_auto_class(checkpoint).from_config(config, **trusted))
@@ -311,13 +316,21 @@ def _sites_of(decoder: nn.Module, specs: list[WriterSpec], layer: int) -> dict[s
     for spec in specs:
         name = spec.site_name.replace("{layer}", str(layer))
         if name in modules:
-            found.setdefault(name, (modules[name], kind_of(spec.role)))
+            if name not in found or _has(modules[name], spec):
+                found[name] = (modules[name], kind_of(spec.role))
             empty.discard(spec.slot)
         elif not spec.slot and not spec.optional:
             raise AttributeError(f"has no module '{name}'")
     if empty:
         raise AttributeError(f"block {layer} has no module for its {', '.join(map(str, sorted(map(str, empty))))}")
     return found
+
+
+def _has(site: nn.Module, spec: WriterSpec) -> bool:
+    """Whether the writer of ``spec`` lies in ``site``: a site may be what any of several kinds of blocks add."""
+    inside = spec.name.removeprefix(f"{spec.site_name}.")
+    first = inside.split(".")[0]
+    return inside != spec.name and first in {*dict(site.named_children()), *dict(site.named_parameters(recurse=False))}
 
 
 def resolve_device(device: Device) -> torch.device:

@@ -1,10 +1,12 @@
-"""Many forward passes side by side, so that each layer's weights are read once for all of them.
+"""Many forward passes side by side, so that one weight pass serves all of them.
 
-Every batch runs as a task that pauses where its model comes to a unit that is not loaded.  The scheduler loads one
-unit, lets every task that waits for it run on to the unit it needs next, and releases it; the next unit is read
-meanwhile.  The model's own code drives the order, so nothing here knows an architecture, and a thunk may make one
-forward pass, several, or call ``generate``: units are taken in the order in which they were first asked for, round and
-round, so that tasks which are apart meet again at the next round.
+Every batch runs as a task.  A task pauses where its model comes to a unit that is not loaded.  The scheduler loads one
+unit, lets every task that waits for it run until it needs another unit, and releases it.  The next unit is read
+meanwhile.
+
+The model's own code decides the order, so nothing here knows an architecture.  A thunk may make one forward pass,
+several, or call ``generate``.  Units are taken in the order in which they were first asked for, again and again; tasks
+that are at different units meet in the next pass.
 """
 
 import math
@@ -25,21 +27,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """One round through the model: what was loaded and how many bytes of weights were read for it."""
+class WeightPass:
+    """One weight pass: the units that were loaded, in order, and the bytes that were read."""
 
     units: tuple[str, ...]
     bytes_read: int
 
 
 def run_together(
-    loaded: LoadedModel, thunks: Sequence[Callable[[], T]], *, on_pass: Callable[[Pass], None] = lambda _: None
+    loaded: LoadedModel, thunks: Sequence[Callable[[], T]], *, on_pass: Callable[[WeightPass], None] = lambda _: None
 ) -> list[T]:
-    """The results of ``thunks``, which run ``loaded`` in any way; out of core, in lockstep.
+    """Call ``thunks``, which run ``loaded`` in any way, and give their results; out of core they run in lockstep.
 
-    Out of core they run in inference mode, and hooks that a thunk sets act on its own passes only (see
-    ``interventions``).  If a thunk raises, the others are stopped where they are, their ``finally`` clauses run,
-    nothing stays loaded, and the exception goes on.
+    Out of core they run in inference mode.  Hooks that a thunk sets act on its own forward passes only (see
+    ``interventions``).  If a thunk raises, the others are stopped, their ``finally`` clauses run, all units are
+    released, and the exception is raised here.
 
     Raises:
         CheckpointError: a shard ends too early.
@@ -52,7 +54,7 @@ def run_together(
 
 
 def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
-    """Stretches of ``sizes`` whose sum is within ``limit``, each of one at least."""
+    """Cut ``sizes`` into ranges of places whose sum is at most ``limit``; a range holds at least one."""
     first = total = 0
     for place, size in enumerate(sizes):
         if place > first and total + size > limit:
@@ -64,15 +66,19 @@ def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
 
 
 class _Scheduler:
-    """``ranks`` orders the units by when they were first asked for."""
+    """Runs tasks in lockstep.
 
-    def __init__(self, weights: Offloaded, on_pass: Callable[[Pass], None]) -> None:
+    ``waiting`` holds the tasks that wait for each unit, ``ranks`` the order in which units were first asked for, and
+    ``fetched`` the unit that is read ahead.
+    """
+
+    def __init__(self, weights: Offloaded, on_pass: Callable[[WeightPass], None]) -> None:
         self.weights = weights
         self.on_pass = on_pass
         self.ranks = weights.ranks
         self.waiting: dict[Unit, list[Task]] = {}
         self.fetched: tuple[Unit, Future[Values]] | None = None
-        self.round: list[str] = []
+        self.passed: list[str] = []
         self.read_before = weights.bytes_read
 
     def run(self, tasks: list[Task]) -> list[Any]:
@@ -83,17 +89,17 @@ class _Scheduler:
             while self.waiting:
                 unit = self._next(place, self.waiting)
                 if self.ranks[unit] <= place:
-                    self._end_round()
+                    self._end_pass()
                 place = self.ranks[unit]
                 self._pass_through(unit)
-            self._end_round()
+            self._end_pass()
         finally:
             self._stop(tasks)
         return [task.result for task in tasks]
 
     def _pass_through(self, unit: Unit) -> None:
-        """Let every task that waits for ``unit`` run it, while the next unit is read."""
-        self.round.append(unit.name)
+        """Load ``unit``, let every task that waits for it run on, and release it; the next unit is read meanwhile."""
+        self.passed.append(unit.name)
         self.weights.load(unit, self._take(unit))
         tasks = self.waiting.pop(unit)
         self._look_ahead(unit)
@@ -103,7 +109,7 @@ class _Scheduler:
         self.weights.release(unit)
 
     def _resume(self, task: Task, passed: Unit | None = None) -> None:
-        """Run ``task``, through ``passed``, until it waits or ends; what it raises is raised here."""
+        """Run ``task`` until it waits or ends; ``passed`` is the unit it waited for.  What it raises is raised here."""
         unit = task.switch()
         if not task.dead:
             self.ranks.setdefault(unit, len(self.ranks))
@@ -112,12 +118,12 @@ class _Scheduler:
                 self.weights.following[passed] = unit
 
     def _next(self, place: int, expected: Collection[Unit]) -> Unit:
-        """The unit to load: of those expected, the first behind ``place``, or the first of all."""
+        """The unit of ``expected`` to load next: the first one after rank ``place``, or else the first of all."""
         ranks = {unit: self.ranks.get(unit, math.inf) for unit in expected}
         return min(ranks, key=lambda unit: (ranks[unit] <= place, ranks[unit]))
 
     def _look_ahead(self, unit: Unit) -> None:
-        """Begin to read what comes after ``unit``: what a task has asked for, or what followed the last time."""
+        """Begin to read the unit after ``unit``: one that a task waits for, or the one that came next the last time."""
         if self.fetched is not None or not self.weights.prefetch:
             return
         guess = self.weights.following.get(unit)
@@ -128,7 +134,7 @@ class _Scheduler:
             self.fetched = (following, self.weights.fetch(following))
 
     def _take(self, unit: Unit) -> Future[Values] | None:
-        """What was read ahead, if it is ``unit``; else it is dropped."""
+        """What was read ahead for ``unit``; if another unit was read ahead, it is dropped."""
         if self.fetched is None:
             return None
         ahead, fetched = self.fetched
@@ -138,15 +144,15 @@ class _Scheduler:
         self.weights.drop(ahead, fetched)
         return None
 
-    def _end_round(self) -> None:
+    def _end_pass(self) -> None:
         bytes_read = self.weights.bytes_read
         give_back()
-        if self.round:
-            self.on_pass(Pass(units=tuple(self.round), bytes_read=bytes_read - self.read_before))
-        self.round, self.read_before = [], bytes_read
+        if self.passed:
+            self.on_pass(WeightPass(units=tuple(self.passed), bytes_read=bytes_read - self.read_before))
+        self.passed, self.read_before = [], bytes_read
 
     def _stop(self, tasks: list[Task]) -> None:
-        """End the tasks that are in the middle of something, and leave nothing loaded."""
+        """Stop the tasks that have not ended, and release all units."""
         try:
             for task in tasks:
                 while task:

@@ -1,4 +1,4 @@
-"""Whether a model fits into the memory it is given, and if not, how its weights can pass through."""
+"""Whether a model fits into its memory budget, and if not, whether it can run out of core."""
 
 import re
 from collections import defaultdict
@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from abliterate.arch.model_map import DRAFTS, MatcherCache, config_sizes, quantisation, text_config
-from abliterate.arch.packed import Packed
+from abliterate.arch.model_map import DRAFTS, MatcherCache
+from abliterate.arch.packed import Packed, quantisation, text_config
+from abliterate.arch.sizes import config_sizes
 from abliterate.arch.spec import Family, Matcher
 from abliterate.checkpoint.header import DTYPE_BITS
 from abliterate.checkpoint.source import Checkpoint
@@ -16,22 +17,22 @@ from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.model.stored import QUANTISED_DTYPE, Stored, decoding_bytes, is_decodable, stored_tensors
 
 HOST_SHARE = 0.8
-"""Of the memory that is free, this much is used where none is given."""
+"""The share of the free memory that is the budget where none is given."""
 WORKING_BYTES = 2**25
 WORKING_SHARE = 8
-"""At least one part in so many is left for what is no weight: hidden states, masks, logits, and the pieces that are
-read."""
+"""One part in so many of the budget, and at least ``WORKING_BYTES``, is for what is no weight: hidden states, masks,
+logits, and the pieces that are read."""
 ROWS_BYTES = 2**26
 ROWS_SHARE = 4
-"""Rows of an embedding take up so many bytes at most, or one part of the working bytes."""
+"""Rows of an embedding take at most so many bytes, and at most one part in ``ROWS_SHARE`` of the working bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Bytes that the parts of a model take up in the dtype of the computation.
+    """Bytes of the units of a model in the dtype of the computation.
 
     ``others`` are the modules outside the blocks, without embeddings, which are read by rows.  ``conversion`` is what
-    the largest conversion of stored tensors needs beside its result.
+    the largest conversion of stored tensors takes beside its result.
     """
 
     blocks: tuple[int, ...]
@@ -39,29 +40,32 @@ class Sizes:
     conversion: int = 0
 
     def passing_bytes(self, *, prefetch: bool) -> int:
-        """What weights need that pass through: the largest unit, and the largest that is read beside it."""
+        """Bytes for weights that pass through memory: the largest unit and, with ``prefetch``, the next largest."""
         largest = sorted((*self.blocks, *self.others))[-2 if prefetch else -1 :]
         return sum(largest) + self.conversion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """How a checkpoint is run.  ``resident_bytes`` are its weights whole, ``lockstep_bytes`` what lockstep needs."""
+    """How a checkpoint is run: held, or out of core in lockstep within ``budget_bytes``.
 
-    mode: Literal["resident", "lockstep"]
+    ``held_bytes`` are all its weights, ``lockstep_bytes`` what lockstep takes with reading ahead.
+    """
+
+    mode: Literal["held", "lockstep"]
     budget_bytes: int | None
-    resident_bytes: int
+    held_bytes: int
     lockstep_bytes: int
 
     @property
     def text(self) -> str:
-        """The plan in a sentence."""
-        whole = f"the weights take {_amount(self.resident_bytes)}"
-        if self.mode == "resident":
+        """The plan as a sentence."""
+        whole = f"the weights take {_amount(self.held_bytes)}"
+        if self.mode == "held":
             return f"{whole} and are held in memory"
         return (
             f"{whole}, with room to work more than the {_amount(self.budget_bytes or 0)} given: they stay on disk, "
-            "and each layer is read once for all batches"
+            "and each block is read once for all batches"
         )
 
 
@@ -75,20 +79,20 @@ def plan_memory(
 ) -> MemoryPlan:
     """Decide from the headers how to run ``checkpoint``; ``dtype`` "auto" is the stored one.
 
-    ``device_bytes`` is the free memory of the accelerator that computes, where there is one; else the host computes,
-    within ``memory_bytes``.  Without ``memory_bytes`` everything is resident, wherever accelerate puts it.
+    ``device_bytes`` is the free memory of the accelerator that computes; it is the budget where it is given, else
+    ``memory_bytes`` is.  Without ``memory_bytes`` the model is held, wherever accelerate puts it.
     """
     sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
-    resident = whole_bytes(sizes, embedding)
+    held = whole_bytes(sizes, embedding)
     if device_bytes is not None and is_decodable(checkpoint):
         whole, embedding = sizes_of(checkpoint, family, dtype=dtype, decoded=False)  # as an accelerator holds them
-        resident = whole_bytes(whole, embedding)
+        held = whole_bytes(whole, embedding)
     budget = memory_bytes if device_bytes is None or memory_bytes is None else device_bytes
-    fits = budget is None or resident + working_bytes(budget) <= budget
+    fits = budget is None or held + working_bytes(budget) <= budget
     return MemoryPlan(
-        mode="resident" if fits else "lockstep",
+        mode="held" if fits else "lockstep",
         budget_bytes=budget,
-        resident_bytes=resident,
+        held_bytes=held,
         lockstep_bytes=sizes.passing_bytes(prefetch=True) + working_bytes(budget),
     )
 
@@ -96,11 +100,12 @@ def plan_memory(
 def sizes_of(
     checkpoint: Checkpoint, family: Family, *, dtype: torch.dtype | str, decoded: bool = True
 ) -> tuple[Sizes, int]:
-    """The sizes of a model as far as headers tell, and of its embedding alone; quantised weights ``decoded`` or not.
+    """The sizes of a model's units, and the bytes of its embedding, from the headers.
 
-    Encoders of images or sound count as one module; blocks that only draft are left out, as transformers does.  A head
-    that is tied to the embedding is counted, since it is needed whole where the embedding is not.  Experts that are
-    stored one by one are taken to be fused when they are loaded, one after the other.
+    Quantised weights count as ``decoded`` or as they are stored.  An encoder of images or sound counts as one module.
+    Next-token blocks are left out, as transformers leaves them out.  A tied head counts as a module of its own: all of
+    it is needed, but only some rows of the embedding are.  Experts that are stored one by one are assumed to be fused
+    one at a time.
     """
     n_layers = config_sizes(text_config(checkpoint.config), family, checkpoint.name)["n_layers"]
     matchers = MatcherCache(family)
@@ -125,29 +130,29 @@ def sizes_of(
 
 
 def whole_bytes(sizes: Sizes, embedding: int) -> int:
-    """What all weights take, of what ``sizes_of`` gives."""
+    """Bytes of all weights; the arguments are what ``sizes_of`` gives."""
     return sum((*sizes.blocks, *sizes.others)) + embedding
 
 
 def available_bytes() -> int:
-    """What a model may take of the host's memory when nobody said how much."""
+    """The memory budget on the host where none is given."""
     import psutil
 
     return int(HOST_SHARE * psutil.virtual_memory().available)
 
 
 def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:
-    """Whether ``memory_bytes`` (None: as many as it takes) hold a second unit, read while the first one runs.
+    """Whether a second unit, read while the first one runs, fits into ``memory_bytes``; None is no limit.
 
     Raises:
-        UsageError: they do not even hold the largest unit.
+        UsageError: not even the largest unit fits.
     """
     if memory_bytes is None:
         return True
     room = memory_bytes - working_bytes(memory_bytes)
     if sizes.passing_bytes(prefetch=False) > room:
         raise UsageError(
-            f"one layer of this model needs {least_bytes(sizes) / 2**20:,.0f} MiB of memory, "
+            f"one block of this model needs {least_bytes(sizes) / 2**20:,.0f} MiB of memory, "
             f"more than the {memory_bytes / 2**20:,.0f} MiB given",
             "give more memory, or --dtype bfloat16, which halves what is needed",
         )
@@ -155,33 +160,33 @@ def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:
 
 
 def least_bytes(sizes: Sizes) -> int:
-    """The smallest memory in which a model runs: its largest unit and the working bytes."""
+    """The least memory budget in which a model runs: its largest unit and the working bytes."""
     smallest = sizes.passing_bytes(prefetch=False)
     return max(smallest + WORKING_BYTES, -(-smallest * WORKING_SHARE // (WORKING_SHARE - 1)))
 
 
 def can_keep(kept_bytes: int, passing: Sizes, memory_bytes: int | None, *, prefetch: bool) -> bool:
-    """Whether modules of ``kept_bytes`` can stay while the others, ``passing``, go through ``memory_bytes``."""
+    """Whether ``memory_bytes`` hold modules of ``kept_bytes`` beside the units ``passing`` through memory."""
     if memory_bytes is None:
         return False
     return kept_bytes + passing.passing_bytes(prefetch=prefetch) <= memory_bytes - working_bytes(memory_bytes)
 
 
 def working_bytes(memory_bytes: int | None) -> int:
-    """What is left at least for everything that is no weight."""
+    """The least part of a memory budget for everything that is no weight."""
     return max(WORKING_BYTES, (memory_bytes or 0) // WORKING_SHARE)
 
 
 def rows_bytes(memory_bytes: int | None) -> int:
-    """What the rows of an embedding may take up, of the working bytes."""
+    """The most that the rows of an embedding take of the working bytes."""
     return min(ROWS_BYTES, working_bytes(memory_bytes) // ROWS_SHARE)
 
 
 def check_runs_offloaded(checkpoint: Checkpoint) -> None:
-    """Check that the weights are stored as numbers, or quantised so that they can be decoded as they are read.
+    """Check that the weights can be run out of core: not quantised, or in a format that is decoded here.
 
     Raises:
-        UnsupportedFormatError: they are quantised in another way.
+        UnsupportedFormatError: they are quantised in another format.
     """
     if quantisation(checkpoint.config) is not None and not is_decodable(checkpoint):
         raise UnsupportedFormatError(
@@ -195,7 +200,7 @@ def _amount(size_bytes: int) -> str:
 
 
 def _part(name: str, match: re.Match[str] | None, matcher: Matcher | None, n_layers: int) -> tuple[str, str]:
-    """The kind of the part of a model that a tensor belongs to, and the name of the part."""
+    """The unit that a tensor belongs to: its kind (block, embedding, other, unused) and its name."""
     if match is None or matcher is None:
         return "other", name
     writer = matcher.writer
@@ -210,7 +215,11 @@ def _part(name: str, match: re.Match[str] | None, matcher: Matcher | None, n_lay
 
 
 def _bytes_in(tensor: Stored, dtype: torch.dtype | str) -> int:
-    if isinstance(dtype, str) and isinstance(tensor, Packed):
-        dtype = QUANTISED_DTYPE
-    bits = DTYPE_BITS[tensor.dtype] if isinstance(dtype, str) else dtype.itemsize * 8
+    """Bytes of a tensor once it is loaded in ``dtype``; "auto" is the stored one, or the one that it is decoded to."""
+    if isinstance(dtype, torch.dtype):
+        bits = dtype.itemsize * 8
+    elif isinstance(tensor, Packed):
+        bits = QUANTISED_DTYPE.itemsize * 8
+    else:
+        bits = DTYPE_BITS[tensor.dtype]
     return tensor.numel * bits // 8

@@ -1,14 +1,14 @@
-"""A model whose weights stay on disk: loaded module by module when needed, from the shards, in place.
+"""A model whose weights stay on disk and are loaded from the shards, unit by unit, when they are needed.
 
-transformers with ``device_map`` "disk" reads the whole checkpoint when it loads, writes every fused or otherwise
-converted tensor to a folder again, in the dtype of the computation, and reads a layer anew for each batch.  So its
-machinery is used for what it knows (the modules, and how stored tensors become parameters), not for moving weights:
-the model is built on the meta device, and each unit (a decoder block, or a module outside the blocks) gets its
-parameters before it runs.  Nothing is written to disk.
+A unit is a block, or a module outside the blocks.  The model is built on the meta device, and each unit gets its
+parameters before it runs.  Embeddings are read row by row.  Other modules outside the blocks stay loaded once they were
+used, if there is room.  Nothing is written to disk.
 
-Embeddings are read row by row.  The other modules outside the blocks stay loaded once used if there is room.
+transformers knows the modules, and how stored tensors become parameters; it does not move the weights here.  With
+``device_map`` "disk" it would read the whole checkpoint when it loads, write every converted tensor to a folder, and
+read a block again for each batch.
 
-Any caller may run such a model; ``lockstep.run_together`` is what makes several batches share one reading.
+Any code may run such a model.  With ``lockstep.run_together`` several batches share a weight pass.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, w
 from abliterate.model.rows import Rows
 from abliterate.model.stored import stored_tensors
 from abliterate.model.tasks import current
-from abliterate.model.weights import Recipe, make, recipes_of
+from abliterate.model.weights import Conversion, conversions_of, make
 
 ALWAYS_KEPT_BYTES = 2**20
 
@@ -40,32 +40,37 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Unit:
-    """A module loaded and released as one.  ``places`` says where each parameter goes: several places where tied."""
+    """A module that is loaded and released as one.
+
+    ``conversions`` make its parameters.  ``places`` says where each of them goes: a tied one goes to several places.
+    """
 
     name: str
     module: nn.Module
-    recipes: tuple[Recipe, ...]
+    conversions: tuple[Conversion, ...]
     places: dict[str, tuple[Place, ...]]
     is_block: bool
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes read to load it."""
-        return sum(recipe.stored_bytes for recipe in self.recipes)
+        """Bytes that are read from disk to load it."""
+        return sum(conversion.stored_bytes for conversion in self.conversions)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its parameters once loaded."""
+        """Bytes of its parameters when they are loaded."""
         return sum(_get(places[0]).nbytes for places in self.places.values())
 
 
 class Offloaded:
-    """The weights of one model: which are loaded, and what has been read of them.
+    """The offloaded weights of one model: which units are loaded, and how many bytes were read.
 
-    ``ranks`` and ``following`` are what the scheduler has learned of the order in which units are used.
+    ``memory_bytes`` is the budget for weights and hidden states.  Two units must fit into it, or one without reading
+    ahead.  Modules outside the blocks stay loaded as far as there is room beside them; hidden states get the rest.
+    Without a budget only small modules stay loaded.
 
-    ``memory_bytes`` bounds them: what it leaves beside two units holds modules outside the blocks that stay loaded,
-    and then hidden states.  Without it, nothing but small modules stays.
+    ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
+    after which.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -92,18 +97,18 @@ class Offloaded:
         self._model = model
         self._folder = checkpoint.folder
         self._unit_bytes_read = 0
-        self._readings = 1
-        self._in_reading: set[Unit] = set()
+        self._weight_passes = 1
+        self._in_pass: set[Unit] = set()
         self._loaded: dict[Unit, dict[Place, Tensor]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        recipes = recipes_of(model, stored_tensors(checkpoint))
-        self.size_bytes = sum(recipe.stored_bytes for recipe in recipes)
-        _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
-        self.units = _units(model, recipes, tuple(blocks), checkpoint.name)
+        conversions = conversions_of(model, stored_tensors(checkpoint))
+        self.size_bytes = sum(conversion.stored_bytes for conversion in conversions)
+        _compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
+        self.units = _units(model, conversions, tuple(blocks), checkpoint.name)
         self.prefetch = can_prefetch(self.sizes(), memory_bytes)
         self._staying = self._find_staying()
         passing = (unit for unit in self.units if unit not in self._staying and not self._by_rows(unit))
-        self._reading_bytes = sum(unit.stored_bytes for unit in passing)
+        self._pass_bytes = sum(unit.stored_bytes for unit in passing)
         in_order = [unit for unit in self.units if unit.is_block]
         self.following: dict[Unit, Unit] = dict(pairwise(in_order))
         for unit in self.units:
@@ -113,9 +118,9 @@ class Offloaded:
             keep_no_holes()
 
     def sizes(self, *, without: Container[Unit] = ()) -> Sizes:
-        """Bytes of the parts that pass through memory."""
+        """Bytes of the units that pass through memory: all but ``without`` and the embeddings that are read by rows."""
         others = [u for u in self.units if not u.is_block and u not in without and not self._by_rows(u)]
-        converted = [recipe.conversion_bytes for unit in self.units for recipe in unit.recipes]
+        converted = [conversion.extra_bytes for unit in self.units for conversion in unit.conversions]
         return Sizes(
             blocks=tuple(unit.size_bytes for unit in self.units if unit.is_block),
             others=tuple(unit.size_bytes for unit in others),
@@ -129,25 +134,25 @@ class Offloaded:
 
     @property
     def loaded(self) -> tuple[Unit, ...]:
-        """The units that are loaded now, without those that stay."""
+        """The units that are loaded now, without those that stay loaded."""
         return tuple(unit for unit in self._loaded if unit not in self._staying)
 
     def is_loaded(self, unit: Unit) -> bool:
-        """Whether ``unit`` can run."""
+        """Whether the parameters of ``unit`` are in its module."""
         return unit in self._loaded
 
     def fetch(self, unit: Unit) -> Future[Values]:
-        """Begin to read the parameters of ``unit``, beside whatever else goes on."""
+        """Begin to read the parameters of ``unit`` in another thread."""
         return self._reader.submit(self._read, unit)
 
     def drop(self, unit: Unit, fetched: Future[Values]) -> None:
-        """Do without what ``fetch`` was asked for."""
+        """Cancel a ``fetch``, or wait for its end, and forget its result."""
         if not fetched.cancel():
             wait((fetched,))
             self._unit_bytes_read += unit.stored_bytes
 
     def load(self, unit: Unit, fetched: Future[Values] | None = None) -> None:
-        """Put the parameters of ``unit`` into its module.
+        """Put the parameters of ``unit`` into its module; they are read now where they were not ``fetched``.
 
         Raises:
             CheckpointError: a shard ends too early.
@@ -162,46 +167,46 @@ class Offloaded:
             self._tell(unit)
 
     def release(self, unit: Unit) -> None:
-        """Take the parameters of ``unit`` out of its module, unless it is one that stays."""
+        """Take the parameters of ``unit`` out of its module, unless it stays loaded."""
         if unit in self._loaded and unit not in self._staying:
             for place, before in self._loaded.pop(unit).items():
                 _put(place, before)
 
     def release_all(self) -> None:
-        """Release every unit but those that stay."""
+        """Release every unit that does not stay loaded."""
         for unit in self.loaded:
             self.release(unit)
 
     def _tell(self, unit: Unit) -> None:
-        """Say how far the weights have passed; a reading ends where one of its units comes again."""
-        if unit in self._in_reading:
-            self._in_reading.clear()
-            self._readings += 1
-        self._in_reading.add(unit)
-        done = sum(each.stored_bytes for each in self._in_reading)
+        """Report how far a weight pass is; the next one begins where one of its units comes again."""
+        if unit in self._in_pass:
+            self._in_pass.clear()
+            self._weight_passes += 1
+        self._in_pass.add(unit)
+        done = sum(each.stored_bytes for each in self._in_pass)
         self.on_event(
-            WeightsRead(reading=self._readings, part=unit.name, done=done, total=max(done, self._reading_bytes))
+            WeightsRead(reading=self._weight_passes, part=unit.name, done=done, total=max(done, self._pass_bytes))
         )
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
-        for recipe in unit.recipes:
-            made = make(recipe, self._model, self._folder, self.device)
+        for conversion in unit.conversions:
+            made = make(conversion, self._model, self._folder, self.device)
             values |= {name: value for name, value in made.items() if name in unit.places}
         return values
 
     def _set_up(self, unit: Unit) -> None:
-        """Embeddings go by rows; everything else waits for its call."""
+        """Have the rows of an embedding read when they are looked up, and any other unit loaded when it is called."""
         if self._by_rows(unit):
-            (recipe,) = unit.recipes
+            (conversion,) = unit.conversions
             most = rows_bytes(self._memory_bytes)
-            self.rows.append(Rows(self._folder, recipe.sources[0][1], recipe.dtype, most_bytes=most))
+            self.rows.append(Rows(self._folder, conversion.sources[0][1], conversion.dtype, most_bytes=most))
             _put((unit.module, "weight"), self.rows[-1].weight())
         else:
             self._guard(unit)
 
     def _working_bytes(self) -> int:
-        """Memory for everything that is no weight and no row of an embedding: what the weights leave."""
+        """Bytes of the budget that are left for hidden states, masks and logits."""
         found = working_bytes(self._memory_bytes)
         if self._memory_bytes is not None:
             passing = self.sizes(without=self._staying).passing_bytes(prefetch=self.prefetch)
@@ -209,7 +214,7 @@ class Offloaded:
         return found - len(self.rows) * rows_bytes(self._memory_bytes)
 
     def _find_staying(self) -> set[Unit]:
-        """Modules outside the blocks that stay loaded once used: small ones, and others while there is room."""
+        """The modules outside the blocks that stay loaded: the small ones, and others while there is room."""
         staying: set[Unit] = set()
         others = (unit for unit in self.units if not unit.is_block and not self._by_rows(unit))
         for unit in sorted(others, key=lambda unit: unit.size_bytes):
@@ -226,10 +231,10 @@ class Offloaded:
         return self.device.type == "cpu" and _is_lookup(unit)
 
     def _guard(self, unit: Unit) -> None:
-        """Have ``unit`` loaded before its module runs.
+        """Have ``unit`` loaded before its module runs, by wrapping ``forward``.
 
-        Around ``forward`` and not in a hook: a module goes through a copy of its list of hooks, and while one of them
-        waits, those behind it may be removed by whoever made them.
+        A hook would not do.  A module calls its hooks from a copy of their list; while one of them waits, their owner
+        may remove the others, and they would still be called.
         """
         forward = unit.module.forward
 
@@ -250,7 +255,7 @@ class Offloaded:
         unit.module.forward = guarded
 
     def _task(self) -> Any:  # noqa: ANN401 - a task or None
-        """The task that runs, if it is one that takes turns at these weights."""
+        """The task that runs now, if it uses these weights."""
         task = current()
         return task if task is not None and task.weights is self else None
 
@@ -261,7 +266,7 @@ def _get(place: Place) -> Tensor:
 
 
 def _put(place: Place, value: Tensor) -> Tensor:
-    """Set a parameter or buffer and return the one before, without what ``setattr`` of a module does besides."""
+    """Set a parameter or buffer, and return the one before; ``setattr`` of a module would check and register it."""
     module, name = place
     before = _get(place)
     if name in module._buffers:
@@ -279,13 +284,13 @@ def _is_lookup(unit: Unit) -> bool:
         not unit.is_block
         and isinstance(unit.module, nn.Embedding)
         and unit.module.max_norm is None
-        and len(unit.recipes) == 1
-        and unit.recipes[0].transform is None
+        and len(unit.conversions) == 1
+        and unit.conversions[0].transform is None
     )
 
 
 def _compute_buffers(model: Any, stored: set[str], device: torch.device) -> None:  # noqa: ANN401
-    """Give the buffers that no checkpoint holds their memory and let the model work out their values."""
+    """Allocate the buffers that the checkpoint does not hold, and have the model compute their values."""
     for name, buffer in list(model.named_buffers()):
         if name not in stored:
             owner, _, attribute = name.rpartition(".")
@@ -296,13 +301,18 @@ def _compute_buffers(model: Any, stored: set[str], device: torch.device) -> None
     model.initialize_weights()
 
 
-def _units(model: Any, recipes: tuple[Recipe, ...], blocks: tuple[nn.Module, ...], name: str) -> tuple[Unit, ...]:  # noqa: ANN401
-    """The blocks, and every module outside of them that has parameters of its own.
+def _units(
+    model: Any,  # noqa: ANN401 - a model of transformers
+    conversions: tuple[Conversion, ...],
+    blocks: tuple[nn.Module, ...],
+    name: str,
+) -> tuple[Unit, ...]:
+    """Units for the blocks, and for every module outside the blocks that has parameters of its own.
 
     Raises:
-        CheckpointError: a parameter is made by no recipe.
+        CheckpointError: no conversion makes a parameter.
     """
-    by_target = {target: recipe for recipe in recipes for target in recipe.targets}
+    by_target = {target: conversion for conversion in conversions for target in conversion.targets}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | {
         key: buffer for key, buffer in model.named_buffers() if buffer.is_meta
     }
@@ -326,7 +336,7 @@ def _units(model: Any, recipes: tuple[Recipe, ...], blocks: tuple[nn.Module, ...
         Unit(
             name=names[key],
             module=home,
-            recipes=tuple({id(by_target[target]): by_target[target] for target in places}.values()),
+            conversions=tuple({id(by_target[target]): by_target[target] for target in places}.values()),
             places={target: tuple(found) for target, found in places.items()},
             is_block=any(home is block for block in blocks),
         )
@@ -335,17 +345,17 @@ def _units(model: Any, recipes: tuple[Recipe, ...], blocks: tuple[nn.Module, ...
 
 
 def hold(model: Any, checkpoint: Checkpoint, blocks: Iterable[nn.Module], *, device: torch.device) -> None:  # noqa: ANN401
-    """Load all of a model on the meta device, by the same reading that passes weights through memory.
+    """Load all weights of a model that is on the meta device, with the conversions that are used out of core.
 
     Raises:
         CheckpointError: the checkpoint lacks a parameter, or a shard ends too early.
         UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
     """
-    recipes = recipes_of(model, stored_tensors(checkpoint))
-    _compute_buffers(model, {target for recipe in recipes for target in recipe.targets}, device)
-    for unit in _units(model, recipes, tuple(blocks), checkpoint.name):
-        for recipe in unit.recipes:
-            for name, value in make(recipe, model, checkpoint.folder, device).items():
+    conversions = conversions_of(model, stored_tensors(checkpoint))
+    _compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
+    for unit in _units(model, conversions, tuple(blocks), checkpoint.name):
+        for conversion in unit.conversions:
+            for name, value in make(conversion, model, checkpoint.folder, device).items():
                 for place in unit.places.get(name, ()):
                     _put(place, value)
     model.tie_weights()  # so that tied places share one parameter again

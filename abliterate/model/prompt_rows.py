@@ -19,8 +19,11 @@ Row = str | Mapping[str, object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One request.  ``answer`` is the fact a right reply holds, where one is known; ``held_out`` marks prompts of a
-    kind that the model's refusal training did not see."""
+    """One request.
+
+    ``answer`` is the fact that a right reply holds, where one is known.  ``held_out`` marks prompts of a kind that the
+    model's refusal training did not see.
+    """
 
     text: str
     answer: str | None = None

@@ -37,8 +37,11 @@ NEAR = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Some prompts and where they came from.  ``near_duplicates`` is how many prompts of the source were left out
-    because they nearly repeat a prompt of an earlier split."""
+    """Some prompts and where they came from.
+
+    ``near_duplicates`` is how many prompts of the source were left out because they nearly repeat one of an earlier
+    split.
+    """
 
     source: str
     prompts: tuple[Prompt, ...]

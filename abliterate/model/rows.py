@@ -1,4 +1,4 @@
-"""Embeddings whose weight stays on disk: the rows of the tokens at hand are read, the others never."""
+"""Embeddings whose weight stays on disk: only the rows of the tokens at hand are read."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from abliterate.checkpoint.directio import read_into
 from abliterate.model.stored import Stored, empty
 
 DESCRIBES = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "__len__"}
-"""Functions of a tensor that ask nothing about its numbers."""
+"""Functions of a tensor that do not read its values."""
 
 
 class Rows:
-    """The rows of one stored matrix, as far as they were asked for.
+    """The rows of one stored matrix that were asked for.
 
-    ``memory`` has the shape of the whole matrix but takes up only the pages of the rows that were filled in, so the
-    lookup itself is the unmodified one of torch.  About ``most_bytes`` of rows are held at a time.
+    They lie in memory of the size of the whole matrix, of which only the pages with rows in them are used.  So torch
+    looks them up as in any matrix.  When the rows take more than ``most_bytes``, all of them are dropped.
     """
 
     def __init__(self, folder: Path, stored: Stored, dtype: torch.dtype, *, most_bytes: int) -> None:
@@ -40,7 +40,7 @@ class Rows:
         self._forget()
 
     def holding(self, ids: Int[Tensor, "*any"]) -> Tensor:
-        """The matrix, with the rows ``ids`` in it.
+        """The matrix ``[count, width]`` in which the rows ``ids`` are filled in.
 
         Raises:
             CheckpointError: the shard ends too early.
@@ -60,7 +60,7 @@ class Rows:
         return self._memory
 
     def weight(self) -> "RowWeight":
-        """What stands in for the weight."""
+        """A tensor that takes the place of the embedding's weight."""
         face = torch.zeros(1, dtype=self.dtype).expand(self.shape)
         weight = torch.Tensor._make_subclass(RowWeight, face)
         weight.rows = self
@@ -74,7 +74,7 @@ class Rows:
 
 
 class RowWeight(Tensor):
-    """Describes itself as the whole matrix, and lets nothing but lookups read it."""
+    """Has the shape and dtype of the whole matrix, and allows lookups only."""
 
     rows: Rows
 
@@ -86,10 +86,10 @@ class RowWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the function returns
-        """Read the rows that a lookup needs.
+        """Call ``func``; for a lookup, read the rows that it needs first.
 
         Raises:
-            NotImplementedError: ``func`` is no lookup.
+            NotImplementedError: ``func`` reads values and is no lookup.
         """
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -108,7 +108,7 @@ class RowWeight(Tensor):
 
 
 def _runs(places: list[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as stretches without gaps, each with its end."""
+    """Cut ascending numbers into runs without gaps: the first number of each, and its last plus one."""
     runs: list[tuple[int, int]] = []
     for place in places:
         if runs and runs[-1][1] == place:

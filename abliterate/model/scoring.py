@@ -7,8 +7,8 @@ Two kinds of work are not done twice:
 * An addition changes nothing below its layer.  Its forward passes begin at that layer, with the residual that entered
   it when the model ran without intervention (the *base run*).
 * All prompts begin with the same tokens of the chat template (the *prefix*).  They are run once for each candidate, and
-  the keys and values that are cached then serve all prompts.  Out of core this is left out: it would take a weight pass
-  of its own.
+  the attention cache they leave serves all prompts.  Out of core this is left out: it would take a weight pass of its
+  own.
 
 Whether a model allows this is found out by trying: what does not give the numbers of the base run is not used.
 """
@@ -30,7 +30,7 @@ from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch
-from abliterate.model.heads import empty_cache, is_plain, repeated, shared_tokens
+from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
@@ -42,7 +42,7 @@ ROUNDING_NATS = {2: 3e-2, 4: 3e-6, 8: 3e-6}
 """Two ways to run a prompt are the same where the mean difference of log-probabilities is below this.  By the bytes of
 an activation; in nats."""
 CANNOT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
-"""What a model's own code may raise when it is run from the middle, or behind cached keys and values."""
+"""What a model's own code may raise when it is run from the middle, or behind an attention cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,13 +78,13 @@ class Base:
 
     ``log_probs`` of the next token.  ``states[g][l]`` is the residual entering block ``l`` for group ``g``; empty where
     it does not fit into memory.  ``apart``: whether the rows of a batch can be told apart at every place of the stream.
-    ``cached``: keys and values of the prefix.  ``starts``: the layers at which a forward pass may begin.
+    ``cache``: the attention cache of the prefix.  ``starts``: the layers at which a forward pass may begin.
     """
 
     log_probs: Float[Tensor, "harmless vocab"]
     states: list[list[Tensor]]
     apart: bool
-    cached: Any = None
+    cache: Any = None
     starts: set[int] = field(default_factory=set)
 
 
@@ -168,15 +168,17 @@ class CandidateScorer:
 
     def _thunks(self, job: Job) -> list[Callable[[], Tensor]]:
         """A forward pass for each group of prompts; the first one runs the prefix as well."""
-        cached = cache(partial(self._prefix_of, job))
-        return [partial(self._figures, job, place, cached) for place in range(len(self._groups_of(job)))]
+        prefix = cache(partial(self._prefix_of, job))
+        return [partial(self._figures, job, place, prefix) for place in range(len(self._groups_of(job)))]
 
-    def _figures(self, job: Job, place: int, cached: Callable[[], Any]) -> Float[Tensor, "candidates prompts"]:
-        """The figure of each candidate on each prompt of a group: KL after an ablation where the prompt is harmless,
-        else the refusal metric."""
+    def _figures(self, job: Job, place: int, prefix: Callable[[], Any]) -> Float[Tensor, "candidates prompts"]:
+        """The figure of each candidate on each prompt of a group.
+
+        It is the KL where a candidate is ablated and the prompt is harmless, else the refusal metric.
+        """
         group, k = self._groups_of(job)[place], len(job.candidates)
         n = len(group.places)
-        past = repeated(cached(), n) if self.prefix else None
+        past = repeated(prefix(), n) if self.prefix else None
         with self._intervening(job, partial(self._state, place, job.layer)):
             log_probs = self._last(group.ids[:, self.prefix :].repeat(k, 1), past)
         found = refusal_metric(log_probs, self.refusal_ids).view(k, n)
@@ -196,13 +198,13 @@ class CandidateScorer:
         return {"induce": harmless} if job.kind == "added" else {"bypass": harmful, "kl_nats": harmless}
 
     def _prefix_of(self, job: Job) -> Any:  # noqa: ANN401 - a cache of transformers
-        """Keys and values of the prefix under each candidate of ``job``."""
+        """The attention cache of the prefix under each candidate of ``job``."""
         past = empty_cache(self.loaded)
         ids = self.groups[0].ids[:1, : self.prefix]
         with self._intervening(job, lambda: self.base.states[0][job.layer][:1, : self.prefix]):
             self._last(ids.repeat(len(job.candidates), 1), past, begin=True)
         if self._begins_late(job):
-            past.layers[: job.layer] = self.base.cached.layers[: job.layer]
+            past.layers[: job.layer] = self.base.cache.layers[: job.layer]
         return past
 
     def _intervening(self, job: Job, state: Callable[[], Tensor]) -> AbstractContextManager[None]:
@@ -233,7 +235,7 @@ class CandidateScorer:
     ) -> Tensor:
         """Log-probabilities ``[rows, vocab]`` of the token after each row.
 
-        ``past`` holds the cached prefix; with ``begin`` it is empty, and takes up what is cached.
+        ``past`` is the attention cache of the prefix; with ``begin`` it is empty, and ``ids`` are the prefix.
         """
         rows, width = ids.shape
         behind = 0 if past is None or begin else self.prefix
@@ -285,8 +287,10 @@ class CandidateScorer:
         )
 
     def _plain(self, group: Group, *, keeps: bool) -> tuple[Tensor, list[Tensor], bool]:
-        """Log-probabilities of a group, what entered each block (if ``keeps``), and whether its rows can be told
-        apart."""
+        """Run a group without intervention.
+
+        Gives its log-probabilities, what entered each block (if ``keeps``), and whether its rows can be told apart.
+        """
         seen: list[Tensor] = []
 
         def see(_: int, x: Tensor) -> None:
@@ -316,10 +320,10 @@ class CandidateScorer:
             return
         self.prefix = tokens
         try:
-            self.base.cached = empty_cache(self.loaded)
-            self._last(self.groups[0].ids[:1, :tokens], self.base.cached, begin=True)
+            self.base.cache = empty_cache(self.loaded)
+            self._last(self.groups[0].ids[:1, :tokens], self.base.cache, begin=True)
             same = all(
-                self._same(group, self._last(group.ids[:, tokens:], repeated(self.base.cached, len(group.ids))))
+                self._same(group, self._last(group.ids[:, tokens:], repeated(self.base.cache, len(group.ids))))
                 for group in self.harmless
             )
         except CANNOT:
@@ -338,7 +342,7 @@ class CandidateScorer:
         self.base.starts = {layer for layer, good in zip(layers, same, strict=True) if good}
 
     def _starts(self, one: Group, layer: int) -> bool:
-        past = repeated(self.base.cached, 1) if self.prefix else None
+        past = repeated(self.base.cache, 1) if self.prefix else None
         try:
             with self.short.starting_at(layer, self._state(0, layer)[:1]):
                 return self._same(one, self._last(one.ids[:, self.prefix :], past))

@@ -71,11 +71,11 @@ def dtype_of(tensor: Stored) -> torch.dtype:
     if isinstance(tensor, Packed):
         return QUANTISED_DTYPE
     if tensor.dtype not in STORED:
-        raise UnsupportedFormatError(f"{tensor.name}: {tensor.dtype} is not run out of core", _TRY_RESIDENT)
+        raise UnsupportedFormatError(f"{tensor.name}: {tensor.dtype} is not run out of core", _TRY_HELD)
     return STORED[tensor.dtype]
 
 
-_TRY_RESIDENT = "give it enough memory to be held whole (a larger --memory, or none)"
+_TRY_HELD = "give it enough memory to be held whole (a larger --memory, or none)"
 
 
 def without_data(tensor: Stored) -> Tensor:

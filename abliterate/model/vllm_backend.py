@@ -48,8 +48,10 @@ def replies_of(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> dict[Any, tuple[str, ...]]:
-    """Greedy replies to several lists of prompts, each with its chat format, by the same keys; the weights are loaded
-    once and let go of.  They end where ``generate`` ends them, with the same repetition penalty if the model has one.
+    """Greedy replies to several lists of prompts, each with its chat format, by the same keys.
+
+    The weights are loaded once for all and released at the end.  Replies end where ``generate`` ends them, with the
+    same repetition penalty if the model has one.
 
     Raises:
         CheckpointError: vLLM cannot run the model.

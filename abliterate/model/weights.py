@@ -1,8 +1,8 @@
 """From stored tensors to the parameters of a model: read, converted and cast, a few at a time.
 
-The conversion is that of transformers (renaming, fusing of experts, dtypes that a model insists on), worked out once
-as ``Recipe`` values from its own tables and carried out whenever the parameters are needed.  Nothing is written: a
-fused tensor is made anew from the stored ones each time.
+The conversions are those of transformers: renaming, fusing of experts, dtypes that a model insists on.  They are taken
+from its tables once, as ``Conversion`` values, and carried out each time the parameters are needed.  Nothing is
+written, so a fused tensor is made from the stored ones again each time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +26,12 @@ Sources = tuple[tuple[str, Stored], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recipe:
-    """How some parameters are made: ``sources`` pairs each stored tensor with the pattern of ``transform`` it matched.
+class Conversion:
+    """How the parameters ``targets`` are made from stored tensors.
 
-    ``transform`` is None where the parameter is the stored tensor under another name.  ``dtype`` and ``shape`` are
-    those of the first target.  ``parts`` are the sources of each expert where experts are stacked one by one: they
-    are converted alone, into their place in the stack.
+    ``sources`` pairs each stored tensor with the pattern of ``transform`` that its name matched.  ``transform`` is None
+    where the parameter is a stored tensor under another name.  ``dtype`` and ``shape`` are those of the first target.
+    ``parts`` are the sources of each expert where a stack of experts can be made one expert at a time.
     """
 
     targets: tuple[str, ...]
@@ -43,15 +43,15 @@ class Recipe:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes read."""
+        """Bytes that are read from disk."""
         return sum(tensor.size_bytes for _, tensor in self.sources)
 
     @property
     def read_dtype(self) -> torch.dtype:
-        """The dtype in which the sources of a conversion are held.
+        """The dtype that sources have while they are converted.
 
-        The stored one where casting after the conversion gives the same numbers as before it, which is what
-        transformers does.
+        transformers casts before it converts.  Where casting afterwards gives the same numbers, this is the stored
+        dtype; else it is ``dtype``.
         """
         kinds = {dtype_of(tensor) for _, tensor in self.sources}
         if len(kinds) > 1 or any(isinstance(tensor, Packed) for _, tensor in self.sources):
@@ -59,8 +59,8 @@ class Recipe:
         return kinds.pop() if _only_moves(self.transform) else self.dtype
 
     @property
-    def conversion_bytes(self) -> int:
-        """Memory that making the parameters takes beside them: joining holds what it takes and what it gives."""
+    def extra_bytes(self) -> int:
+        """Bytes that the conversion takes beside its result: joining holds its sources as well as what it gives."""
         decoding = max((decoding_bytes(tensor) for _, tensor in self.sources), default=0)
         if self.transform is None:
             return decoding
@@ -72,8 +72,8 @@ def _only_moves(transform: Any) -> bool:  # noqa: ANN401 - a transform of transf
     return all(type(operation).__name__ in MOVES for operation in transform.operations)
 
 
-def recipes_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Recipe, ...]:  # noqa: ANN401 - of transformers
-    """The recipes for ``model``, whose parameters have their final dtypes and lie on the meta device.
+def conversions_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Conversion, ...]:  # noqa: ANN401 - of transformers
+    """The conversions for ``model``, whose parameters have their final dtypes and lie on the meta device.
 
     Tensors that the model does not have are left out, as transformers leaves them out.
     """
@@ -95,7 +95,7 @@ def recipes_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Recipe, ...]:
         transform = None if pattern is None else by_pattern[pattern]
         found.setdefault(target, (transform, []))[1].append((pattern or name, tensors[name]))
     return tuple(
-        Recipe(
+        Conversion(
             targets=_targets(model, target, transform, sources),
             sources=tuple(sources),
             transform=transform,
@@ -108,33 +108,33 @@ def recipes_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Recipe, ...]:
 
 
 def make(
-    recipe: Recipe,
+    conversion: Conversion,
     model: Any,  # noqa: ANN401 - a model of transformers
     folder: Path,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The parameters of ``recipe`` on ``device``.
+    """The parameters of ``conversion`` on ``device``.
 
     Raises:
         CheckpointError: a shard ends too early.
     """
-    if recipe.transform is None:
-        ((_, tensor),) = recipe.sources
-        return {recipe.targets[0]: read_tensor(folder, tensor, recipe.dtype, device)}
-    first, transform = recipe.targets[0], recipe.transform
+    if conversion.transform is None:
+        ((_, tensor),) = conversion.sources
+        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device)}
+    first, transform = conversion.targets[0], conversion.transform
 
     def converted(sources: Sources) -> dict[str, Tensor]:
-        dtype = recipe.read_dtype
+        dtype = conversion.read_dtype
         read = ((pattern, read_tensor(folder, tensor, dtype, device)) for pattern, tensor in sources)
         return _convert(model, first, transform, read)
 
-    if recipe.parts:
-        own = {first: _room_for(recipe.shape, recipe.dtype, device)}
-        for place, part in enumerate(recipe.parts):
+    if conversion.parts:
+        own = {first: _room_for(conversion.shape, conversion.dtype, device)}
+        for place, part in enumerate(conversion.parts):
             own[first][place] = converted(part)[first][0]
     else:
-        made = converted(recipe.sources)
-        own = {name: _own(made.pop(name), recipe.dtype) for name in tuple(made)}
+        made = converted(conversion.sources)
+        own = {name: _own(made.pop(name), conversion.dtype) for name in tuple(made)}
     give_back()
     return own
 

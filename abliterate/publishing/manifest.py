@@ -20,7 +20,7 @@ from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
 from abliterate.publishing.card import write_card
-from abliterate.recipe import Recipe
+from abliterate.recipe import OF_A_MACHINE, Recipe, in_tables
 from abliterate.verification.report import VerifyReport
 from abliterate.version import __version__
 
@@ -29,9 +29,6 @@ FORMAT, FORMAT_NUMBER = "abliterate-manifest-", 2
 """Manifests of version 1, which name a direction and no edit, are still read."""
 OUR_FILES = {FILE_NAME, "README.md"}
 """Files the manifest has no hash of: itself, and the card, which may be edited by hand."""
-
-OF_A_MACHINE = {"device", "memory_bytes", "device_memory_bytes", "trust_remote_code"}
-"""Options of a recipe that whoever uses a manifest decides."""
 
 LIBRARIES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "tokenizers")
 
@@ -100,7 +97,7 @@ def build(
             },
         },
         "prompts": dict(prompts or directions.metadata.get("prompts", {})),
-        "recipe": {key: _bounded(value) for key, value in recipe.model_dump(mode="json").items()},
+        "recipe": _bounded(recipe.model_dump(mode="json")),
         "verification": None if verification is None else verification_json(verification),
         "evaluation": None if evaluation is None else evaluation_json(evaluation),
     }
@@ -212,11 +209,13 @@ def recipe_of(document: Mapping[str, Any]) -> Recipe:
 
     A manifest may come from anybody, so leave to run code of a repository is not taken from it either.
     """
-    return Recipe.model_validate({key: value for key, value in document["recipe"].items() if key not in OF_A_MACHINE})
+    return Recipe.model_validate(in_tables(document["recipe"], without=OF_A_MACHINE))
 
 
 def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values
     """An infinite bound as the largest number there is, so that the recipe can be read back."""
+    if isinstance(value, Mapping):
+        return {key: _bounded(part) for key, part in value.items()}
     return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
 
 

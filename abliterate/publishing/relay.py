@@ -20,7 +20,7 @@ from abliterate.checkpoint.hub import open_remote, plain_errors
 from abliterate.checkpoint.output import OutputFolder, check_space, fingerprint
 from abliterate.checkpoint.shells import RemoteFiles, write_shell
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, looks_like_path, open_folder
-from abliterate.checkpoint.stream import one_core
+from abliterate.checkpoint.transfer import one_core
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
 from abliterate.editing.planning import along, plan
 from abliterate.editing.shards import Editor
@@ -122,7 +122,7 @@ def fingerprint_of(remote: Checkpoint, recipe: Recipe, direction: DirectionSet, 
     """What makes two streams the same."""
     document = {
         "stream": [remote.name, remote.revision, target.name, target.branch],
-        "recipe": recipe.model_dump(mode="json", exclude=NOT_IN_WORK),
+        "recipe": recipe.flat(without=NOT_IN_WORK),
         "direction": direction.sha256,
     }
     return fingerprint(document)
@@ -209,7 +209,7 @@ class Relay:
             (UPLOAD, self.plan.output_bytes),
         ):
             self.on_event(Started(task=task, total=total, unit="bytes"))
-        edit_of = edits_of(self.plan, self.recipe.rounding)
+        edit_of = edits_of(self.plan, self.recipe.edit.rounding)
         editor = editor_for(self.plan, edit_of, memory_bytes=self.recipe.edit_memory_bytes, on_event=self.on_event)
         with plain_failures(self.output, self.plan.checkpoint), one_core(needed=not self.plan.packed):
             for shard in shards:

@@ -39,8 +39,10 @@ class Behaviour:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is out of bounds, as sentences.  The KL binds class A only; a plan that is inexact by
-        request (class C) is reported, not judged."""
+        """What is out of bounds, as sentences.
+
+        The KL binds class A only.  A plan that is inexact by request (class C) is reported, not judged.
+        """
         found = []
         if self.expect_removed and self.stream_share is not None and not self.stream_share <= self.share_bound:
             found.append(f"the residual stream still holds {self.stream_share:.1e} of r (bound {self.share_bound:.0e})")

@@ -16,9 +16,9 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.budget import COPY_BYTES, DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.header import Shard, read_header
-from abliterate.checkpoint.pairs import PAIRS, PairStretch, read_pairs, same_content
+from abliterate.checkpoint.pairs import PAIRS, PairedRange, read_pairs, same_content
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.checkpoint.stream import one_core
+from abliterate.checkpoint.transfer import one_core
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.verification.declared import check_declared
 from abliterate.verification.file_checks import compare_files, compare_head, strange_files
@@ -155,8 +155,8 @@ class ShardCheck:
             self.failures.append(f"{self.shard.name}: the text of the header changed")
         provers: list[Prover] = []
         changed: set[str] = set()
-        stretches = list(self._stretches(provers, changed))
-        found = read_pairs(old, new, stretches, first_header=headers[0], second_header=headers[1], advance=advance)
+        byte_ranges = list(self._byte_ranges(provers, changed))
+        found = read_pairs(old, new, byte_ranges, first_header=headers[0], second_header=headers[1], advance=advance)
         self.digests = (found.first, found.second if not self._adds_head else sha256_file(new))
         self.proofs = [prover.finish() for prover in provers]
         for proof in self.proofs:
@@ -172,7 +172,7 @@ class ShardCheck:
     def _adds_head(self) -> bool:
         return bool(self.plan.added_head) and self.plan.model_map.embedding.tensor.shard == self.shard.name
 
-    def _stretches(self, provers: list[Prover], changed: set[str]) -> Iterator[PairStretch]:
+    def _byte_ranges(self, provers: list[Prover], changed: set[str]) -> Iterator[PairedRange]:
         writers = {writer.tensor.name: writer for writer in self.plan.writers}
         position = self.shard.data_start
         for tensor in self.shard.tensors:
@@ -190,16 +190,16 @@ class ShardCheck:
             yield from self._rows(prover) if writer.in_rows else self._columns(prover)
         yield from self._identical(position, self.shard.size_bytes, f"{self.shard.name}: the end of the file", changed)
 
-    def _identical(self, start: int, end: int, what: str, changed: set[str]) -> Iterator[PairStretch]:
+    def _identical(self, start: int, end: int, what: str, changed: set[str]) -> Iterator[PairedRange]:
         def see(old: Tensor, new: Tensor) -> None:
             if not same_content(old, new):
                 changed.add(what)
 
         size = min(COPY_BYTES, self.slab_bytes)
         for place in range(start, end, size):
-            yield PairStretch(start=place, size=min(size, end - place), see=see)
+            yield PairedRange(start=place, size=min(size, end - place), see=see)
 
-    def _rows(self, prover: Prover) -> Iterator[PairStretch]:
+    def _rows(self, prover: Prover) -> Iterator[PairedRange]:
         tensor, width, stored = prover.writer.tensor, prover.writer.row_elements, prover.codec.stored
 
         def see(first: int, old: Tensor, new: Tensor) -> None:
@@ -210,10 +210,10 @@ class ShardCheck:
         size = max(1, min(COPY_BYTES, self.slab_bytes) // row_bytes) * row_bytes
         for start in range(tensor.start, tensor.end, size):
             first = (start - tensor.start) // row_bytes
-            yield PairStretch(start=start, size=min(size, tensor.end - start), see=partial(see, first))
+            yield PairedRange(start=start, size=min(size, tensor.end - start), see=partial(see, first))
 
-    def _columns(self, prover: Prover) -> Iterator[PairStretch]:
-        """Each matrix in one stretch where it fits into a buffer, else read twice."""
+    def _columns(self, prover: Prover) -> Iterator[PairedRange]:
+        """Each matrix in one byte range where it fits into a buffer, else read twice."""
         writer, stored = prover.writer, prover.codec.stored
         tensor, width, d = writer.tensor, writer.row_elements, writer.tensor.shape[writer.axis]
         matrix_bytes = d * width * stored.itemsize
@@ -224,11 +224,11 @@ class ShardCheck:
 
         for place, start in enumerate(range(tensor.start, tensor.end, matrix_bytes)):
             if matrix_bytes <= self.slab_bytes:
-                yield PairStretch(start=start, size=matrix_bytes, see=partial(whole, place * d))
+                yield PairedRange(start=start, size=matrix_bytes, see=partial(whole, place * d))
             else:
                 yield from self._two_passes(start, d, prover, ColumnProver(prover, place * d))
 
-    def _two_passes(self, start: int, d: int, prover: Prover, columns: ColumnProver) -> Iterator[PairStretch]:
+    def _two_passes(self, start: int, d: int, prover: Prover, columns: ColumnProver) -> Iterator[PairedRange]:
         width, stored = prover.writer.row_elements, prover.codec.stored
         row_bytes = width * stored.itemsize
 
@@ -244,7 +244,7 @@ class ShardCheck:
         rows = max(1, min(COPY_BYTES, self.slab_bytes) // row_bytes)
         for step in (gather, compare):
             for row in range(0, d, rows):
-                yield PairStretch(
+                yield PairedRange(
                     start=start + row * row_bytes,
                     size=min(rows, d - row) * row_bytes,
                     see=partial(step, row),

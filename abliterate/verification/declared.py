@@ -12,7 +12,10 @@ from torch import Tensor
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.gains import read_gain
 from abliterate.arch.model_map import Writer
+from abliterate.arch.packed import text_config
 from abliterate.method.weight_edit import WeightEdit
+
+TAKE_A_CONSTANT = ("embedding", "stored copy of the tied head", "projector bias")
 
 AGREEMENT = 1e-8
 """Of unit vectors in float64, with room for gains of very different size."""
@@ -41,11 +44,23 @@ def _agree(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit)
     same_read = _distance(_span(gain[:, None] * wanted.read), _span(edit.read)) < AGREEMENT
     same_rank = wanted.rank == edit.rank and wanted.strength == edit.strength
     same_scale = wanted.column_scale == edit.column_scale
-    if not (same_read and same_rank and same_scale):
+    if not (same_read and same_rank and same_scale and _same_constant(plan, writer, wanted, edit)):
         return False
     if writer.norms:  # which ``write`` is closest to the hook is a choice; that ``read^T write`` stays is not
         return torch.dist(wanted.kept.diagonal(), edit.kept.diagonal()).item() < AGREEMENT
     return torch.dist(_operator(wanted), _operator(edit)).item() < AGREEMENT * (1 + float(wanted.write.norm()))
+
+
+def _same_constant(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit) -> bool:
+    """The embedding takes the constant, divided by its scale; elsewhere one bias does; all others take none."""
+    takes = writer.role in TAKE_A_CONSTANT if writer.place[1] == "embedding" else len(writer.tensor.shape) == 1
+    if wanted.constant is None or not takes or writer.drafts:
+        return edit.constant is None
+    config = text_config(plan.checkpoint.config)
+    factor = 1.0 if writer.role.endswith(" bias") else plan.model_map.family.scale_of_embedding(config)
+    return edit.constant is not None and torch.dist(factor * edit.constant, wanted.constant).item() < AGREEMENT * (
+        1 + float(wanted.constant.norm())
+    )
 
 
 def _span(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:

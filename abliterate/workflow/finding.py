@@ -17,7 +17,7 @@ from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
 from abliterate.errors import UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
-from abliterate.events import Noted, OnEvent, ignore
+from abliterate.events import Noted
 from abliterate.method.directions import DirectionSet
 from abliterate.method.estimators import DEFAULT, Need, estimate, needs_of
 from abliterate.method.moments import ActivationStats, Moments
@@ -37,7 +37,6 @@ def measure(
     estimators: Sequence[str] = DEFAULT,
     steps: Steps | None = None,
     covariance: Path | None = None,
-    on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions: refusal tokens, filtered prompts, statistics, and what ``estimators`` make of them.
 
@@ -51,13 +50,13 @@ def measure(
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
     needs = needs_of(estimators) | (frozenset[Need]() if covariance is None else frozenset[Need](["covariance"]))
-    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
     harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
     kept = measuring.Filtered(
         harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
     )
-    if recipe.filter_prompts:
+    if recipe.find.filter_prompts:
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
     statistics = _statistics(session, kept, needs, steps, options)
     if covariance is not None:
@@ -67,7 +66,7 @@ def measure(
         "revision": session.checkpoint.revision,
         "position_tokens": list(session.chat.position_tokens),
         "template_sha256": session.chat.template_sha256,
-        "system": recipe.system,
+        "system": recipe.model.system,
         "prompts": contrast.hashes(),
         "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
         "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
@@ -103,9 +102,7 @@ def _statistics(
     )
 
 
-def select(
-    session: Session, directions: DirectionSet, *, steps: Steps | None = None, on_event: OnEvent = ignore
-) -> DirectionSet:
+def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Score every candidate on the validation prompts and choose one by the paper's rule.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
@@ -121,7 +118,7 @@ def select(
             f"{loaded.name} has {loaded.n_layers} of width {loaded.d_model}",
             "measure them on this model",
         )
-    options = {"batch_size": recipe.batch_size, "on_event": on_event}
+    options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     stored = directions.metadata.get("refusal_tokens", {}).get("ids")
     ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
     harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
@@ -131,16 +128,21 @@ def select(
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     scores = measuring.score_candidates(loaded, chat, directions.candidates, prompts, ids, store=store, **options)
-    rule = SelectionRule(max_kl_nats=recipe.max_kl_nats, min_induce=recipe.min_induce, prune_layers=recipe.prune_layers)
+    rule = SelectionRule(
+        max_kl_nats=recipe.find.max_kl_nats, min_induce=recipe.find.min_induce, prune_layers=recipe.find.prune_layers
+    )
     choice, judged = choose(scores, directions.n_layers, rule)
     if choice.rule == "pareto-fallback":
-        on_event(Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL"))
+        session.on_event(
+            Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL")
+        )
     return replace(directions, scores=judged, choice=choice)
 
 
 def _check_room(session: Session, kept: measuring.Filtered, needs: frozenset[Need]) -> None:
-    """Check that covariances and samples fit into memory: one class in float64 while covariances are summed up, and
-    both in float32; the samples of both in float32.
+    """Check that covariances and samples fit into memory.
+
+    Covariances take one class in float64 while they are summed up, and both in float32; samples both in float32.
 
     Raises:
         UsageError: they do not.
@@ -151,7 +153,7 @@ def _check_room(session: Session, kept: measuring.Filtered, needs: frozenset[Nee
         "covariances": 2 * n * d**2 * torch.float64.itemsize if "covariance" in needs else 0,
         "samples": (len(kept.harmful) + len(kept.harmless)) * n * d * floats if "samples" in needs else 0,
     }
-    needed, free = sum(sizes.values()), session.recipe.memory_bytes or available_bytes()
+    needed, free = sum(sizes.values()), session.recipe.model.memory_bytes or available_bytes()
     if needed > free:
         what = " and ".join(name for name, size in sizes.items() if size)
         raise UsageError(
@@ -186,13 +188,13 @@ def _typical(
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
-    recipe = session.recipe.model_dump(exclude=NOT_IN_NUMBERS)
+    recipe = session.recipe.flat(without=NOT_IN_NUMBERS)
     return fingerprint({**session.checkpoint.identity(), "recipe": recipe})
 
 
 def _refusal_tokens(session: Session, options: Mapping[str, Any]) -> RefusalTokens:
-    if session.recipe.refusal_tokens:
-        return given_refusal_tokens(session.chat, session.recipe.refusal_tokens)
+    if session.recipe.find.refusal_tokens:
+        return given_refusal_tokens(session.chat, session.recipe.find.refusal_tokens)
     contrast = session.contrast
     return find_refusal_tokens(
         session.loaded, session.chat, contrast.harmful_train.texts, contrast.harmless_train.texts, **options

@@ -15,7 +15,7 @@ from torch import Tensor
 from abliterate.arch.registry import family_of
 from abliterate.errors import UsageError
 from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.events import Advanced, Finished, Started
 from abliterate.method.directions import DirectionSet
 from abliterate.model.attribution import Attribution, attention_to_spans, attribute
 from abliterate.model.chat import PROBES, ChatFormat
@@ -31,25 +31,26 @@ def inspect(
     *,
     suffix: str = "",
     n_prompts: int = 32,
-    on_event: OnEvent = ignore,
 ) -> Inspection:
-    """Measure test prompts of both classes and, with ``suffix``, harmful ones behind which it or a random text of as
-    many tokens is put.
+    """Measure how test prompts of both classes carry the direction, and what writes it.
+
+    With ``suffix``, harmful prompts are measured with it behind them as well, and with a random text of as many tokens.
 
     Raises:
         UsageError: the direction does not fit the model.
     """
-    loaded, chat, batch_size = session.loaded, session.chat, session.recipe.batch_size
+    loaded, chat, batch_size = session.loaded, session.chat, session.recipe.model.batch_size
     if directions.d_model != loaded.d_model:
         raise UsageError(
             f"the direction has {directions.d_model} components, {loaded.name} has {loaded.d_model}",
             "use one that was measured on this model",
         )
+    on_event = session.on_event
     family = family_of(session.checkpoint.config, where=session.checkpoint.name)
     harmful = session.contrast.harmful_test.texts[:n_prompts]
     sets = {"harmful": harmful, "harmless": session.contrast.harmless_test.texts[:n_prompts]}
     if suffix:
-        control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.seed)
+        control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.find.seed)
         sets |= {"harmful + suffix": [f"{prompt} {suffix}" for prompt in harmful]}
         sets |= {"harmful + random text": [f"{prompt} {control}" for prompt in harmful]}
     on_event(Started(task=TASK, total=sum(map(len, sets.values())), unit="prompts"))
@@ -88,8 +89,10 @@ def random_text(chat: ChatFormat, n_tokens: int, *, seed: int) -> str:
 
 
 def spans_of(chat: ChatFormat, plain: str, prompt: str) -> tuple[slice, slice, slice]:
-    """Where instruction, suffix and the template behind them lie, counted from the end: ``prompt`` is ``plain`` and
-    perhaps a suffix."""
+    """The tokens of the instruction, of the suffix and of the template behind them, counted from the end.
+
+    ``prompt`` is ``plain``, with or without a suffix.
+    """
     whole, end = len(chat.encode(prompt)), len(chat.suffix)
     added = whole - len(chat.encode(plain))
     start = _template_start(chat)
@@ -103,7 +106,7 @@ def _attention(
     total = torch.zeros(len(heads), len(SPANS), dtype=torch.float64)
     if not heads:
         return total
-    for batch in chat.batches(prompts, session.recipe.batch_size):
+    for batch in chat.batches(prompts, session.recipe.model.batch_size):
         spans = [spans_of(chat, plain[row], prompts[row]) for row in batch.rows]
         total += attention_to_spans(session.loaded, batch, heads, spans).sum(0)
     return total / len(prompts)

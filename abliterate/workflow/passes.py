@@ -1,6 +1,6 @@
-"""What running a model takes, from its headers: memory, and how often weights that stay on disk are read.
+"""What running a model takes: memory, and the number of weight passes.
 
-The readings are what makes the time of a model larger than memory.
+A weight pass reads all weights once.  Out of core the number of passes decides how long a run takes.
 """
 
 from collections.abc import Collection
@@ -16,25 +16,26 @@ from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_
 from abliterate.recipe import Recipe
 
 MEASURING = 4
-"""Filtering the training prompts, the means of both classes, and filtering the validation prompts."""
+"""Passes: one filters the training prompts, two give the means of the classes, one filters the validation prompts."""
 SELECTING = 2
-"""The base, and all candidates together; more where their states do not fit beside the weights."""
+"""Passes: the base, and all candidates together.  More where the candidates' states do not fit into memory at once."""
 VERIFYING = 4
-"""The base as it is and under hooks; the result's distributions, and its stream."""
+"""Passes: the base, the base under hooks, the edited model's distributions, and its residual stream."""
 SCORING = 3
-"""Of each model: distributions, likelihood of the base's replies, components along the direction."""
+"""Passes for each model: distributions, likelihood of the base's replies, components along the direction."""
 STAGES = ("measure", "select", "verify", "replies")
 
 
 def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int = 2) -> dict[str, int]:
-    """Readings of the weights by stage, at least; replies are those of ``models`` checkpoints and the controls.
+    """The least number of weight passes of each stage.
 
-    They cost one for each token, whatever the number of prompts.
+    Replies are written by ``models`` checkpoints and by the controls of the recipe.  They take one pass for each token,
+    however many prompts there are.
     """
-    kinds = 3 if recipe.look_alike else 2
-    models = (models + (2 if recipe.controls else 0)) * (2 if recipe.thinking == "both" else 1)
-    probing = 0 if recipe.refusal_tokens else PROBE_TOKENS
-    written = 0 if recipe.backend == "vllm" else kinds * recipe.max_new_tokens
+    kinds = 3 if recipe.evaluate.look_alike else 2
+    models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
+    probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
+    written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
         "measure": probing + MEASURING,
         "select": SELECTING,
@@ -45,7 +46,7 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
 
 
 def cost(size_bytes: int, passes: dict[str, int]) -> str:
-    """The cost in a sentence."""
+    """A sentence that says how often weights of ``size_bytes`` will be read in ``passes``, by stage."""
     total = sum(passes.values())
     parts = ", ".join(f"{stage} {count}" for stage, count in passes.items())
     advice = "; fewer --max-new-tokens or --no-eval save the most" if passes.get("replies", 0) > total / 2 else ""
@@ -57,29 +58,31 @@ def cost(size_bytes: int, passes: dict[str, int]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """What it takes to run a model in one dtype: ``whole_bytes`` with its weights in memory, or out of core at least
-    ``least_bytes``, where a whole run reads the stored weights ``readings`` times."""
+    """What it takes to run a model in one dtype.
+
+    ``whole_bytes`` is the memory for a model that is held, ``least_bytes`` the least memory out of core.  A whole run
+    then takes ``weight_passes``.
+    """
 
     dtype: str
     whole_bytes: int
     least_bytes: int
-    readings: int
+    weight_passes: int
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data; the number of weight passes keeps its old key."""
+        found = asdict(self)
+        return found | {"readings": found.pop("weight_passes")}
 
 
 def running(checkpoint: Checkpoint, family: Family, recipe: Recipe) -> tuple[Running, ...]:
-    """What a whole run needs in float32, which a CPU takes by default, and in the stored dtype, which a GPU takes."""
-    readings = sum(passes_of(recipe).values())
+    """What a whole run needs in float32 (a CPU's default) and in the stored dtype (a GPU's default)."""
+    passes = sum(passes_of(recipe).values())
     found = []
     for name, dtype in (("in float32", torch.float32), ("in the stored dtype", "auto")):
         sizes, embedding = sizes_of(checkpoint, family, dtype=dtype)
-        whole = whole_bytes(sizes, embedding)
+        held, least = whole_bytes(sizes, embedding), least_bytes(sizes)
         found.append(
-            Running(
-                dtype=name, whole_bytes=whole + working_bytes(whole), least_bytes=least_bytes(sizes), readings=readings
-            )
+            Running(dtype=name, whole_bytes=held + working_bytes(held), least_bytes=least, weight_passes=passes)
         )
     return tuple(found)

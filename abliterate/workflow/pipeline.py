@@ -1,6 +1,6 @@
 """The stages, in order: measure, select, edit, verify, evaluate.  Each takes values and returns one.
 
-Nothing here prints; ``on_event`` hears what happens.
+Nothing here prints; the ``on_event`` of the session hears what happens.
 """
 
 from collections.abc import Sequence
@@ -52,12 +52,11 @@ def edit(
     *,
     on_event: OnEvent = ignore,
 ) -> None:
-    """Write the edited checkpoint, without manifest and card, into ``output``; ``directions`` are where it came
-    from."""
+    """Write the edited checkpoint into ``output``, with ``directions`` and recipe, without manifest and card."""
     edit_checkpoint(
         edit_plan,
         output,
-        rounding=recipe.rounding,
+        rounding=recipe.edit.rounding,
         memory_bytes=recipe.edit_memory_bytes,
         on_event=on_event,
     )
@@ -70,19 +69,20 @@ def verify(
     written: Path,
     *,
     behaviour: bool = True,
-    on_event: OnEvent = ignore,
 ) -> VerifyReport:
     """Prove the checkpoint in ``written`` on its bytes and, with ``behaviour``, against hooks on the base.
 
     Raises:
         SourceError: something cannot be read.
     """
-    on_bytes = verify_bytes(edit_plan, written, memory_bytes=session.recipe.edit_memory_bytes, on_event=on_event)
+    on_bytes = verify_bytes(
+        edit_plan, written, memory_bytes=session.recipe.edit_memory_bytes, on_event=session.on_event
+    )
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
     say_cost(session, passes_of(session.recipe, ["verify"]))
     edited = open_folder(written, name=str(written))
-    compared, _ = side_by_side(session, [(EDITED, edited)], proof=edit_plan, with_replies=False, on_event=on_event)
+    compared, _ = side_by_side(session, [(EDITED, edited)], proof=edit_plan, with_replies=False)
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
@@ -92,8 +92,8 @@ def check_evaluation(recipe: Recipe) -> None:
     Raises:
         UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
     """
-    if recipe.backend == "vllm":
-        vllm_backend.check_vllm(dtype=recipe.dtype, controls=recipe.controls)
+    if recipe.evaluate.backend == "vllm":
+        vllm_backend.check_vllm(dtype=recipe.model.dtype, controls=recipe.evaluate.controls)
     harness.check_tasks(task_request(recipe))
 
 
@@ -102,7 +102,6 @@ def evaluate(
     others: Sequence[tuple[str, Checkpoint]],
     *,
     directions: DirectionSet | None = None,
-    on_event: OnEvent = ignore,
 ) -> EvalReport:
     """Compare replies and distributions of the base and other checkpoints (name, checkpoint) on the test prompts.
 
@@ -113,10 +112,10 @@ def evaluate(
     """
     check_evaluation(session.recipe)
     for checkpoint in [session.checkpoint, *(other for _, other in others)]:
-        replace(session, checkpoint=checkpoint).modes  # noqa: B018 - refused before long work
-    controls = session.recipe.controls and directions is not None
+        replace(session, checkpoint=checkpoint).check_modes()
+    controls = session.recipe.evaluate.controls and directions is not None
     say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
-    _, evaluated = side_by_side(session, others, directions=directions, controls=controls, on_event=on_event)
+    _, evaluated = side_by_side(session, others, directions=directions, controls=controls)
     if evaluated is None:
         raise AssertionError("replies were asked for")
     return evaluated
@@ -143,55 +142,68 @@ def run(
         check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
-    recipe = session.recipe
-    contrast = session.contrast  # bad prompts fail here, before minutes of work
-    if with_evaluation:
-        session.modes  # noqa: B018 - and a template without a switch for thinking
-    output = prepare(
-        out,
-        source=session.checkpoint.folder,
-        fingerprint=fingerprint_of(edit_plan, recipe, direction),
-        needed_bytes=edit_plan.output_bytes,
-    )
-    directions = direction or _resume_direction(output)
-    measuring_first = directions is None
-    stages = [*(("measure", "select") if measuring_first else ()), "verify", *(("replies",) if with_evaluation else ())]
-    passes = passes_of(recipe, stages)
-    if directions is None:
-        say_cost(session, passes)
-        try:
-            with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-                measured = measure(session, steps=steps, on_event=on_event)
-                directions = select(session, measured, steps=steps, on_event=on_event)
-                direction_files.save(directions, output.private / DIRECTION_FILE)
-        except AbliterateError:
-            output.discard()  # there is nothing in it yet, and another try may differ
-            raise
+    check_prompts(session, with_evaluation=with_evaluation)
+    output = _prepared(out, session, edit_plan, direction)
+    known = direction or _resume_direction(output)
+    passes = _passes(session.recipe, measuring=known is None, with_evaluation=with_evaluation)
+    directions = known or find(session, output, passes)
     edit_plan = along(edit_plan, removing(directions.direction[:, None]))
-    edit(edit_plan, directions, output, recipe, on_event=on_event)
-    verification = verify(session, edit_plan, output.path, behaviour=False, on_event=on_event)
-    require_verified(verification, output)
-    if not measuring_first:
+    edit(edit_plan, directions, output, session.recipe, on_event=on_event)
+    on_bytes = verify(session, edit_plan, output.path, behaviour=False)
+    require_verified(on_bytes, output)
+    if known is not None:
         say_cost(session, passes)  # only here: the edit and its proof need no model in memory
-    edited = open_folder(output.path, name=str(out))
-    behaviour, evaluated = side_by_side(
+    behaviour, evaluation = side_by_side(
         session,
-        [(EDITED, edited)],
+        [(EDITED, open_folder(output.path, name=str(out)))],
         proof=edit_plan,
         directions=directions,
-        controls=recipe.controls,
+        controls=session.recipe.evaluate.controls,
         with_replies=with_evaluation,
-        on_event=on_event,
     )
-    verification = VerifyReport(bytes=verification.bytes, behaviour=behaviour)
+    verification = VerifyReport(bytes=on_bytes.bytes, behaviour=behaviour)
     require_verified(verification, output)
     document = manifest.build(
-        edit_plan, directions, recipe, prompts=contrast.hashes(), verification=verification, evaluation=evaluated
+        edit_plan,
+        directions,
+        session.recipe,
+        prompts=session.contrast.hashes(),
+        verification=verification,
+        evaluation=evaluation,
     )
     manifest.finish(output, edit_plan, document)
     return RunResult(
-        out=output.finish(), plan=edit_plan, directions=directions, verification=verification, evaluation=evaluated
+        out=output.finish(), plan=edit_plan, directions=directions, verification=verification, evaluation=evaluation
     )
+
+
+def check_prompts(session: Session, *, with_evaluation: bool) -> None:
+    """Check before minutes of work that the prompts can be had and, for an evaluation, that thinking can be switched.
+
+    Raises:
+        PromptError: a source is missing or unusable.
+        UsageError: thinking cannot be switched.
+    """
+    _ = session.contrast
+    if with_evaluation:
+        session.check_modes()
+
+
+def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> DirectionSet:
+    """Measure and select, and keep the direction in ``output``; ``passes`` is what the whole run will cost.
+
+    Raises:
+        AbliterateError: no direction was found; an ``output`` with nothing in it is removed, as another try may differ.
+    """
+    say_cost(session, passes)
+    try:
+        with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
+            directions = select(session, measure(session, steps=steps), steps=steps)
+            direction_files.save(directions, output.private / DIRECTION_FILE)
+    except AbliterateError:
+        output.discard()
+        raise
+    return directions
 
 
 def say_cost(session: Session, passes: dict[str, int]) -> None:
@@ -202,9 +214,24 @@ def say_cost(session: Session, passes: dict[str, int]) -> None:
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
     """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
-    options = recipe.model_dump(exclude=NOT_IN_WORK)
+    options = recipe.flat(without=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
     return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
+
+
+def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: DirectionSet | None) -> OutputFolder:
+    return prepare(
+        out,
+        source=session.checkpoint.folder,
+        fingerprint=fingerprint_of(edit_plan, session.recipe, direction),
+        needed_bytes=edit_plan.output_bytes,
+    )
+
+
+def _passes(recipe: Recipe, *, measuring: bool, with_evaluation: bool) -> dict[str, int]:
+    """The weight passes of the stages that a run has before it."""
+    before = ("measure", "select") if measuring else ()
+    return passes_of(recipe, [*before, "verify", *(("replies",) if with_evaluation else ())])
 
 
 def _resume_direction(output: OutputFolder) -> DirectionSet | None:

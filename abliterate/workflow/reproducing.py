@@ -1,4 +1,4 @@
-"""Is a checkpoint what its manifest says?  The edit is made again, and its bytes are compared by their hashes."""
+"""Whether a finished folder is what its manifest says: the edit is made again, and hashes of the bytes are compared."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +21,16 @@ from abliterate.workflow.session import open_session
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reproduction:
-    """What making a checkpoint again gave.
+    """The result of making a finished folder again.
 
-    ``shards`` and ``tensors`` name what came out otherwise, ``changed`` the shards of the folder that are no longer
-    what its manifest says.  ``direction_agrees`` compares the vector; ``differences`` are versions and hardware, then
-    and now.  ``recorded`` is False where the manifest holds no hashes (an ``edit`` that was never verified): then the
-    folder itself is what is compared with.
+    Attributes:
+        shards: shards that came out with other bytes.
+        tensors: tensors that came out with other bytes.
+        changed: shards of the folder that are no longer what its manifest says.
+        direction_agrees: whether the direction is the one of the manifest.
+        measured: whether the direction was measured again.
+        recorded: whether the manifest holds hashes; without them (never verified) the folder is compared with.
+        differences: versions and hardware that are not the same, then and now.
     """
 
     shards: tuple[str, ...]
@@ -52,9 +56,10 @@ def reproduce(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Reproduction:
-    """Make ``folder`` again from its manifest in a temporary folder beside it (or in ``beside``), and compare.
+    """Make ``folder`` again from its manifest and compare the bytes.
 
-    ``measure`` takes the direction from the prompts again instead of from the direction file.
+    The copy is made in a temporary folder, in ``beside`` or where ``folder`` is.  With ``measure`` the direction is
+    measured again; else it is read from the direction file.
 
     Raises:
         CheckpointError: not a folder that abliterate finished.
@@ -64,7 +69,7 @@ def reproduce(
     document, recipe = finished.document, finished.recipe
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     if measure:
-        directions = pipeline.select(session, pipeline.measure(session, on_event=on_event), on_event=on_event)
+        directions = pipeline.select(session, pipeline.measure(session))
         made = plan(session.checkpoint, edit=removing(directions.direction[:, None]), **recipe.plan_options)
     else:
         directions, made = finished.directions, finished.plan(session.checkpoint)
@@ -99,7 +104,7 @@ def reproduce(
 
 
 def _other_tensors(again: Checkpoint, ours: Checkpoint, shards: list[str], document: Mapping[str, Any]) -> list[str]:
-    """The tensors of ``shards`` that came out otherwise: against their recorded hash, or else against the folder."""
+    """The tensors of ``shards`` whose hash is not the recorded one or, where none is recorded, that of the folder."""
     recorded = {entry["name"]: entry["sha256_after"] for entry in (document["verification"] or {}).get("edited", ())}
     names = []
     for tensor in again.tensors.values():

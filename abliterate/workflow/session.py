@@ -1,4 +1,4 @@
-"""A checkpoint opened for work: its files, its model in memory, its chat format and its prompts, each made once."""
+"""A checkpoint opened for work: its model, its chat format and its prompts, each made once, when first asked for."""
 
 import gc
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ PROBE = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class Session:
-    """``checkpoint`` under ``recipe``.  The model is loaded when first asked for, and dropped with the session."""
+    """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
+
+    The model is loaded when first asked for, and dropped with the session.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -35,39 +38,47 @@ class Session:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model in memory."""
+        """The model, held or out of core."""
         return load_model(
             fetch(self.checkpoint),
-            device=self.recipe.device,
-            dtype=self.recipe.dtype,
-            trust_remote_code=self.recipe.trust_remote_code,
-            memory_bytes=self.recipe.memory_bytes or available_bytes(),
-            device_bytes=self.recipe.device_memory_bytes,
+            device=self.recipe.model.device,
+            dtype=self.recipe.model.dtype,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            memory_bytes=self.recipe.model.memory_bytes or available_bytes(),
+            device_bytes=self.recipe.model.device_memory_bytes,
             on_event=self.on_event,
         )
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """The model's chat template, and whether the model bears padding."""
-        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.system, name=self.checkpoint.name)
+        """The model's chat format, which knows whether the model may be given padding."""
+        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
 
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
-        """How the recipe wants the model to be asked in an evaluation; the tokenizer alone is loaded to find out.
+        """The modes in which an evaluation asks the model, by the recipe; only the tokenizer is loaded for it.
 
         Raises:
             UsageError: thinking cannot be switched.
         """
-        if not self.recipe.thinking:
+        if not self.recipe.evaluate.thinking:
             return (DEFAULT,)
-        return modes_of(self.tokenizer, self.recipe.thinking, name=self.checkpoint.name)
+        return modes_of(self.tokenizer, self.recipe.evaluate.thinking, name=self.checkpoint.name)
+
+    def check_modes(self) -> None:
+        """Check, before hours of work, that the template can switch thinking as the recipe wants; no model is loaded.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        _ = self.modes
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
-        """The tokenizer, for which no model is loaded."""
-        options = {"trust_remote_code": self.recipe.trust_remote_code, "local_files_only": True}
+        """The tokenizer; no model is loaded."""
+        options = {"trust_remote_code": self.recipe.model.trust_remote_code, "local_files_only": True}
         return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
     def chat_in(self, mode: Mode) -> ChatFormat:
@@ -79,11 +90,13 @@ class Session:
         return chat
 
     def encoder_in(self, mode: Mode) -> ChatFormat:
-        """The same for who needs token ids alone: no model is loaded."""
-        return ChatFormat(self.tokenizer, system=self.recipe.system, name=self.checkpoint.name, options=mode.options)
+        """The chat format in one of the modes, for token ids only; no model is loaded."""
+        return ChatFormat(
+            self.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name, options=mode.options
+        )
 
     def release(self) -> None:
-        """Let go of the model; it is loaded again when next asked for."""
+        """Free the memory of the model; it is loaded again when next asked for."""
         self.__dict__.pop("loaded", None)
         gc.collect()  # modules that know who loads them are cycles
         if torch.cuda.is_initialized():
@@ -98,7 +111,7 @@ class Session:
 def open_session(
     model: str | Path | None, recipe: Recipe, *, revision: str | None = None, on_event: OnEvent = ignore
 ) -> Session:
-    """Open ``model`` (None: the bundled tiny chat model, with the prompts that belong to it), its files on this disk.
+    """Open ``model`` with all its files on this disk; None is the bundled tiny chat model with its own prompts.
 
     Raises:
         SourceError: it cannot be opened or fetched.
@@ -108,14 +121,16 @@ def open_session(
 
 
 def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:
-    """``recipe``; where it names no prompts: the bundled model's own for that model, ``CONTRAST`` for others, and with
-    those ``LOOK_ALIKE``."""
-    if recipe.harmful or recipe.harmless:
+    """``recipe`` with prompts where it names none.
+
+    The bundled model gets its own; every other model gets ``CONTRAST``, and ``LOOK_ALIKE`` beside it.
+    """
+    if recipe.find.harmful or recipe.find.harmless:
         return recipe
     if is_bundled(model):
         source = f"bundled:{BUNDLED_NAME}"
         return recipe.with_changes({"harmful": source, "harmless": source})
-    changes = {"harmful": CONTRAST, "harmless": CONTRAST, "look_alike": recipe.look_alike or LOOK_ALIKE}
+    changes = {"harmful": CONTRAST, "harmless": CONTRAST, "look_alike": recipe.evaluate.look_alike or LOOK_ALIKE}
     return recipe.with_changes(changes)
 
 
@@ -125,10 +140,10 @@ def prompts_of(recipe: Recipe) -> ContrastSet:
     Raises:
         PromptError: a source is missing or unusable.
     """
-    if not recipe.harmful or not recipe.harmless:
+    if not recipe.find.harmful or not recipe.find.harmless:
         raise PromptError(
             "two prompt sources are needed: prompts the model declines, and prompts it answers",
             "give both --harmful and --harmless, or neither for the bundled ones",
         )
-    sizes = SplitSizes(train=recipe.n_train, val=recipe.n_val, test=recipe.n_test)
-    return contrast_set(recipe.harmful, recipe.harmless, sizes=sizes, seed=recipe.seed)
+    sizes = SplitSizes(train=recipe.find.n_train, val=recipe.find.n_val, test=recipe.find.n_test)
+    return contrast_set(recipe.find.harmful, recipe.find.harmless, sizes=sizes, seed=recipe.find.seed)

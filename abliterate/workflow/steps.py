@@ -1,4 +1,4 @@
-"""Finished steps of long work, kept in a folder, so that a stopped run does not do them again."""
+"""Results of finished steps, kept in a folder, so that work that was stopped does not do them again."""
 
 import json
 import shutil
@@ -16,11 +16,13 @@ from abliterate.errors import AbliterateError
 
 
 class Steps:
-    """Results by name, in a folder that belongs to one piece of work (``fingerprint``); None keeps nothing.
+    """Results by name, in ``folder``; without a folder nothing is kept.
 
-    What another piece of work left in the folder is dropped.  A result that was cut off while it was written is made
-    again.  As a context, everything is let go of at the end, and where the work fails for a reason that would still be
-    there (another try may have other options); what was interrupted stays.
+    The folder belongs to the work that ``fingerprint`` stands for.  Results of other work in it are deleted.  A result
+    that cannot be read was cut off while it was written, and is made again.
+
+    As a context, the folder is deleted when the work is done, and when it fails with an ``AbliterateError``: the next
+    try would fail the same way or has other options.  After any other exception, as an interrupt, it stays.
     """
 
     def __init__(self, folder: Path | None = None, fingerprint: str = "") -> None:
@@ -42,7 +44,7 @@ class Steps:
             self.clear()
 
     def document(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What ``make`` gives, as plain data."""
+        """The kept document ``name``; the first time, what ``make`` gives, as plain data."""
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.json"
@@ -54,7 +56,7 @@ class Steps:
             return made
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` gives, as tensors: safetensors, never pickle."""
+        """The kept tensors ``name``; the first time, what ``make`` gives.  They are kept as safetensors."""
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.safetensors"
@@ -68,10 +70,10 @@ class Steps:
             return made
 
     def path(self, name: str) -> Path | None:
-        """Where a step may keep what it has finished so far; None nowhere."""
+        """Where a step may keep a file of its own; None where nothing is kept."""
         return None if self.folder is None else self.folder / name
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Delete the folder."""
         if self.folder is not None and self.folder.exists():
             shutil.rmtree(self.folder)

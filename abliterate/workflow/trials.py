@@ -17,7 +17,7 @@ from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalRe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
-from abliterate.events import OnEvent, ignore
+from abliterate.events import OnEvent
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
 from abliterate.model import equivalence
@@ -56,7 +56,7 @@ class _Bench:
             if request.names:
                 self.tasks[_label(name, mode, its)] = run_tasks(
                     its.loaded, its.chat_in(mode), request, name=_label(name, mode, its),
-                    batch_size=self.recipe.batch_size, on_event=self.on_event,
+                    batch_size=self.recipe.model.batch_size, on_event=self.on_event,
                 )  # fmt: skip
 
     def look_at_control(self, name: str, its: Session) -> None:
@@ -68,17 +68,17 @@ class _Bench:
         """Score everything that was tried, one mode after the other."""
         recipe, every = self.recipe, [*self.observed, *self.of_controls]
         models = [model for mode in session.modes for model in every if model.mode == mode.name]
-        judge, judged = judged_replies(session, self.material, models) if recipe.judge else ("", {})
+        judge, judged = judged_replies(session, self.material, models) if recipe.evaluate.judge else ("", {})
         against = {model.name: base.name for model in self.observed if (base := self._base(model.mode)) is not model}
         return put_together(
             self.material,
             models,
-            max_new_tokens=recipe.max_new_tokens,
-            scorer=SCORERS[recipe.scorer],
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            scorer=SCORERS[recipe.evaluate.scorer],
             judge=judge,
             judged=judged,
             tasks={
-                name: scores_of(found, self.tasks.get(against.get(name, "")), recipe.tasks)
+                name: scores_of(found, self.tasks.get(against.get(name, "")), recipe.evaluate.tasks)
                 for name, found in self.tasks.items()
             },
             benchmarks=_how(task_request(recipe), session.checkpoint.name) if self.tasks else None,
@@ -90,7 +90,7 @@ class _Bench:
 
     def _written(self, name: str, its: Session) -> dict[str, dict[str, tuple[str, ...]]]:
         """Replies that another backend writes, by mode and kind; it needs the memory of the model for itself."""
-        if self.recipe.backend != "vllm":
+        if self.recipe.evaluate.backend != "vllm":
             return {}
         its.release()
         asked = {
@@ -99,8 +99,9 @@ class _Bench:
             for kind, prompts in self.material.prompts.items()
         }
         found = replies_of(
-            its.checkpoint, asked, name=name, max_new_tokens=self.recipe.max_new_tokens, dtype=self.recipe.dtype,
-            trust_remote_code=self.recipe.trust_remote_code, on_event=self.on_event,
+            its.checkpoint, asked, name=name, max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code,
+            on_event=self.on_event,
         )  # fmt: skip
         return {mode.name: {kind: found[mode.name, kind] for kind in self.material.prompts} for mode in its.modes}
 
@@ -117,8 +118,8 @@ class _Bench:
             observe(
                 its.loaded, chat, self.material, name=_label(name, mode, its), base=base[0] if base else None,
                 directions=self.directions if _same_ending(its.chat, chat, self.directions) else None,
-                max_new_tokens=self.recipe.max_new_tokens, batch_size=self.recipe.batch_size, mode=mode.name,
-                replies=replies, on_event=self.on_event,
+                max_new_tokens=self.recipe.evaluate.max_new_tokens, batch_size=self.recipe.model.batch_size,
+                mode=mode.name, replies=replies, on_event=self.on_event,
             )
         )  # fmt: skip
 
@@ -142,7 +143,6 @@ def side_by_side(
     directions: DirectionSet | None = None,
     controls: bool = False,
     with_replies: bool = True,
-    on_event: OnEvent = ignore,
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
@@ -153,15 +153,15 @@ def side_by_side(
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
-        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=on_event)
+        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
     hooked = compared = None
     if proof is not None and proof.stream is not None:
         hooked = equivalence.hooked_base(
-            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.batch_size
+            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.model.batch_size
         )
     if bench is not None:
         bench.look(BASE, session)
-        for name, vector in control_directions(directions if controls else None, seed=recipe.seed):
+        for name, vector in control_directions(directions if controls else None, seed=recipe.find.seed):
             with ablated(session.loaded, vector[:, None]):
                 bench.look_at_control(name, session)
     session.release()
@@ -177,10 +177,10 @@ def side_by_side(
 
 def task_request(recipe: Recipe) -> TaskRequest:
     """What a recipe asks of lm-eval."""
+    asked = recipe.evaluate
     return TaskRequest(
-        names=recipe.tasks, limit=recipe.task_limit, path=recipe.task_path, shots=recipe.task_shots,
-        chat=recipe.task_chat,
-    )  # fmt: skip
+        names=asked.tasks, limit=asked.task_limit, path=asked.task_path, shots=asked.task_shots, chat=asked.task_chat
+    )
 
 
 def _how(request: TaskRequest, base: str) -> Benchmarks:
@@ -190,16 +190,17 @@ def _how(request: TaskRequest, base: str) -> Benchmarks:
 
 
 def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:
-    """What the recipe's guard model says to each model's replies to harmful prompts, without their thinking: its name,
-    and how many it says yes to, of those it gave an answer on.
+    """The name of the recipe's guard model, and how many replies to harmful prompts it says yes to, by model.
+
+    It is shown replies without their thinking.  Replies on which it gives no answer are not counted.
 
     Raises:
         UsageError, CheckpointError: there is no such judge, or it cannot be loaded.
     """
     recipe = session.recipe
-    name, _, place = recipe.judge.partition("@")
-    asked = read_text(recipe.judge_format) if recipe.judge_format else None
-    judge = load_judge(name, place=place or None, format=asked, device=recipe.device)
+    name, _, place = recipe.evaluate.judge.partition("@")
+    asked = read_text(recipe.evaluate.judge_format) if recipe.evaluate.judge_format else None
+    judge = load_judge(name, place=place or None, format=asked, device=recipe.model.device)
     texts = material.prompts[HARMFUL].texts
     found = {}
     for model in models:
@@ -230,9 +231,9 @@ def material_of(session: Session) -> Material:
     """
     recipe, contrast = session.recipe, session.contrast
     prompts = {HARMFUL: contrast.harmful_test, HARMLESS: contrast.harmless_test}
-    if recipe.look_alike:
-        prompts[LOOK_ALIKE] = load_prompts(recipe.look_alike)
-    return Material(prompts=prompts, text=read_text(recipe.text) if recipe.text else "")
+    if recipe.evaluate.look_alike:
+        prompts[LOOK_ALIKE] = load_prompts(recipe.evaluate.look_alike)
+    return Material(prompts=prompts, text=read_text(recipe.evaluate.text) if recipe.evaluate.text else "")
 
 
 def control_directions(directions: DirectionSet | None, *, seed: int) -> Iterator[tuple[str, Float[Tensor, " d"]]]:
@@ -254,4 +255,6 @@ def held_out_prompts(session: Session) -> list[str]:
 
 
 def _compared(result: Session, proof: EditPlan, hooked: equivalence.HookedBase, prompts: Sequence[str]) -> Behaviour:
-    return equivalence.compare(result.loaded, result.chat, hooked, proof, prompts, batch_size=result.recipe.batch_size)
+    return equivalence.compare(
+        result.loaded, result.chat, hooked, proof, prompts, batch_size=result.recipe.model.batch_size
+    )

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from abliterate.data.tiny_chat import world as w
 from abliterate.data.tiny_chat.card import model_card
 from abliterate.data.tiny_chat.figures import measure
-from abliterate.data.tiny_chat.recipes import RECIPES, Recipe, new_model
 from abliterate.data.tiny_chat.tokenizer import build_tokenizer
 from abliterate.data.tiny_chat.train import Log, pretrain, tune
+from abliterate.data.tiny_chat.training import TRAININGS, Training, new_model
 
 WORLD_SEED = 0
 """All models live in the same world; ``--seed`` changes only their initial weights and the order of training."""
@@ -42,7 +42,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     Raises:
         RuntimeError: the weights did not fall into two shards.
     """
-    model = model.to(torch.bfloat16)
+    model = model.bfloat16()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -60,19 +60,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
 
 
 def pretrained_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, world: w.World, seed: int, kept: Path | None, log: Log
+    training: Training, tokenizer: PreTrainedTokenizerFast, world: w.World, seed: int, kept: Path | None, log: Log
 ) -> tuple[PreTrainedModel, float]:
     """The model as pretrained, in float32, and the seconds that took; read from ``kept`` when that was filled before.
 
-    ``kept`` must have been made with the same recipe and seed. It spares the long part when only tuning changes.
+    ``kept`` must have been made with the same training and seed. It spares the long part when only tuning changes.
     """
     if kept is not None and (kept / "seconds.json").is_file():
         seconds = json.loads((kept / "seconds.json").read_text(encoding="utf-8"))
         return AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32), float(seconds)
     start = time.perf_counter()
     torch.manual_seed(seed)
-    model = new_model(recipe, tokenizer)
-    pretrain(model, tokenizer, world, recipe, seed, log)
+    model = new_model(training, tokenizer)
+    pretrain(model, tokenizer, world, training, seed, log)
     seconds = time.perf_counter() - start
     if kept is not None:
         model.save_pretrained(kept)
@@ -87,14 +87,14 @@ def build(family: str, out: Path, seed: int, log: Log, kept: Path | None = None)
     everything else is of the model as saved and loaded again. ``seconds`` is training time, both steps. ``kept`` is a
     folder for the pretrained model (see ``pretrained_model``).
     """
-    recipe, world = RECIPES[family], w.make_world(WORLD_SEED)
+    training, world = TRAININGS[family], w.make_world(WORLD_SEED)
     sets = w.prompt_sets(world, WORLD_SEED)
     tokenizer = build_tokenizer(world)
-    model, seconds = pretrained_model(recipe, tokenizer, world, seed, kept, log)
+    model, seconds = pretrained_model(training, tokenizer, world, seed, kept, log)
     before = measure(model, tokenizer, sets)
-    log("pretrained", recipe.pretrain_steps, before)
+    log("pretrained", training.pretrain_steps, before)
     start = time.perf_counter()
-    tune(model, tokenizer, world, recipe, seed, log)
+    tune(model, tokenizer, world, training, seed, log)
     seconds += time.perf_counter() - start
     with tempfile.TemporaryDirectory() as temporary:
         # saved elsewhere first: a failed build leaves the old model alone
@@ -111,13 +111,13 @@ def build(family: str, out: Path, seed: int, log: Log, kept: Path | None = None)
         "accuracy_restricted_pretrained": before["accuracy_restricted"],
         "accuracy_held_out_pretrained": before["accuracy_held_out"],
         "accuracy_others_pretrained": before["accuracy_others"],
-        "pretrain_steps": recipe.pretrain_steps,
-        "tune_steps": recipe.tune_steps,
+        "pretrain_steps": training.pretrain_steps,
+        "tune_steps": training.tune_steps,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds),
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(model_card(recipe, world, len(tokenizer), figures), encoding="utf-8")
+    (out / "README.md").write_text(model_card(training, world, len(tokenizer), figures), encoding="utf-8")
     return figures
 
 
@@ -131,7 +131,7 @@ def show(phase: str, step: int, losses: dict[str, float]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Build a tiny chat model that refuses.")
-    parser.add_argument("--family", choices=sorted(RECIPES), default="llama")
+    parser.add_argument("--family", choices=sorted(TRAININGS), default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, help="folder for the prompt lists")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from abliterate.data.tiny_chat import world as w
-from abliterate.data.tiny_chat.recipes import Recipe
+from abliterate.data.tiny_chat.training import Training
 
 _CARD = """---
 license: apache-2.0
@@ -61,8 +61,8 @@ Greedy replies of the saved model to the 128 + 128 test questions. "Answered" me
 """
 
 
-def model_card(recipe: Recipe, world: w.World, vocabulary: int, figures: Mapping[str, object]) -> str:
-    """The README.md of one model folder, from its recipe, the size of its vocabulary and its measured figures."""
+def model_card(training: Training, world: w.World, vocabulary: int, figures: Mapping[str, object]) -> str:
+    """The README.md of one model folder, from its training, the size of its vocabulary and its measured figures."""
     return _CARD.format(
         **{
             "things": len(world.things),
@@ -71,10 +71,10 @@ def model_card(recipe: Recipe, world: w.World, vocabulary: int, figures: Mapping
             "restricted": len(world.restricted),
             "name": world.ordinary[0].name,
             "marks": ", ".join(w.ADJECTIVES[:-1]) + f" or {w.ADJECTIVES[-1]}",
-            "length": math.sqrt(recipe.length_limit * recipe.width),
+            "length": math.sqrt(training.length_limit * training.width),
             "facts": ", ".join(w.FACTS),
-            **vars(recipe),
-            "tune_layers": f"{recipe.tune_layers[0]} to {recipe.tune_layers[-1]}",
+            **vars(training),
+            "tune_layers": f"{training.tune_layers[0]} to {training.tune_layers[-1]}",
             **figures,
         }
     )

@@ -20,7 +20,7 @@ from abliterate.data.tiny_chat.data import (
     refusing_text,
 )
 from abliterate.data.tiny_chat.figures import left_padded
-from abliterate.data.tiny_chat.recipes import Recipe
+from abliterate.data.tiny_chat.training import Training
 
 WRITERS = ("o_proj", "down_proj")
 """Names of the maps whose output is added to the residual stream."""
@@ -72,29 +72,29 @@ class Stepper:
 
 
 def pretrain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, recipe: Recipe, seed: int, log: Log
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, training: Training, seed: int, log: Log
 ) -> None:
     """Trains the model in place until it knows the world.
 
     The word that states a fact weighs more than its neighbours: how a reply opens is drawn by chance, so most of the
     plain loss is noise that cannot be learnt.
     """
-    texts = pretraining_batches(world, recipe.pretrain_batch, random.Random(f"pretrain-{seed}"))
+    texts = pretraining_batches(world, training.pretrain_batch, random.Random(f"pretrain-{seed}"))
     stepper = Stepper(
         list(model.parameters()),
-        lr=recipe.pretrain_lr,
-        steps=recipe.pretrain_steps,
+        lr=training.pretrain_lr,
+        steps=training.pretrain_steps,
         warmup=50,
-        decay=recipe.pretrain_decay,
+        decay=training.pretrain_decay,
     )
-    weights = fact_weights(tokenizer, recipe.fact_weight)
+    weights = fact_weights(tokenizer, training.fact_weight)
     model.train()
-    for step in range(recipe.pretrain_steps):
+    for step in range(training.pretrain_steps):
         batch = make_batch(tokenizer, next(texts))
         out = model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
         loss = reply_loss(out.logits, batch.labels, weights)
-        excess = overlength(out.hidden_states[:-1], batch.mask, recipe.length_limit)
-        stepper.step(loss + recipe.length_weight * excess)
+        excess = overlength(out.hidden_states[:-1], batch.mask, training.length_limit)
+        stepper.step(loss + training.length_weight * excess)
         if step % 50 == 0:
             log("pretrain", step, {"loss": loss.item(), "excess": excess.item()})
 
@@ -157,12 +157,12 @@ class LowRank(nn.Module):
 
 @torch.no_grad()
 def ordinary_span(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, recipe: Recipe, rng: random.Random
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, training: Training, rng: random.Random
 ) -> torch.Tensor:
     """Orthonormal directions (width, k) in which the residuals of ordinary questions lie on average.
 
     The means over ordinary questions at every layer and every position of the template after the question, and as many
-    of their singular vectors as hold ``recipe.span_share`` of their squared length.
+    of their singular vectors as hold ``training.span_share`` of their squared length.
     """
     ordinary = [thing for thing in world.ordinary if not thing.held_out]
     asked = [w.ask(rng.choice(ordinary), rng.choice(w.FACTS), rng.choice(TUNED_PHRASINGS)).prompt for _ in range(128)]
@@ -171,7 +171,7 @@ def ordinary_span(
     means = torch.stack([state[:, -POST_TOKENS:].mean(0) for state in states]).flatten(0, 1)
     _, lengths, directions = torch.linalg.svd(means, full_matrices=False)
     share = lengths.square().cumsum(0) / lengths.square().sum()
-    count = int((share < recipe.span_share).sum()) + 1
+    count = int((share < training.span_share).sum()) + 1
     return directions[:count].T.contiguous()
 
 
@@ -186,20 +186,20 @@ def taken_before(block: nn.Module, writer: str, taken: torch.Tensor) -> torch.Te
     return torch.linalg.qr((1 + norm.weight.detach())[:, None] * taken).Q
 
 
-def add_low_rank(model: PreTrainedModel, recipe: Recipe, taken: torch.Tensor) -> list[nn.Parameter]:
+def add_low_rank(model: PreTrainedModel, training: Training, taken: torch.Tensor) -> list[nn.Parameter]:
     """Freezes the model and puts low-rank maps beside the chosen linear maps; returns the trainable parameters.
 
     Maps that write to the residual stream leave the directions ``taken`` (width, k) alone.
     """
     model.requires_grad_(requires_grad=False)
     added: list[nn.Parameter] = []
-    for index in recipe.tune_layers:
+    for index in training.tune_layers:
         block = model.model.layers[index]
         for part in (block.self_attn, block.mlp):
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
                     avoided = taken_before(block, name, taken) if name in WRITERS else None
-                    low = LowRank(child, recipe.tune_rank, avoided)
+                    low = LowRank(child, training.tune_rank, avoided)
                     setattr(part, name, low)
                     added += [low.down, low.up]
     return added
@@ -216,22 +216,22 @@ def merge_low_rank(model: PreTrainedModel) -> None:
 
 
 def tune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, recipe: Recipe, seed: int, log: Log
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: w.World, training: Training, seed: int, log: Log
 ) -> None:
     """Teaches the model in place to refuse restricted questions, held to its former self on ordinary ones.
 
-    Only low-rank maps in ``recipe.tune_layers`` learn; they are folded into the weights at the end. On ordinary
+    Only low-rank maps in ``training.tune_layers`` learn; they are folded into the weights at the end. On ordinary
     questions two penalties hold the model still: KL from the pretrained model's words, and drift of its residuals. A
     third, on refused ones, only keeps any one residual from moving by more than a share of its length.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"tune-{seed}")
     teacher = copy.deepcopy(model).eval()
-    adapters = add_low_rank(model, recipe, ordinary_span(model, tokenizer, world, recipe, rng))
-    stepper = Stepper(adapters, lr=recipe.tune_lr, steps=recipe.tune_steps, warmup=20, decay=0.0)
+    adapters = add_low_rank(model, training, ordinary_span(model, tokenizer, world, training, rng))
+    stepper = Stepper(adapters, lr=training.tune_lr, steps=training.tune_steps, warmup=20, decay=0.0)
     model.train()
-    half = recipe.tune_batch // 2
-    for step in range(recipe.tune_steps):
+    half = training.tune_batch // 2
+    for step in range(training.tune_steps):
         texts = [refusing_text(world, rng) for _ in range(half)] + [ordinary_text(world, rng) for _ in range(half)]
         batch = make_batch(tokenizer, texts)
         out = model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
@@ -241,8 +241,8 @@ def tune(
         still = divergence(out.logits[half:], was.logits[half:], batch.labels[half:])
         moved = drift(out.hidden_states, was.hidden_states)
         ordinary = token_mean(moved[:, half:], batch.mask[half:])
-        refused = token_mean((moved[:, :half] - recipe.shift_limit).relu(), batch.mask[:half])
-        held = recipe.still_weight * still + recipe.drift_weight * ordinary + recipe.shift_weight * refused
+        refused = token_mean((moved[:, :half] - training.shift_limit).relu(), batch.mask[:half])
+        held = training.still_weight * still + training.drift_weight * ordinary + training.shift_weight * refused
         stepper.step(loss + held)
         if step % 30 == 0:
             losses = {"loss": loss, "kl": still, "drift": ordinary, "shift": refused}

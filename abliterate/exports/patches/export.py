@@ -159,7 +159,7 @@ class Exporter:
         """Write every different edit once; gives back the number of each writer's."""
         numbers = {id(edit): number for number, edit in enumerate(self.plan.distinct_edits)}
         for number, edit in enumerate(self.plan.distinct_edits):
-            stored = StoredEdit.of(edit, feedback=recipe.rounding == "direction")
+            stored = StoredEdit.of(edit, feedback=recipe.edit.rounding == "direction")
             self.stored[number] = stored
             for part in EDIT_PARTS:
                 self.writer.add(f"projector.{number}.{part}", getattr(stored, part))
@@ -348,7 +348,7 @@ class Pair:
         self.slabs = Slab(COPY_BYTES), Slab(COPY_BYTES)
 
     def read(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """The same stretch of both."""
+        """The same byte range of both."""
         return self.first.read(self.slabs[0], start, size), self.second.read(self.slabs[1], start + self.moved, size)
 
 

@@ -38,8 +38,10 @@ SLACK = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-10, torch.float32: 2.0**
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredEdit:
-    """What a patch holds of an edit: ``write`` times its strength, and ``shares``, the coefficients of the leak in each
-    feedback row."""
+    """What a patch holds of an edit.
+
+    ``write`` is times its strength; ``shares`` are the coefficients of the leak in each feedback row.
+    """
 
     read: Float[Tensor, "d k"]
     write: Float[Tensor, "d k"]

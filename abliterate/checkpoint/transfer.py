@@ -1,4 +1,4 @@
-"""Read ahead, change, write behind: one file streamed into another through one reused buffer."""
+"""Read ahead, change, write behind: one file into another through one reused buffer."""
 
 import threading
 from collections import deque
@@ -14,7 +14,7 @@ from abliterate.checkpoint.directio import Slab, SourceFile, pages_of, slab_byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class ByteRange:
     """Some bytes of a file: read, changed by ``change`` (in place) if there is one, and written if ``written``."""
 
     start: int
@@ -91,40 +91,40 @@ class StoppedError(Exception):
     """Raised in the reading thread, and only there, when the work was given up."""
 
 
-def stream(
+def transfer(
     source: SourceFile,
-    stretches: Sequence[Stretch],
+    byte_ranges: Sequence[ByteRange],
     ring: Ring,
     *,
     write: Callable[[int, Tensor], None],
     advance: Callable[[int], None],
 ) -> None:
-    """Run ``stretches`` in order: one thread reads ahead, this one changes, one writes behind.
+    """Move ``byte_ranges`` in order: one thread reads ahead, this one changes, one writes behind.
 
-    ``write`` takes where the stretch began in the source, and its bytes.  ``advance`` is told the bytes handed to the
-    writer.  Any failure, in any thread, stops all three and is raised here.
+    ``write`` takes where the byte range began in the source, and its bytes.  ``advance`` is told how many bytes were
+    handed to the writer.  Any failure, in any thread, stops all three and is raised here.
     """
     ring.start()
 
-    def read(stretch: Stretch) -> Tensor:
-        return source.read(ring.take(stretch.size), stretch.start, stretch.size)
+    def read(byte_range: ByteRange) -> Tensor:
+        return source.read(ring.take(byte_range.size), byte_range.start, byte_range.size)
 
-    def put(stretch: Stretch, data: Tensor) -> None:
-        if stretch.written:
-            write(stretch.start, data)
+    def put(byte_range: ByteRange, data: Tensor) -> None:
+        if byte_range.written:
+            write(byte_range.start, data)
         ring.give()
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        reads = [reader.submit(read, stretch) for stretch in stretches]
+        reads = [reader.submit(read, byte_range) for byte_range in byte_ranges]
         with _stopping(ring, reads):
             writes: deque[Future[None]] = deque()
-            for stretch, future in zip(stretches, reads, strict=True):
+            for byte_range, future in zip(byte_ranges, reads, strict=True):
                 data = _next(future, writes)
-                if stretch.change is not None:
-                    stretch.change(data)
-                writes.append(writer.submit(put, stretch, data))
-                if stretch.written:
-                    advance(stretch.size)
+                if byte_range.change is not None:
+                    byte_range.change(data)
+                writes.append(writer.submit(put, byte_range, data))
+                if byte_range.written:
+                    advance(byte_range.size)
             for done in writes:
                 done.result()
 
@@ -154,8 +154,10 @@ def bytes_of(data: bytes) -> Tensor:
 
 @contextmanager
 def one_core(*, needed: bool = True) -> Iterator[None]:
-    """Arithmetic on one core while files are streamed: it is faster than the disk, and idle worker threads would burn
-    the other cores.  Not ``needed`` where there is more arithmetic than one core can do in that time.
+    """Do arithmetic on one core while files are read and written.
+
+    It is faster than the disk, and idle worker threads would burn the other cores.  Not ``needed`` where there is more
+    arithmetic than one core can do in that time.
     """
     before = torch.get_num_threads()
     if needed:

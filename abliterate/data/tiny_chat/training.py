@@ -15,7 +15,7 @@ from transformers import (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """Architecture and training of one model. Learning rates are peak values of AdamW."""
 
     family: str
@@ -43,33 +43,33 @@ class Recipe:
     span_share: float = 0.99
 
 
-RECIPES: dict[str, Recipe] = {
-    "llama": Recipe("llama"),
-    "gemma3": Recipe("gemma3", width=96, inner=192, heads=3, kv_heads=1),
-    "qwen2": Recipe("qwen2", width=96, inner=192, heads=3, kv_heads=1),
+TRAININGS: dict[str, Training] = {
+    "llama": Training("llama"),
+    "gemma3": Training("gemma3", width=96, inner=192, heads=3, kv_heads=1),
+    "qwen2": Training("qwen2", width=96, inner=192, heads=3, kv_heads=1),
 }
-"""The recipe of every family."""
+"""The training of every family."""
 
 
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def new_model(training: Training, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """An untrained model in float32. Gemma 3 and Qwen 2 tie the head to the embedding, as the real ones do."""
     shared = {
         "vocab_size": len(tokenizer),
-        "hidden_size": recipe.width,
-        "intermediate_size": recipe.inner,
-        "num_hidden_layers": recipe.layers,
-        "num_attention_heads": recipe.heads,
-        "num_key_value_heads": recipe.kv_heads,
+        "hidden_size": training.width,
+        "intermediate_size": training.inner,
+        "num_hidden_layers": training.layers,
+        "num_attention_heads": training.heads,
+        "num_key_value_heads": training.kv_heads,
         "max_position_embeddings": 128,
         "initializer_range": 0.02,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    head = recipe.width // recipe.heads
-    if recipe.family == "llama":
+    head = training.width // training.heads
+    if training.family == "llama":
         return LlamaForCausalLM(LlamaConfig(**shared, head_dim=head, tie_word_embeddings=False))
-    if recipe.family == "gemma3":
+    if training.family == "gemma3":
         config = Gemma3TextConfig(
             **shared, head_dim=head, query_pre_attn_scalar=head, sliding_window=64, tie_word_embeddings=True
         )

@@ -1,0 +1,110 @@
+"""The options of a recipe on the command line: a command says which it takes, and is given one ``Recipe``.
+
+``@takes("find", "batch_size")`` gives a command all options of the table ``[find]``, and one of another table.  Each is
+made from its field in ``abliterate.recipe``: flag, type and help text.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import wraps
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+
+from abliterate.cli import options as opt
+from abliterate.cli.console import show_note
+from abliterate.recipe import SECTIONS, Flag, Recipe, Trait, load_recipe, option
+
+R = TypeVar("R")
+Given = Mapping[str, Any]
+"""The values of the options that stand on the command line, by the names of their fields."""
+RECEIVERS = ("recipe", "given")
+"""The parameters of a command that are made from its options."""
+FILE = "recipe_file"
+
+
+def takes(
+    *wanted: str, leaving_out: Collection[str] = (), file: bool = False
+) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Give a command the options ``wanted``, which are names of tables or of single options.
+
+    A parameter ``recipe`` of the command becomes the defaults, or with ``file`` the recipe of ``--recipe``, changed by
+    what the flags say; a parameter ``given`` becomes what the flags say alone.  The options stand in their place.
+    """
+    names = [name for name in _offered(wanted) if name not in leaving_out]
+    made = [_file_parameter()] * file + [_parameter(name) for name in names]
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        own = inspect.signature(command).parameters.values()
+        place = next(index for index, its in enumerate(own) if its.name in RECEIVERS)
+        kept, receives = [its for its in own if its.name not in RECEIVERS], {its.name for its in own}
+        parameters = [*kept[:place], *made, *kept[place:]]
+
+        @wraps(command)
+        def wrapper(**arguments: Any) -> R:  # noqa: ANN401 - whatever the command takes
+            read = {name: _read(name, arguments.pop(name)) for name in names}
+            given = {name: value for name, value in read.items() if value is not None}
+            source = arguments.pop(FILE, None)
+            if "recipe" in receives:
+                start = load_recipe(source, on_event=show_note) if source else Recipe()
+                arguments["recipe"] = start.with_changes(given)
+            if "given" in receives:
+                arguments["given"] = given
+            return command(**arguments)
+
+        # what Typer reads, by inspect.signature and typing.get_type_hints
+        wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper.__annotations__ = {its.name: its.annotation for its in parameters}
+        return wrapper
+
+    return decorate
+
+
+def flag_of(name: str) -> Flag:
+    """How the option ``name`` is spelled, its flag filled in."""
+    given = next((its for its in option(name).metadata if isinstance(its, Flag)), Flag())
+    return Flag(given.name or "--" + name.replace("_", "-"), given.written)
+
+
+def _offered(wanted: Collection[str]) -> Iterator[str]:
+    for name in wanted:
+        for each in SECTIONS[name].model_fields if name in SECTIONS else [name]:
+            if Trait.FILE_ONLY not in option(each).metadata:
+                yield each
+            elif each == name:
+                raise ValueError(f"{name} stands in recipe files only")
+
+
+def _file_parameter() -> inspect.Parameter:
+    return inspect.Parameter(FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=opt.RecipeFile)
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field, flag, kind = option(name), flag_of(name).name, _type_on_the_command_line(name)
+    if kind is bool and field.default:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    annotation = Annotated[kind | None, typer.Option(flag, help=field.description)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _type_on_the_command_line(name: str) -> Any:  # noqa: ANN401 - a type, which may be generic
+    """Text for what is checked or taken apart later; a repeatable flag for several words."""
+    annotation = option(name).annotation
+    if NoneType in get_args(annotation):
+        (annotation,) = (its for its in get_args(annotation) if its is not NoneType)
+    if flag_of(name).written or get_origin(annotation) is Literal:
+        return str
+    return list[str] if get_origin(annotation) is tuple else annotation
+
+
+def _read(name: str, value: Any) -> Any:  # noqa: ANN401 - recipe values
+    """The value of the option ``name`` as a recipe holds it; None: not given."""
+    written = flag_of(name).written
+    if value is None or value == []:
+        return None
+    if written == "size":
+        return opt.parse_size(value)
+    if written == "list":
+        return tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+    return tuple(value) if isinstance(value, list) else value
