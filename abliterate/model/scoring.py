@@ -30,10 +30,10 @@ from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch
-from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
+from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
 from abliterate.model.rowwise import subspaces_ablated
 from abliterate.model.shortened import Shortened, shortened
