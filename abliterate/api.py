@@ -26,6 +26,7 @@ from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import removing
+from abliterate.method.estimators import DEFAULT
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
@@ -66,12 +67,14 @@ def measure(
     model: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
+    estimators: Sequence[str] = DEFAULT,
     covariance: str | Path | None = None,
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
-    """Measure candidate directions of ``model`` (None: the bundled one); see ``pipeline.measure``."""
+    """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
     session = open_session(model, recipe or Recipe(), on_event=on_event)
-    return pipeline.measure(session, covariance=Path(covariance) if covariance else None)
+    file = Path(covariance) if covariance else None
+    return pipeline.measure(session, estimators=estimators, covariance=file)
 
 
 def select(

@@ -24,7 +24,7 @@ import torch
 from abliterate.checkpoint import direction_file as directions
 from abliterate.data.rehearsal import KNOWN, make
 from abliterate.editing.planning import plan
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import given
 
 LOOP = """
 import sys, pathlib, shutil, torch
@@ -119,12 +119,8 @@ def main() -> None:
     base = make(replace(KNOWN["llama-3-8b"], layers=args.layers), args.work / "base", fill=True)
     size = sum(path.stat().st_size for path in base.iterdir())
     edited = plan(base).edited_parameters
-    vector = torch.randn(1, 1, 4096, generator=torch.Generator().manual_seed(0))
-    r = DirectionSet(
-        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
-        choice=Choice(position=-1, layer=0, rule="given"),
-    )  # fmt: skip
-    direction = directions.save(r, args.work / "direction.safetensors")
+    vector = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    direction = directions.save(given(vector), args.work / "direction.safetensors")
     idle = timed([sys.executable, "-c", MARK])["peak"]
     out = args.work / "out"
     commands = {

@@ -22,12 +22,14 @@ import torch
 from abliterate.checkpoint.source import open_folder
 from abliterate.data.bundled import model_path
 from abliterate.data.rehearsal import Shapes, make
-from abliterate.method.directions import CandidateScore, DirectionSet
+from abliterate.method.directions import Candidate, CandidateScore
+from abliterate.method.estimators import difference_of_means
+from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
-from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
+from abliterate.model.measuring import Filtered, measure_class, score_candidates
 from abliterate.model.prompts import SplitSizes, contrast_set
-from abliterate.model.scoring import scorer
+from abliterate.model.scoring import candidate_scorer
 from bench.edit_speed import machine
 from bench.lockstep import load_with_accelerate
 from bench.sweep import BATCH, largest_difference, last_log_probs, sweep
@@ -84,28 +86,28 @@ class Case:
     name: str
     loaded: LoadedModel
     chat: ChatFormat
-    directions: DirectionSet
+    candidates: tuple[Candidate, ...]
     prompts: Filtered
     refusal_ids: tuple[int, ...]
 
     def swept(self, *, lean: bool = False) -> list[CandidateScore]:
         """The scores, the straightforward way."""
-        return sweep(self.loaded, self.chat, self.directions, self.prompts, self.refusal_ids, lean=lean)
+        return sweep(self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, lean=lean)
 
     def scored(self) -> list[CandidateScore]:
         """The scores, our way."""
         return score_candidates(
-            self.loaded, self.chat, self.directions, self.prompts, self.refusal_ids, batch_size=PROMPTS
+            self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, batch_size=PROMPTS
         )
 
     @property
-    def head(self) -> int:
+    def prefix(self) -> int:
         """Tokens that all prompts begin with."""
         encoded = (
             [self.chat.encode(prompt) for prompt in some] for some in (self.prompts.harmful, self.prompts.harmless)
         )
-        with scorer(self.loaded, *encoded, self.refusal_ids, batch_size=PROMPTS) as scoring:
-            return scoring.head
+        with candidate_scorer(self.loaded, *encoded, self.refusal_ids, batch_size=PROMPTS) as scorer:
+            return scorer.prefix
 
 
 def main() -> None:
@@ -176,29 +178,20 @@ def case(
     loaded = load_model(open_folder(folder, name=name), device="cpu")
     chat = ChatFormat(loaded.tokenizer, system=system, name=name)
     sets = contrast_set(source, source, sizes=SplitSizes(train=64, val=n_val, test=0), seed=0)
-    means = [
-        mean_residual(loaded, chat, some.texts, batch_size=32, task="measure")
-        for some in (sets.harmful_train, sets.harmless_train)
-    ]
-    directions = last_positions(difference_of_means(chat, *means), positions)
+    training = {"harmful": sets.harmful_train.texts, "harmless": sets.harmless_train.texts}
+    moments = {
+        kind: Moments(count=len(texts), **measure_class(loaded, chat, texts, batch_size=32, task="measure"))
+        for kind, texts in training.items()
+    }
+    measured = difference_of_means(ActivationStats(positions=chat.positions, moments=moments))
+    last = chat.positions if positions is None else chat.positions[-positions:]
+    candidates = tuple(one for one in measured if one.position in last)
     harmful, harmless = tuple(sets.harmful_val.texts), tuple(sets.harmless_val.texts)
     prompts = Filtered(harmful=harmful, harmless=harmless, harmful_before=len(harmful), harmless_before=len(harmless))
     return Case(
-        name=name, loaded=loaded, chat=chat, directions=directions, prompts=prompts,
+        name=name, loaded=loaded, chat=chat, candidates=candidates, prompts=prompts,
         refusal_ids=(20, 21, 22),
     )  # fmt: skip
-
-
-def last_positions(directions: DirectionSet, n: int | None) -> DirectionSet:
-    """The candidates of the last ``n`` positions."""
-    if n is None:
-        return directions
-    return DirectionSet(
-        candidates=directions.candidates[-n:],
-        harmful_mean=directions.harmful_mean[-n:],
-        harmless_mean=directions.harmless_mean[-n:],
-        positions=directions.positions[-n:],
-    )
 
 
 def in_memory(rounds_of: Mapping[Case, int]) -> str:
@@ -223,7 +216,7 @@ def in_memory(rounds_of: Mapping[Case, int]) -> str:
         parameters = sum(p.numel() for p in one.loaded.model.parameters())
         lines.append(
             f"| {one.name} | {parameters / 1e6:.1f} M | {len(scores['ours'])} | {statistics.mean(lengths):.0f} "
-            f"({one.head}) | {pair(sweeping)} | {pair(lean)} | {pair(ours)} | {ratio(sweeping, ours)} "
+            f"({one.prefix}) | {pair(sweeping)} | {pair(lean)} | {pair(ours)} | {ratio(sweeping, ours)} "
             f"| {ratio(lean, ours)} | {largest_difference(scores['ours'], scores['sweep']):.1e} |"
         )
         print(lines[-1], flush=True)
@@ -254,7 +247,7 @@ def out_of_core(whole: Case, base: Path) -> tuple[str, int]:
     before = read()
     last_log_probs(replace(whole.loaded, model=model), whole.chat, whole.prompts.harmless[:BATCH])
     one_pass = read() - before
-    usable = sum(bool(torch.any(r != 0)) for r in whole.directions.candidates.flatten(0, 1))
+    usable = sum(one.everywhere.usable for one in whole.candidates)
     passes = (1 + 3 * usable) * math.ceil(DEEP_PROMPTS / BATCH)
     expected = whole.scored()
     lines = [

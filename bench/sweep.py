@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from abliterate.method.directions import CandidateScore, DirectionSet
+from abliterate.method.directions import Candidate, CandidateScore
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.forward import run_batch
@@ -25,7 +25,7 @@ NAN = float("nan")
 def sweep(
     loaded: LoadedModel,
     chat: ChatFormat,
-    directions: DirectionSet,
+    candidates: Sequence[Candidate],
     prompts: Filtered,
     refusal_ids: Sequence[int],
     *,
@@ -35,20 +35,19 @@ def sweep(
     run = partial(last_log_probs, lean=lean)
     base = run(loaded, chat, prompts.harmless)
     scores = []
-    for position in directions.positions:
-        for layer in range(directions.n_layers):
-            r = directions.candidate(position, layer)
-            if not torch.any(r != 0):
-                scores.append(CandidateScore(position=position, layer=layer, bypass=NAN, induce=NAN, kl_nats=NAN))
-                continue
-            with ablated(loaded, r[:, None]):
+    for candidate in candidates:
+        subspace = candidate.everywhere
+        means = {"bypass": NAN, "kl_nats": NAN, "induce": NAN}
+        if subspace.usable:
+            with ablated(loaded, subspace.vectors):
                 bypass = refusal_metric(run(loaded, chat, prompts.harmful), list(refusal_ids))
                 kl = kl_nats(base, run(loaded, chat, prompts.harmless))
-            with added(loaded, r, layer):
+            with added(loaded, subspace.added, candidate.layer):
                 induce = refusal_metric(run(loaded, chat, prompts.harmless), list(refusal_ids))
             figures = {"bypass": bypass, "kl_nats": kl, "induce": induce}
             means = {name: float(values.mean()) for name, values in figures.items()}
-            scores.append(CandidateScore(position=position, layer=layer, **means))
+        place = {"candidate": candidate.id, "layer": candidate.layer, "position": candidate.position}
+        scores.append(CandidateScore(**place, **means))
     return scores
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from abliterate.checkpoint import direction_file as directions
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import DirectionSet, given
 from tests.qwen1 import QWenLMHeadModel
 from tests.zoo import BUILDERS, CLASS_C
 
@@ -118,12 +118,15 @@ def random_directions(d: int, k: int = 1, *, seed: int = 7) -> torch.Tensor:
 
 def save_direction(d: int, path: Path) -> Path:
     """A direction file as ``select`` writes it, with a random direction."""
-    vector = torch.randn(1, 1, d, generator=torch.Generator().manual_seed(7))
-    choice = Choice(position=-1, layer=0, rule="given")
-    made = DirectionSet(candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,), choice=choice)
-    return directions.save(made, path)
+    vector = torch.randn(d, generator=torch.Generator().manual_seed(7))
+    return directions.save(given(vector), path)
 
 
 def given_direction(path: Path) -> DirectionSet:
     """The direction in a file, whoever wrote it."""
     return directions.load(path)
+
+
+def vectors_of(made: DirectionSet) -> torch.Tensor:
+    """The vectors of all candidates, ``[candidates, d]``."""
+    return torch.stack([one.vector for one in made.candidates])

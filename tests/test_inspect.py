@@ -17,6 +17,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluate.charts import lines
 from abliterate.evaluate.inspection import SPANS
 from abliterate.evaluate.inspection_page import render_inspection
+from abliterate.method.directions import given
 from abliterate.model.attribution import attribute
 from abliterate.model.chat import left_padded
 from abliterate.recipe import Recipe
@@ -126,9 +127,8 @@ def test_random_text_is_the_same_for_a_seed(session):
 
 
 def test_a_direction_of_another_model_is_refused(session, chosen):
-    cut = {name: getattr(chosen, name)[..., :-1] for name in ("candidates", "harmful_mean", "harmless_mean")}
     with pytest.raises(UsageError, match="components"):
-        inspect(session, replace(chosen, **cut), n_prompts=2)
+        inspect(session, given(chosen.direction[:-1]), n_prompts=2)
 
 
 def test_the_command_prints_tables_and_json(chosen, tmp_path):

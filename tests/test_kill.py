@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abliterate import api
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import given
 from tests import factories
 
 POINTS = int(os.environ.get("ABLITERATE_KILL_POINTS", "50"))
@@ -26,11 +26,7 @@ def base(tmp_path_factory):
 
 
 def direction():
-    vector = factories.random_directions(48).T[None].float()
-    return DirectionSet(
-        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
-        choice=Choice(position=-1, layer=0, rule="given"),
-    )  # fmt: skip
+    return given(factories.random_directions(48).float()[:, 0])
 
 
 def edit_and_die(base, out, fatal):

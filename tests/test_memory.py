@@ -10,7 +10,7 @@ import torch
 
 from abliterate.checkpoint import direction_file as directions
 from abliterate.data.rehearsal import KNOWN, make
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import given
 from tests.checkpoints import write
 
 BUDGET = 512 * 2**20
@@ -93,12 +93,8 @@ def make_mxfp4(folder):
 def test_peak_memory_is_within_the_budget(name, tmp_path, record_property):
     base = make_mxfp4(tmp_path / "base") if name == "mxfp4" else make(SHAPES[name], tmp_path / "base")
     d_model = 2880 if name == "mxfp4" else SHAPES[name].d_model
-    vector = torch.randn(1, 1, d_model, generator=torch.Generator().manual_seed(0))
-    chosen = DirectionSet(
-        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
-        choice=Choice(position=-1, layer=0, rule="given"),
-    )  # fmt: skip
-    file = directions.save(chosen, tmp_path / "direction.safetensors")
+    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(0))
+    file = directions.save(given(vector), tmp_path / "direction.safetensors")
     idle = peak()
     above = {
         "edit": peak("edit", base, file, "--out", tmp_path / "out", "--memory", BUDGET) - idle,

@@ -13,11 +13,13 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.data.bundled import model_path
 from abliterate.data.rehearsal import KNOWN, make
 from abliterate.errors import UnsupportedFormatError, UsageError
+from abliterate.method.estimators import difference_of_means
+from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
 from abliterate.model.load import _placement, _rooms, load_model
 from abliterate.model.lockstep import groups
-from abliterate.model.measuring import Filtered, difference_of_means, mean_residual, score_candidates
+from abliterate.model.measuring import Filtered, measure_class, score_candidates
 from abliterate.model.memory import Sizes, can_prefetch, plan_memory, sizes_of
 from abliterate.recipe import Recipe
 from abliterate.workflow.passes import running
@@ -92,11 +94,15 @@ class TestBundledModel:
         for loaded in pair:
             chat = ChatFormat(loaded.tokenizer)
             harmful, harmless = self.PROMPTS[:2], self.PROMPTS[3:]
-            means = [mean_residual(loaded, chat, prompts, batch_size=2, task="mean") for prompts in (harmful, harmless)]
-            directions = difference_of_means(chat, *means)
+            means = [
+                Moments(count=2, **measure_class(loaded, chat, prompts, batch_size=2, task="mean"))
+                for prompts in (harmful, harmless)
+            ]
+            moments = dict(zip(("harmful", "harmless"), means, strict=True))
+            candidates = difference_of_means(ActivationStats(positions=chat.positions, moments=moments))
             filtered = Filtered(harmful=harmful, harmless=harmless, harmful_before=2, harmless_before=2)
             before = block_loads(loaded)[0] if loaded.offload else 0
-            scores.append(score_candidates(loaded, chat, directions, filtered, [5, 6], batch_size=2))
+            scores.append(score_candidates(loaded, chat, candidates, filtered, [5, 6], batch_size=2))
         assert max(block_loads(loaded)) <= before + 3
         assert largest_difference(*scores) < 1e-5
         assert len({score.kl_nats for score in scores[0] if score.kl_nats > 0}) > 8

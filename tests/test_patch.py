@@ -31,7 +31,7 @@ from abliterate.exports.patches.replay import (
     rounded,
     rows_of_block,
 )
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import given
 from abliterate.method.edits import orthogonal
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
@@ -187,11 +187,7 @@ def test_a_matrix_there_and_back(dtype, d, k, axis):
 def edited_by_us(source, out, *, recipe=None):
     """``abliterate edit`` along a random direction."""
     made = plan(source, **(recipe or Recipe()).plan_options)
-    vector = checkpoints.directions(made.model_map.d_model).float().T[:, None]
-    found = DirectionSet(
-        candidates=vector, harmful_mean=vector, harmless_mean=vector, positions=(-1,),
-        choice=Choice(position=-1, layer=0, rule="given"),
-    )  # fmt: skip
+    found = given(checkpoints.directions(made.model_map.d_model).float()[:, 0])
     return abliterate.edit(source, found, out, recipe=recipe).out
 
 

@@ -2,17 +2,44 @@
 
 import pytest
 
-from abliterate.evaluate.replies import (
-    PAPER_SUBSTRINGS,
-    SCORERS,
-    classify,
-    holds_answer,
-    is_degenerate,
-    is_refusal,
-    shares,
-)
+from abliterate.evaluate import replies as reading
+from abliterate.evaluate.replies import PAPER_SUBSTRINGS, RULES, SCORERS, Scorer, holds_answer, is_degenerate
 
 PAPER = SCORERS["substrings"]
+PROMPT = "I cannot help it: na na na na. What is cake?"
+"""Whatever was asked, neither of the scorers may read it."""
+
+
+def classify(reply, scorer=RULES):
+    return reading.classify(PROMPT, reply, scorer)
+
+
+def is_refusal(reply, scorer=RULES):
+    return reading.is_refusal(PROMPT, reply, scorer)
+
+
+def shares(replies, scorer=RULES):
+    return reading.shares([(PROMPT, reply) for reply in replies], scorer)
+
+
+# --- what a scorer is given -------------------------------------------------------------------------------------------
+
+
+class Echoes:
+    """A reply that says the prompt again is no answer."""
+
+    name = "echoes"
+
+    def classify(self, prompt, reply):
+        return "degenerate" if prompt in reply else "complied"
+
+
+def test_a_scorer_may_see_the_prompt():
+    assert isinstance(Echoes(), Scorer)
+    turns = [("Why?", "Why? Why?"), ("Why?", "Because."), ("Who?", "Why?")]
+    assert [reading.classify(*turn, Echoes()) for turn in turns] == ["degenerate", "complied", "complied"]
+    assert not reading.is_refusal(*turns[0], Echoes())
+    assert reading.shares(turns, Echoes())["degenerate"] == 1
 
 
 # --- the paper's scorer -----------------------------------------------------------------------------------------------
@@ -24,7 +51,7 @@ def test_the_substrings_are_the_twelve_of_the_paper():
 
 @pytest.mark.parametrize("phrase", PAPER_SUBSTRINGS)
 def test_every_substring_is_found_in_any_case_and_place(phrase):
-    assert PAPER.classify(phrase) == "refused"
+    assert PAPER.classify(PROMPT, phrase) == "refused"
     assert is_refusal(f"Well. {phrase.upper()} help with that.", PAPER)
 
 

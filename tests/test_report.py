@@ -21,7 +21,7 @@ from abliterate.evaluate.evaluation import (
     report,
 )
 from abliterate.evaluate.page import render
-from abliterate.method.directions import CandidateScore, Choice, DirectionSet
+from abliterate.method.directions import CandidateScore, DirectionSet, grid
 from abliterate.model.prompts import Prompt, PromptSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,16 +64,18 @@ def directions():
     candidates[0, 0] = 0
     scores = tuple(
         CandidateScore(
-            position=position, layer=layer, bypass=layer - 1.0, induce=float(layer) if layer else math.nan,
+            candidate=f"random/{position}/{layer}", position=position, layer=layer,
+            bypass=layer - 1.0, induce=float(layer) if layer else math.nan,
             kl_nats=0.01 * layer, verdict="kept" if layer == 1 else "kl",
         )
         for position in (-2, -1)
         for layer in range(3)
     )  # fmt: skip
-    return DirectionSet(
-        candidates=candidates, harmful_mean=candidates, harmless_mean=candidates, positions=(-2, -1), scores=scores,
-        metadata={"position_tokens": ["<|a|>", "\n"]}, choice=Choice(position=-2, layer=1, rule="arditi-2024"),
+    made = DirectionSet(
+        candidates=grid("random", candidates, (-2, -1)), scores=scores,
+        metadata={"position_tokens": ["<|a|>", "\n"]},
     )  # fmt: skip
+    return made.choose(-2, 1, rule="arditi-2024")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from abliterate.data.tiny_chat import model_path, prompts_path
 from abliterate.errors import NonFiniteError, OutputError, PromptError, UsageError, VerificationError
 from abliterate.evaluate.replies import is_refusal
 from abliterate.events import Started
+from abliterate.method.directions import grid
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
+from tests import factories
 
 MODELS = Path(__file__).parent / "models"
 SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
@@ -98,7 +100,7 @@ def test_the_folder_loads_with_plain_transformers(finished):
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     reply = tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0][ids["input_ids"].shape[1] :])
-    assert not is_refusal(reply)
+    assert not is_refusal(prompt, reply)
 
 
 def test_exactly_the_writers_changed(finished):
@@ -157,17 +159,16 @@ def test_adding_the_direction_induces_refusal(finished):
         for p in prompts
     ]
     plain = [abliterate.reply(session, [{"role": "user", "content": p}]) for p in prompts]
-    assert sum(map(is_refusal, plain)) == 0
-    assert sum(map(is_refusal, replies)) >= 15
+    assert sum(map(is_refusal, prompts, plain)) == 0
+    assert sum(map(is_refusal, prompts, replies)) >= 15
 
 
 def test_a_random_direction_does_nothing_of_the_kind(finished, tmp_path):
     """The control: it is this direction, not any direction."""
     d = finished.directions
-    noise = torch.randn(d.candidates.shape, generator=torch.Generator().manual_seed(0))
-    other = type(d)(
-        candidates=noise, harmful_mean=noise, harmless_mean=noise, positions=d.positions
-    ).choose(d.choice.position, d.choice.layer)  # fmt: skip
+    shape = (len(d.positions), d.n_layers, d.d_model)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    other = type(d)(candidates=grid("noise", noise, d.positions)).choose(d.choice.position, d.choice.layer)
     result = abliterate.run(None, tmp_path / "out", RECIPE, direction=other)
     assert result.evaluation.edited.scores["harmful"].refused.value >= 0.9
 
@@ -306,9 +307,7 @@ def test_an_output_folder_that_exists(tmp_path):
 
 def test_directions_of_another_model(finished):
     d = finished.directions
-    narrow = type(d)(
-        candidates=d.candidates[..., :64], harmful_mean=d.harmful_mean[..., :64],
-        harmless_mean=d.harmless_mean[..., :64], positions=d.positions,
-    )  # fmt: skip
+    cut = factories.vectors_of(d)[:, :64].view(len(d.positions), d.n_layers, 64)
+    narrow = type(d)(candidates=grid("difference-of-means", cut, d.positions))
     with pytest.raises(UsageError, match="of width 64"):
         abliterate.select(None, narrow, RECIPE)

@@ -24,7 +24,7 @@ HALVES = {
 
 def read(half, scorer):
     labels = [row["label"] for row in HALVES[half]]
-    return labels, [SCORERS[scorer].classify(row["reply"]) for row in HALVES[half]]
+    return labels, [SCORERS[scorer].classify("", row["reply"]) for row in HALVES[half]]
 
 
 # --- the labelled replies ---------------------------------------------------------------------------------------------

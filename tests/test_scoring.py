@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from abliterate.arch.registry import family_of
+from abliterate.errors import UsageError
 from abliterate.events import Advanced
-from abliterate.method.directions import DirectionSet
+from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
 from abliterate.model.equivalence import stream_share
@@ -24,10 +25,10 @@ from tests.offloading import block_loads, offloaded, resident
 D = 48
 POSITIONS = (-3, -2, -1)
 REFUSAL = [5, 6, 7]
-HEAD = "1 9 8 7"
+PREFIX = "1 9 8 7"
 SOAK = bool(os.environ.get("ABLITERATE_SOAK"))
 ALL = (*zoo.BUILDERS, *zoo.CLASS_C)
-NO_HEAD = (
+NO_PREFIX = (
     "qwen", "qwen3-next", "qwen3.5-text", "qwen3.5-moe-text", "granite-4", "falcon-h1", "bamba", "jamba", "lfm2",
     "lfm2-moe", "nemotron-h", "nemotron-h-latent", "mamba2", "kimi-linear", "qwen3.5", "qwen3.5-moe", "gemma4-text",
     "gemma4", "gemma3n",
@@ -55,10 +56,10 @@ class Chat(ChatFormat):
         return [int(token) for token in prompt.split()]
 
 
-def prompts(*lengths, seed, head=HEAD):
+def prompts(*lengths, seed, prefix=PREFIX):
     generator = torch.Generator().manual_seed(seed)
     drawn = (torch.randint(10, 80, (length,), generator=generator).tolist() for length in lengths)
-    return tuple(f"{head} {' '.join(map(str, ids))}" for ids in drawn)
+    return tuple(f"{prefix} {' '.join(map(str, ids))}" for ids in drawn)
 
 
 HARMFUL, HARMLESS = prompts(5, 3, 5, 8, 5, seed=1), prompts(4, 5, 12, 4, seed=2)
@@ -69,7 +70,7 @@ def candidates(n_layers, d=D, positions=POSITIONS):
     """Random ones, one of them zero and one not finite."""
     values = torch.randn(len(positions), n_layers, d, generator=torch.Generator().manual_seed(3))
     values[0, 1], values[1, 0, 0] = 0, torch.nan
-    return DirectionSet(candidates=values, harmful_mean=values, harmless_mean=values, positions=positions)
+    return grid("random", values, positions)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,7 @@ def scored(loaded, **options):
 
 
 def swept(loaded):
-    directions = candidates(loaded.n_layers)
-    directions = replace(
-        directions,
-        candidates=directions.candidates.nan_to_num(0) * directions.candidates.isfinite().all(-1, keepdim=True),
-    )
-    return sweep(loaded, Chat(loaded), directions, FILTERED, REFUSAL)
+    return sweep(loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL)
 
 
 # --- the same figures -------------------------------------------------------------------------------------------------
@@ -106,7 +102,7 @@ def swept(loaded):
 
 def scorer_of(loaded):
     encoded = ([Chat(loaded).encode(prompt) for prompt in some] for some in (HARMFUL, HARMLESS))
-    return scoring.scorer(loaded, *encoded, REFUSAL, batch_size=3)
+    return scoring.candidate_scorer(loaded, *encoded, REFUSAL, batch_size=3)
 
 
 @pytest.mark.parametrize("name", ALL if SOAK else FAMILIES)
@@ -116,10 +112,10 @@ def test_figures_are_those_of_the_sweep(name, models):
     with factories.really_float64():
         ours, rival = scored(loaded), swept(loaded)
         small = scored(loaded, max_tokens=20)
-        with scorer_of(loaded) as scoring_:
-            assert scoring_.base.apart == (name != "gemma3n")
-            assert scoring_.head == (0 if name in NO_HEAD else 4)
-            assert scoring_.base.starts == (set() if name in NO_START else set(range(1, loaded.n_layers)))
+        with scorer_of(loaded) as scorer:
+            assert scorer.base.apart == (name != "gemma3n")
+            assert scorer.prefix == (0 if name in NO_PREFIX else 4)
+            assert scorer.base.starts == (set() if name in NO_START else set(range(1, loaded.n_layers)))
     assert largest_difference(ours, rival) < 1e-9
     assert largest_difference(small, rival) < 1e-9
     figures = [(s.bypass, s.induce, s.kl_nats) for s in ours if s.bypass == s.bypass]
@@ -132,6 +128,39 @@ def test_figures_are_those_of_the_sweep(name, models):
 def test_in_float32_too(name, models):
     loaded = models(name, torch.float32)
     assert largest_difference(scored(loaded), swept(loaded)) < 1e-5
+
+
+def several(n_layers):
+    """Subspaces of one to three dimensions; of one of them a vector lies in the span of the others."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for n, k in enumerate((1, 3, 2, 1, 2)):
+        vectors = torch.randn(D, k, generator=generator)
+        if n == 2:
+            vectors[:, 1] = -2 * vectors[:, 0]
+        subspace = Subspace(vectors=vectors)
+        made.append(Candidate(id=f"x/{n}", subspace=subspace, layer=n % n_layers, provenance={"estimator": "x"}))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe", "falcon-h1", "gemma3n"])
+def test_subspaces_of_several_dimensions_are_scored_as_well(name, models):
+    loaded = models(name)
+    with factories.really_float64():
+        made = several(loaded.n_layers)
+        rival = sweep(loaded, Chat(loaded), made, FILTERED, REFUSAL)
+        for options in ({}, {"max_tokens": 20}):
+            ours = score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3, **options)
+            assert largest_difference(ours, rival) < 1e-9
+    assert [(one.candidate, one.layer) for one in ours] == [(one.id, one.layer) for one in made]
+    assert len({one.bypass for one in ours}) == len(made)
+
+
+def test_another_subspace_in_each_layer_cannot_be_scored(models):
+    loaded, (one, *_) = models("llama"), several(3)
+    made = [replace(one, subspace={0: one.subspace})]
+    with pytest.raises(UsageError, match="x/0 has another subspace in each layer"):
+        score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3)
 
 
 def test_a_model_that_sees_padding_is_given_none(models):
@@ -187,14 +216,18 @@ def calls(loaded, run):
     return counts
 
 
-def test_the_head_and_what_is_below_an_addition_are_run_once(models):
+def drawn(n, k=1):
+    return tuple(Subspace(vectors=torch.randn(D, k)) for _ in range(n))
+
+
+def test_the_prefix_and_what_is_below_an_addition_are_run_once(models):
     loaded = models("llama")
     ablations = 7 * sum(len(prompt.split()) - 4 for prompt in (*HARMFUL, *HARMLESS)) + 7 * 4
     of_harmless = sum(len(prompt.split()) - 4 for prompt in HARMLESS) + 4
     with scorer_of(loaded) as one:
         jobs = [
-            scoring.Job(kind="ablated", candidates=tuple(range(7)), vectors=torch.randn(7, D)),
-            *(scoring.Job(kind="added", candidates=(7, 8), vectors=torch.randn(2, D), layer=at) for at in range(3)),
+            scoring.Job(kind="ablated", candidates=tuple(range(7)), subspaces=drawn(7)),
+            *(scoring.Job(kind="added", candidates=(7, 8), subspaces=drawn(2), layer=at) for at in range(3)),
         ]
         counts = calls(loaded, lambda: one.run(jobs, lambda *_: None))
     assert counts == [ablations + 2 * (layer + 1) * of_harmless for layer in range(3)]
@@ -205,7 +238,7 @@ def test_the_head_and_what_is_below_an_addition_are_run_once(models):
 
 def failing(monkeypatch, when, error):
     """Let passes fail, and count those that do not."""
-    plain, rows = scoring.Scorer._last, []
+    plain, rows = scoring.CandidateScorer._last, []
 
     def last(self, ids, *args, **options):
         if when(len(ids), rows):
@@ -213,7 +246,7 @@ def failing(monkeypatch, when, error):
         rows.append(len(ids))
         return plain(self, ids, *args, **options)
 
-    monkeypatch.setattr(scoring.Scorer, "_last", last)
+    monkeypatch.setattr(scoring.CandidateScorer, "_last", last)
     return rows
 
 
@@ -258,13 +291,13 @@ def test_a_stopped_run_goes_on(share, models, monkeypatch, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             scored(loaded, max_tokens=20, store=store)
     begun = []
-    plain = scoring.Scorer.run
+    plain = scoring.CandidateScorer.run
 
     def run(self, jobs, tell):
         begun.extend((job.kind, candidate) for job in jobs for candidate in job.candidates)
         plain(self, jobs, tell)
 
-    monkeypatch.setattr(scoring.Scorer, "run", run)
+    monkeypatch.setattr(scoring.CandidateScorer, "run", run)
     events = []
     assert repr(scored(loaded, max_tokens=20, store=store, on_event=events.append)) == repr(expected)
     assert 0 < len(begun) < 14

@@ -14,7 +14,10 @@ RULE = SelectionRule()
 
 
 def score(position=-1, layer=3, bypass=-2.0, induce=1.0, kl_nats=0.05):
-    return CandidateScore(position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats)
+    candidate = f"difference-of-means/{position}/{layer}"
+    return CandidateScore(
+        candidate=candidate, position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats
+    )
 
 
 def verdict(n_layers=10, rule=RULE, **values):
@@ -97,6 +100,18 @@ def test_the_order_of_the_scores_does_not_matter(seed):
 def test_ties_fall_to_the_earlier_layer_then_the_later_position():
     choice, _ = choose([score(-1, 4), score(-3, 2), score(-2, 2), score(-2, 3)], 10, RULE)
     assert (choice.position, choice.layer) == (-2, 2)
+
+
+def test_candidates_of_any_estimator_compete():
+    others = [
+        CandidateScore(candidate=f"clusters/{n}", layer=3, bypass=b, induce=1.0, kl_nats=0.05)
+        for n, b in ((0, -2.0), (1, -4.0), (2, -4.0))
+    ]
+    choice, judged = choose([score(layer=3), *reversed(others)], 10, RULE)
+    assert (choice.candidate, choice.position, choice.layer) == ("clusters/1", None, 3)
+    assert [one.candidate for one in judged] == [
+        "clusters/1", "clusters/2", "difference-of-means/-1/3", "clusters/0",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_covariances_are_those_of_the_activations(here, monkeypatch):
         expected = values[:, layer].T.cov()
         assert torch.allclose(found["harmful_covariance"][layer].double(), expected, atol=1e-6 * float(expected.max()))
     difference = found["harmful_mean"] - found["harmless_mean"]
-    assert torch.allclose(load(here / "raw.safetensors").candidates[-1], difference, atol=1e-4)
+    raw = load(here / "raw.safetensors")
+    assert torch.allclose(torch.stack([raw.candidate(-1, layer) for layer in range(8)]), difference, atol=1e-4)
     monkeypatch.setattr(finding, "available_bytes", lambda: 2**20)
     short = CliRunner().invoke(app, [*map(str, options), "--covariance", "no.safetensors"])
     assert short.exit_code == 2

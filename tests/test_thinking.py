@@ -13,7 +13,7 @@ from abliterate.cli.app import app
 from abliterate.data.bundled import model_path
 from abliterate.errors import RecipeError, UsageError
 from abliterate.evaluate.page import render
-from abliterate.method.directions import Choice, DirectionSet
+from abliterate.method.directions import DirectionSet, grid
 from abliterate.model.forward import generate
 from abliterate.model.thinking import modes_of, prompt_ending
 from abliterate.publishing import manifest
@@ -138,10 +138,7 @@ def test_without_the_option_the_template_is_given_nothing(models):
 
 def test_prompts_are_only_measured_along_the_direction_where_they_end_alike(models):
     vectors = torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(0))
-    directions = DirectionSet(
-        candidates=vectors, harmful_mean=vectors, harmless_mean=vectors, positions=(-2, -1),
-        choice=Choice(position=-2, layer=0, rule="arditi-2024"),
-    )  # fmt: skip
+    directions = DirectionSet(candidates=grid("random", vectors, (-2, -1))).choose(-2, 0, rule="arditi-2024")
     recipe = Recipe(**SOURCES, thinking="both")
     found = abliterate.eval(models["quiet"], models["quiet"], recipe, directions=directions)
     assert [bool(model.along) for model in found.models] == [False, False, True, True]

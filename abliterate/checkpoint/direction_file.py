@@ -1,8 +1,8 @@
 """The file that holds directions: safetensors, never pickle."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,50 @@ from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 from torch import Tensor
 
+from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError, UsageError
-from abliterate.method.directions import CandidateScore, Choice, DirectionSet
-from abliterate.method.moments import Moments
+from abliterate.method.directions import GIVEN, Candidate, CandidateScore, DirectionSet, Subspace, given, grid
+from abliterate.method.estimators import DIFFERENCE_OF_MEANS
+from abliterate.method.moments import ActivationStats, Moments
 
-FORMAT = "abliterate-direction-1"
+CLASSES = ("harmful", "harmless")
+FORMAT, NUMBER = "abliterate-direction-", 2
+"""Of the format that is written.  Version 1, which knew differences of means alone, is read as well."""
 
 
 def save(directions: DirectionSet, path: Path) -> Path:
-    """Write a direction file: safetensors, never pickle.
+    """Write a direction file.
 
-    Tensors: ``candidates``, ``harmful_mean``, ``harmless_mean`` ``[positions, layers, d] float32`` and, once chosen,
-    ``direction [d] float32``.  The metadata is one JSON document under the key ``abliterate``.
+    Tensors, all float32: ``candidates [positions, layers, d]``, where an estimator made a vector for each position and
+    layer; the vectors of every other candidate, ``subspace.N [d, k]``; the mean of each class, ``CLASS_mean [positions,
+    layers, d]``, where it was measured; and the chosen ``direction [d]``, where it is one vector.
+    The metadata is one JSON document under the key ``abliterate``.  It names the estimator of ``candidates``, lists the
+    other candidates with the numbers of their tensors, and holds the scores column by column.
     """
-    tensors = {
-        "candidates": directions.candidates,
-        "harmful_mean": directions.harmful_mean,
-        "harmless_mean": directions.harmless_mean,
-    }
-    if directions.choice is not None:
+    estimator, regular = _regular(directions)
+    kinds = {} if directions.statistics is None else directions.statistics.moments
+    tensors = {f"{kind}_mean": moments.mean for kind, moments in kinds.items()}
+    if estimator is not None:
+        shape = (len(directions.positions), directions.n_layers, directions.d_model)
+        tensors["candidates"] = torch.stack([one.vector for one in regular.values()]).view(shape)
+    others = _listed([one for one in directions.candidates if one.id not in regular], tensors)
+    if directions.choice is not None and directions.chosen.is_vector:
         tensors["direction"] = directions.direction
     document = {
-        "format": FORMAT,
+        "format": f"{FORMAT}{NUMBER}",
         "layer_convention": "residual entering block l (resid_pre)",
         "positions": list(directions.positions),
-        "scores": [asdict(score) for score in directions.scores],
+        "estimator": estimator,
+        "others": others,
+        "counts": {kind: moments.count for kind, moments in kinds.items()},
+        "scores": {name: [getattr(score, name) for score in directions.scores] for name in _Scores.model_fields},
         "choice": None if directions.choice is None else asdict(directions.choice),
         "measurement": dict(directions.metadata),
     }
     stored = {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, serialise(stored, metadata={"abliterate": json.dumps(document, sort_keys=True)}))
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    write_atomically(path, serialise(stored, metadata={"abliterate": text}))
     return path
 
 
@@ -71,7 +84,7 @@ def load(path: Path) -> DirectionSet:
     """Read a direction file written by ``save``, or any safetensors file with one vector called ``direction``.
 
     Raises:
-        SourceError: the file is missing, corrupt, or holds no usable vector.
+        SourceError: the file is missing, corrupt, of a newer format, or holds no usable vector.
     """
     try:
         with safe_open(path, "pt") as handle:
@@ -86,52 +99,190 @@ def load(path: Path) -> DirectionSet:
         if not torch.isfinite(tensor).all():
             raise SourceError(f"{path}: tensor '{name}' holds NaN or infinity", "measure the direction again")
     if "abliterate" in metadata:
-        try:
-            directions = _from_document(_Document.model_validate(json.loads(metadata["abliterate"])), tensors)
-        except (KeyError, ValueError, UsageError) as error:
-            raise SourceError(f"{path}: its parts do not fit together", "measure the direction again") from error
+        directions = _read(path, metadata["abliterate"], tensors)
     elif "direction" in tensors and tensors["direction"].ndim == 1:
-        directions = _from_vector(tensors["direction"], path.name)
+        directions = given(tensors["direction"].to(torch.float32), {"source": path.name})
     else:
         raise SourceError(f"{path}: no vector called 'direction'", "save it as a 1-D tensor under that name")
-    if directions.choice is not None and not torch.any(directions.direction):
+    if directions.choice is not None and not any(torch.any(one.vectors) for one in directions.chosen.subspaces):
         raise SourceError(f"{path}: the direction is zero", "measure the direction again")
     return directions
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _regular(directions: DirectionSet) -> tuple[str | None, dict[str, Candidate]]:
+    """The first estimator that made one vector for each position and layer, and its candidates by id, in that order."""
+    by_id = {one.id: one for one in directions.candidates if one.is_vector and set(one.provenance) == _OF_GRID}
+    for estimator in dict.fromkeys(one.estimator for one in by_id.values()):
+        wanted = [
+            f"{estimator}/{position}/{layer}"
+            for position in directions.positions
+            for layer in range(directions.n_layers)
+        ]
+        if wanted and all(one in by_id for one in wanted):
+            return estimator, {one: by_id[one] for one in wanted}
+    return None, {}
+
+
+def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """``candidates`` as plain data.  Their vectors are put into ``tensors``, each subspace once."""
+    numbers: dict[int, int] = {}
+
+    def number(subspace: Subspace) -> int:
+        found = numbers.setdefault(id(subspace), len(numbers))
+        tensors[f"subspace.{found}"] = subspace.vectors
+        return found
+
+    return [
+        {
+            "id": one.id,
+            "layer": one.layer,
+            "provenance": dict(one.provenance),
+            "subspace": number(one.subspace) if isinstance(one.subspace, Subspace) else None,
+            "by_layer": None
+            if isinstance(one.subspace, Subspace)
+            else {layer: number(its) for layer, its in one.subspace.items()},
+        }
+        for one in candidates
+    ]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Scores(BaseModel):
+    """The scores, best first, column by column.  Where a candidate was read stands with the candidate."""
+
+    candidate: tuple[str, ...]
+    bypass: tuple[float, ...]
+    induce: tuple[float, ...]
+    kl_nats: tuple[float, ...]
+    verdict: tuple[str, ...]
+
+
+class _Choice(BaseModel):
+    candidate: str
+    rule: str
+
+
+class _Listed(BaseModel):
+    """A candidate with the number of its tensor, or one for each layer."""
+
+    id: str
+    layer: int
+    provenance: dict[str, Any]
+    subspace: int | None
+    by_layer: dict[int, int] | None
 
 
 class _Document(BaseModel):
     """The metadata that ``save`` writes, as far as it is read."""
 
     positions: tuple[int, ...]
-    scores: tuple[CandidateScore, ...]
-    choice: Choice | None
+    estimator: str | None
+    others: tuple[_Listed, ...]
+    counts: dict[str, int]
+    scores: _Scores
+    choice: _Choice | None
     measurement: dict[str, Any]
 
 
-def _from_vector(vector: Tensor, name: str) -> DirectionSet:
-    vector = vector.to(torch.float32)[None, None]
-    return DirectionSet(
-        candidates=vector,
-        harmful_mean=torch.zeros_like(vector),
-        harmless_mean=torch.zeros_like(vector),
-        positions=(-1,),
-        choice=Choice(position=-1, layer=0, rule="given"),
-        metadata={"source": name},
-    )
+class _Version1(BaseModel):
+    """What version 1 held in place of that."""
+
+    positions: tuple[int, ...]
+    scores: tuple[dict[str, Any], ...]
+    choice: dict[str, Any] | None
+    measurement: dict[str, Any]
 
 
-def _from_document(document: _Document, tensors: Mapping[str, Tensor]) -> DirectionSet:
-    parts = {name: tensors[name] for name in ("candidates", "harmful_mean", "harmless_mean")}
-    shapes = {tuple(tensor.shape) for tensor in parts.values()}
-    if len(shapes) != 1 or parts["candidates"].ndim != 3 or len(parts["candidates"]) != len(document.positions):
+def _read(path: Path, text: str, tensors: Mapping[str, Tensor]) -> DirectionSet:
+    """What is in a file of ours.
+
+    Raises:
+        SourceError: its format is unknown or newer than this version, or its parts do not fit together.
+    """
+    try:
+        document = json.loads(text)
+        if check_format(document["format"], FORMAT, NUMBER, where=path) == 1:
+            document = _upgraded(_Version1.model_validate(document), tensors)
+        return _directions(_Document.model_validate(document), tensors)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise SourceError(f"{path}: its parts do not fit together", "measure the direction again") from error
+
+
+def _upgraded(document: _Version1, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A document of version 1 as one of version 2.  Where both means are zero, a vector was given, not measured."""
+    measured = any(torch.any(tensors[f"{kind}_mean"]) for kind in CLASSES)
+    estimator = DIFFERENCE_OF_MEANS if measured else GIVEN
+    kept = document.measurement.get("kept", {})
+
+    def named(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**entry, "candidate": f"{estimator}/{entry['position']}/{entry['layer']}"}
+
+    scores = [named(score) for score in document.scores]
+    return {
+        "positions": document.positions,
+        "estimator": estimator,
+        "others": (),
+        "counts": {kind: kept[f"{kind}_train"] if kept else 0 for kind in CLASSES} if measured else {},
+        "scores": {name: [score[name] for score in scores] for name in _Scores.model_fields},
+        "choice": None if document.choice is None else named(document.choice),
+        "measurement": document.measurement,
+    }
+
+
+def _directions(document: _Document, tensors: Mapping[str, Tensor]) -> DirectionSet:
+    means = {kind: tensors[f"{kind}_mean"] for kind in document.counts}
+    regular = {} if document.estimator is None else {"candidates": tensors["candidates"]}
+    shapes = {tuple(tensor.shape) for tensor in (means | regular).values()}
+    if len(shapes) > 1 or any(len(shape) != 3 or shape[0] != len(document.positions) for shape in shapes):
         raise ValueError(f"shapes {shapes} for {len(document.positions)} positions")
+    moments = {kind: Moments(count=document.counts[kind], mean=mean) for kind, mean in means.items()}
+    candidates = [
+        *(one for vectors in regular.values() for one in grid(str(document.estimator), vectors, document.positions)),
+        *_others(document.others, tensors),
+    ]
+    widths = {subspace.vectors.shape[0] for one in candidates for subspace in one.subspaces}
+    if len(widths) != 1 or not all(one.subspaces for one in candidates):
+        raise ValueError(f"widths {widths}")
     directions = DirectionSet(
-        candidates=parts["candidates"],
-        harmful_mean=parts["harmful_mean"],
-        harmless_mean=parts["harmless_mean"],
-        positions=document.positions,
+        candidates=tuple(candidates),
+        statistics=ActivationStats(positions=document.positions, moments=moments) if moments else None,
         metadata=document.measurement,
-        scores=document.scores,
     )
+    scores = []
+    for row in zip(*document.scores.model_dump().values(), strict=True):
+        score = dict(zip(_Scores.model_fields, row, strict=True))
+        one = directions.named(score["candidate"])
+        scores.append(CandidateScore(layer=one.layer, position=one.position, **score))
+    directions = replace(directions, scores=tuple(scores))
     choice = document.choice
-    return directions if choice is None else directions.choose(choice.position, choice.layer, choice.rule)
+    return directions if choice is None else directions.choose_candidate(choice.candidate, choice.rule)
+
+
+def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Candidate]:
+    """The candidates that have tensors of their own; a subspace that several layers share stays one."""
+    if not all("estimator" in one.provenance for one in listed):
+        raise ValueError("a candidate comes from an estimator")
+    numbers = {one.subspace for one in listed} | {number for one in listed for number in (one.by_layer or {}).values()}
+    subspaces = {n: Subspace(vectors=tensors[f"subspace.{n}"]) for n in numbers if n is not None}
+    if any(one.vectors.ndim != 2 for one in subspaces.values()):
+        raise ValueError("a subspace is a matrix")
+    return [
+        Candidate(
+            id=one.id,
+            layer=one.layer,
+            provenance=one.provenance,
+            subspace=subspaces[one.subspace]
+            if one.subspace is not None
+            else {layer: subspaces[number] for layer, number in (one.by_layer or {}).items()},
+        )
+        for one in listed
+    ]
+
+
+_OF_GRID = {"estimator", "position"}
+"""What there is to say about a candidate whose id says everything."""

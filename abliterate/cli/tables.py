@@ -87,16 +87,17 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
     if not directions.scores:
         return
     tokens = list(directions.metadata.get("position_tokens", []))
+    several = len({one.estimator for one in directions.candidates}) > 1
     best = table(
         f"candidate directions, best {top} of {len(directions.scores)}",
         "", "position", "token", "layer", "bypass", "induce", "KL", "verdict", right=(1, 3, 4, 5, 6),
     )  # fmt: skip
     for score in directions.scores[:top]:
-        chosen = choice is not None and (score.position, score.layer) == (choice.position, choice.layer)
-        token = repr(tokens[score.position]) if tokens else ""
+        chosen = choice is not None and score.candidate == choice.candidate
+        token = repr(tokens[score.position]) if tokens and score.position is not None else ""
         best.add_row(
             "→" if chosen else "",
-            str(score.position),
+            score.candidate if several or score.position is None else str(score.position),
             escape(token),
             str(score.layer),
             f"{score.bypass:.2f}",
@@ -106,7 +107,11 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
         )
     out.print(best)
     if choice is not None:
-        out.print(f"chosen: position {choice.position}, layer {choice.layer}, by rule {choice.rule}")
+        place = (
+            f"layer {choice.layer}" if choice.position is None else f"position {choice.position}, layer {choice.layer}"
+        )
+        which = f"{choice.candidate}, " if several else ""
+        out.print(f"chosen: {which}{place}, by rule {choice.rule}", markup=False)
 
 
 def show_verification(report: "VerifyReport") -> None:

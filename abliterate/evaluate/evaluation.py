@@ -221,7 +221,7 @@ def observe(
 def components(
     loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], directions: DirectionSet, *, batch_size: int
 ) -> tuple[float, ...]:
-    """The component of every prompt along the chosen unit direction, at its layer and position.
+    """The component of every prompt along the chosen unit direction, at its layer and position (the last one, if none).
 
     Raises:
         UsageError: nothing was chosen.
@@ -236,7 +236,8 @@ def components(
         if layer == choice.layer:
             found[list(rows)] = values[:, 0].double() @ r
 
-    see_residuals(loaded, chat, prompts, -choice.position, see, batch_size=batch_size)
+    last = 1 if choice.position is None else -choice.position
+    see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size)
     return tuple(found.tolist())
 
 
@@ -256,9 +257,14 @@ def report(
     bases: dict[str, Observations] = {}
     for model in observed:
         bases.setdefault(model.mode, model)
-    texts = [model.opening + reply for model in observed for replies in model.replies.values() for reply in replies]
+    turns = [
+        (prompt, model.opening + reply)
+        for model in observed
+        for kind, prompts in material.prompts.items()
+        for prompt, reply in zip(prompts.texts, model.replies[kind], strict=True)
+    ]
     readings: dict[str, list[ReplyClass]] = {
-        name: [its.classify(reply) for reply in texts] for name, its in SCORERS.items()
+        name: [its.classify(*turn) for turn in turns] for name, its in SCORERS.items()
     }
     (rows, one), (columns, other) = readings.items()
     return EvalReport(
@@ -288,11 +294,11 @@ def score(
     prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RULES, *, opening: str = ""
 ) -> ClassScores:
     """Score one model's replies to one kind of prompts; ``opening`` is what the template puts before each."""
-    whole = [opening + reply for reply in replies]
-    counts = shares(whole, scorer)
+    whole = [(prompt, opening + reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    counts = shares(((prompt.text, reply) for prompt, reply in whole), scorer)
     n = len(replies)
-    known = [(prompt.answer, said(reply)) for prompt, reply in zip(prompts, whole, strict=True) if prompt.answer]
-    held_out = [reply for prompt, reply in zip(prompts, whole, strict=True) if prompt.held_out]
+    known = [(prompt.answer, said(reply)) for prompt, reply in whole if prompt.answer]
+    held_out = [(prompt.text, reply) for prompt, reply in whole if prompt.held_out]
     return ClassScores(
         refused=Rate(hits=counts["refused"] + counts["delayed"], count=n),
         delayed=Rate(hits=counts["delayed"], count=n),
@@ -300,7 +306,7 @@ def score(
         unfinished=Rate(hits=counts["unfinished"], count=n),
         complied=Rate(hits=counts["complied"], count=n),
         accuracy=Rate(hits=sum(holds_answer(reply, answer) for answer, reply in known), count=len(known)),
-        held_out=Rate(hits=sum(is_refusal(reply, scorer) for reply in held_out), count=len(held_out)),
+        held_out=Rate(hits=sum(is_refusal(*turn, scorer) for turn in held_out), count=len(held_out)),
         words=fmean(len(reply.split()) for reply in replies) if replies else float("nan"),
     )
 
@@ -308,7 +314,8 @@ def score(
 def _scores(material: Material, base: Observations, model: Observations, scorer: Scorer) -> ModelScores:
 
     def refused(its: Observations, kind: str) -> list[float]:
-        return [float(is_refusal(its.opening + reply, scorer)) for reply in its.replies[kind]]
+        turns = zip(material.prompts[kind].texts, its.replies[kind], strict=True)
+        return [float(is_refusal(prompt, its.opening + reply, scorer)) for prompt, reply in turns]
 
     return ModelScores(
         name=model.name,

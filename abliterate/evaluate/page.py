@@ -17,7 +17,7 @@ from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
-from abliterate.method.directions import DirectionSet
+from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import Rate
 
 METRICS = (
@@ -66,7 +66,7 @@ def render(
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
         landscape=_landscape(directions) if directions is not None and directions.scores else [],
-        cosines=_cosines(directions) if directions is not None and directions.n_layers > 1 else None,
+        cosines=_cosines(directions) if directions is not None else None,
         choice=directions.choice if directions is not None else None,
         projections=_projections(evaluation),
         along=_place(directions),
@@ -135,14 +135,15 @@ def _landscape(directions: DirectionSet) -> list[Chart]:
     tokens = list(directions.metadata.get("position_tokens", []))
     rows = [f"{position} {tokens[position]!r}" if tokens else str(position) for position in directions.positions]
     columns = [str(layer) for layer in range(directions.n_layers)]
-    choice = directions.choice
+    choice, shown = directions.choice, _shown(directions)
     chosen = (places[choice.position], choice.layer) if choice is not None and choice.position in places else None
-    struck = frozenset((places[s.position], s.layer) for s in directions.scores if s.verdict != "kept")
+    scores = [(places[s.position], s) for s in directions.scores if s.position is not None and s.candidate in shown]
+    struck = frozenset((row, score.layer) for row, score in scores if score.verdict != "kept")
     charts = []
     for field, name, note in METRICS:
         values: list[list[float | None]] = [[None] * directions.n_layers for _ in directions.positions]
-        for score in directions.scores:
-            values[places[score.position]][score.layer] = getattr(score, field)
+        for row, score in scores:
+            values[row][score.layer] = getattr(score, field)
         chart = HeatMap(
             title=f"{name} of every candidate", values=values, rows=rows, columns=columns, row_axis="position",
             column_axis="layer", chosen=chosen, struck=struck,
@@ -152,18 +153,27 @@ def _landscape(directions: DirectionSet) -> list[Chart]:
     return charts
 
 
-def _cosines(directions: DirectionSet) -> Chart:
-    """Cosine of the candidates of different layers at the chosen position."""
+def _cosines(directions: DirectionSet) -> Chart | None:
+    """Cosine of the candidates of different layers at the chosen position; None where there are no two."""
     position = directions.choice.position if directions.choice is not None else directions.positions[-1]
-    vectors = torch.stack([directions.candidate(position, n).double() for n in range(directions.n_layers)])
+    its = [one for one in _shown(directions).values() if one.position == position and one.is_vector]
+    if len(its) < 2:
+        return None
+    vectors = torch.stack([one.vector.double() for one in its])
     lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     values = (vectors / lengths @ (vectors / lengths).T).tolist()  # NaN for a token that is always the same
-    names = [str(layer) for layer in range(directions.n_layers)]
+    names = [str(one.layer) for one in its]
     chart = HeatMap(
         title="Cosine of the direction between layers", values=values, rows=names, columns=names, row_axis="layer",
         column_axis="layer", scale="diverging",
     )  # fmt: skip
     return Chart(title="Between layers", note=f"cosine of the candidates at position {position}", svg=heat_map(chart))
+
+
+def _shown(directions: DirectionSet) -> dict[str, Candidate]:
+    """The candidates of the estimator of the chosen one (or of the first): one map shows those of one estimator."""
+    estimator = (directions.candidates[0] if directions.choice is None else directions.chosen).estimator
+    return {one.id: one for one in directions.candidates if one.estimator == estimator}
 
 
 def _projections(evaluation: EvalReport) -> list[Chart]:
@@ -180,7 +190,8 @@ def _projections(evaluation: EvalReport) -> list[Chart]:
 def _place(directions: DirectionSet | None) -> str:
     if directions is None or directions.choice is None:
         return ""
-    return f"entering block {directions.choice.layer}, position {directions.choice.position}"
+    position = "" if directions.choice.position is None else f", position {directions.choice.position}"
+    return f"entering block {directions.choice.layer}{position}"
 
 
 def _rate(value: Rate) -> str:

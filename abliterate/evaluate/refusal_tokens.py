@@ -87,7 +87,7 @@ def find_refusal_tokens(
     )
     for batch, tokens in replies:
         for row, ids in zip(batch.rows, tokens.tolist(), strict=True):
-            refused = is_refusal(str(chat.tokenizer.decode(ids, skip_special_tokens=True)))
+            refused = is_refusal(prompts[row], str(chat.tokenizer.decode(ids, skip_special_tokens=True)))
             (refusing if refused else complying)[ids[0]] += 1
             refused_harmful += refused and row < len(harmful[:PROBE_PROMPTS])
         on_event(Advanced(task=task, amount=len(batch.rows)))

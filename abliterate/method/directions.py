@@ -5,28 +5,130 @@ Layer ``l`` is always the residual *entering* block ``l`` (``resid_pre``, ``hidd
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import UsageError
+from abliterate.method.linalg import orthonormal_basis
+from abliterate.method.moments import ActivationStats
+
+GIVEN = "given"
+"""Stands for an estimator where a vector comes from elsewhere, and for a rule where somebody named a candidate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subspace:
+    """The span of ``vectors``, columns of any lengths and angles.  Ablation needs the span, addition the lengths."""
+
+    vectors: Float[Tensor, "d k"]
+
+    @property
+    def k(self) -> int:
+        """Number of vectors."""
+        return self.vectors.shape[1]
+
+    @property
+    def basis(self) -> Float[Tensor, "d rank"]:
+        """Orthonormal basis of the span, in float64.
+
+        Raises:
+            ValueError: all vectors are zero, or one is not finite.
+        """
+        return orthonormal_basis(self.vectors)
+
+    @property
+    def added(self) -> Float[Tensor, " d"]:
+        """What activation addition adds: the vector itself; of several, their mean."""
+        return self.vectors[:, 0] if self.k == 1 else self.vectors.mean(1)
+
+    @property
+    def usable(self) -> bool:
+        """Whether all vectors are finite, and one of them is not zero."""
+        return bool(torch.isfinite(self.vectors).all() and torch.any(self.vectors != 0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A subspace that may be the one to remove.
+
+    ``id`` is unique in a set and stays the same from file to file: estimator, then what tells its candidates apart, as
+    in "difference-of-means/-1/12" (position, layer).
+    ``subspace`` is one for all layers, or one for each layer that the mapping names.
+    ``layer``: where it was read, and where addition adds it.
+    ``provenance`` is plain data: the "estimator", the "position" if it was read at one, and whatever else made it.
+    """
+
+    id: str
+    subspace: Subspace | Mapping[int, Subspace]
+    layer: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def estimator(self) -> str:
+        """The name of what made it."""
+        return str(self.provenance["estimator"])
+
+    @property
+    def position(self) -> int | None:
+        """The negative token offset it was read at, if there is one."""
+        return self.provenance.get("position")
+
+    @property
+    def subspaces(self) -> tuple[Subspace, ...]:
+        """The one subspace, or those of the layers."""
+        return (self.subspace,) if isinstance(self.subspace, Subspace) else tuple(self.subspace.values())
+
+    @property
+    def everywhere(self) -> Subspace:
+        """The subspace that is the same in all layers.
+
+        Raises:
+            UsageError: there is another one in each layer.
+        """
+        if isinstance(self.subspace, Subspace):
+            return self.subspace
+        raise UsageError(
+            f"candidate {self.id} has another subspace in each layer", "choose one that is the same in all layers"
+        )
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a single vector, the same in all layers."""
+        return isinstance(self.subspace, Subspace) and self.subspace.k == 1
+
+    @property
+    def vector(self) -> Float[Tensor, " d"]:
+        """The raw vector of a candidate that is a single one.
+
+        Raises:
+            UsageError: it has several vectors, or others in each layer.
+        """
+        if self.everywhere.k != 1:
+            raise UsageError(
+                f"candidate {self.id} has {self.everywhere.k} vectors, not one", "choose a single direction"
+            )
+        return self.everywhere.vectors[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateScore:
     """How one candidate behaves (Arditi et al. 2024, appendix C).
 
+    ``candidate`` is its id; ``layer`` and ``position`` are where it was read.
     ``bypass``: mean refusal metric on harmful prompts with the candidate ablated (lower is better).
     ``induce``: mean refusal metric on harmless prompts with the candidate added at its layer (must be >= 0).
     ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts.
     ``verdict``: "kept", or the rule that discards it.
     """
 
-    position: int
+    candidate: str
     layer: int
+    position: int | None = None
     bypass: float
     induce: float
     kl_nats: float
@@ -35,59 +137,97 @@ class CandidateScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which candidate was taken, and by which rule ("arditi-2024", "pareto-fallback", "given")."""
+    """The id of the candidate that was taken, where it was read, and by which rule it was taken.
 
-    position: int
+    Rules are "arditi-2024", "pareto-fallback" and "given".
+    """
+
+    candidate: str
     layer: int
+    position: int | None = None
     rule: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DirectionSet:
-    """All candidates of one measurement, and what was chosen from them.
+    """All candidates of one measurement, their scores, and what was chosen.
 
-    ``candidates[p, l]`` is the raw difference of means ``harmful - harmless`` at ``positions[p]`` entering block ``l``.
+    ``statistics`` are what they were estimated from: None for vectors that were given.  A file keeps the means alone.
+
+    Raises:
+        ValueError: there is no candidate, or two have the same id.
     """
 
-    candidates: Float[Tensor, "positions layers d"]
-    harmful_mean: Float[Tensor, "positions layers d"]
-    harmless_mean: Float[Tensor, "positions layers d"]
-    positions: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    statistics: ActivationStats | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     scores: tuple[CandidateScore, ...] = ()
     choice: Choice | None = None
 
+    def __post_init__(self) -> None:
+        if not self.candidates or len({one.id for one in self.candidates}) < len(self.candidates):
+            raise ValueError("a set of directions takes candidates with different ids")
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions that were measured, or else those of the candidates, in order."""
+        if self.statistics is not None:
+            return self.statistics.positions
+        return tuple(sorted({one.position for one in self.candidates if one.position is not None}))
+
     @property
     def n_layers(self) -> int:
-        """Number of blocks, and so of layers with candidates."""
-        return self.candidates.shape[1]
+        """Number of blocks, and so of layers that were measured; or else as many as the candidates take."""
+        if self.statistics is not None:
+            return self.statistics.n_layers
+        return 1 + max(one.layer for one in self.candidates)
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.candidates.shape[2]
+        return self.candidates[0].subspaces[0].vectors.shape[0]
 
-    def candidate(self, position: int, layer: int) -> Float[Tensor, " d"]:
-        """The raw candidate at a negative token offset and layer.
+    def named(self, candidate: str) -> Candidate:
+        """The candidate with this id.
 
         Raises:
-            UsageError: no such candidate was measured.
+            UsageError: there is none.
         """
-        if position not in self.positions or not 0 <= layer < self.n_layers:
+        for one in self.candidates:
+            if one.id == candidate:
+                return one
+        raise UsageError(f"there is no candidate {candidate!r}", f"one of them is {self.candidates[0].id!r}")
+
+    def at(self, position: int, layer: int) -> Candidate:
+        """The candidate that was read at a negative token offset and layer.
+
+        Raises:
+            UsageError: there is none, or several estimators made one.
+        """
+        found = [one for one in self.candidates if (one.position, one.layer) == (position, layer)]
+        if not found:
             raise UsageError(
                 f"there is no candidate at position {position}, layer {layer}",
                 f"positions are {list(self.positions)}, layers 0 to {self.n_layers - 1}",
             )
-        return self.candidates[self.positions.index(position), layer]
+        if len(found) > 1:
+            raise UsageError(
+                f"several candidates are at position {position}, layer {layer}: {', '.join(one.id for one in found)}",
+                "choose one by its id",
+            )
+        return found[0]
+
+    def candidate(self, position: int, layer: int) -> Float[Tensor, " d"]:
+        """The raw vector of the candidate at a negative token offset and layer.
+
+        Raises:
+            UsageError: there is none, or several, or it has several vectors.
+        """
+        return self.at(position, layer).vector
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of the bytes of ``direction``, as hexadecimal."""
-        return hashlib.sha256(self.direction.contiguous().numpy().tobytes()).hexdigest()
-
-    @property
-    def direction(self) -> Float[Tensor, " d"]:
-        """The chosen raw direction.
+    def chosen(self) -> Candidate:
+        """The chosen candidate.
 
         Raises:
             UsageError: nothing was chosen yet.
@@ -97,9 +237,49 @@ class DirectionSet:
                 "this direction file holds candidates but no choice",
                 "run `abliterate select` on it, or name one with --position and --layer",
             )
-        return self.candidate(self.choice.position, self.choice.layer)
+        return self.named(self.choice.candidate)
 
-    def choose(self, position: int, layer: int, rule: str = "given") -> "DirectionSet":
+    @property
+    def direction(self) -> Float[Tensor, " d"]:
+        """The raw vector of the chosen candidate.
+
+        Raises:
+            UsageError: nothing was chosen yet, or something that is not a single vector.
+        """
+        return self.chosen.vector
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the bytes of ``direction``, as hexadecimal."""
+        return hashlib.sha256(self.direction.contiguous().numpy().tobytes()).hexdigest()
+
+    def choose(self, position: int, layer: int, rule: str = GIVEN) -> "DirectionSet":
         """A copy with the candidate at ``position``, ``layer`` chosen."""
-        self.candidate(position, layer)
-        return replace(self, choice=Choice(position=position, layer=layer, rule=rule))
+        return self.choose_candidate(self.at(position, layer).id, rule)
+
+    def choose_candidate(self, candidate: str, rule: str = GIVEN) -> "DirectionSet":
+        """A copy with the candidate of this id chosen."""
+        one = self.named(candidate)
+        return replace(self, choice=Choice(candidate=one.id, layer=one.layer, position=one.position, rule=rule))
+
+
+def grid(
+    estimator: str, vectors: Float[Tensor, "positions layers d"], positions: Sequence[int]
+) -> tuple[Candidate, ...]:
+    """A candidate for each position and layer, ``vectors[p, l]`` for ``positions[p]``; nothing is copied."""
+    return tuple(
+        Candidate(
+            id=f"{estimator}/{position}/{layer}",
+            subspace=Subspace(vectors=vector[:, None]),
+            layer=layer,
+            provenance={"estimator": estimator, "position": position},
+        )
+        for position, its in zip(positions, vectors, strict=True)
+        for layer, vector in enumerate(its)
+    )
+
+
+def given(vector: Float[Tensor, " d"], metadata: Mapping[str, Any] | None = None) -> DirectionSet:
+    """A vector from elsewhere, chosen.  Addition adds it at layer 0, and prompts are read along it at their end."""
+    made = DirectionSet(candidates=grid(GIVEN, vector[None, None], (-1,)), metadata=metadata or {})
+    return made.choose_candidate(made.candidates[0].id)

@@ -1,10 +1,11 @@
-"""Running statistics of activations, in float64.
+"""Statistics of activations, summed up in float64.
 
 Harmful and harmless means of real chat models share nearly all of their length (cosine .92 to 1.0), so their
 difference cancels most digits: sums are kept in float64 whatever the model computes in.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -13,11 +14,43 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """Mean of ``count`` observations of any fixed shape and, where asked for, their covariance along the last axis."""
+    """Mean of ``count`` observations of any fixed shape and, where asked for, their covariance along the last axis.
+
+    A ``count`` of 0 was not recorded.
+    """
 
     count: int
     mean: Float[Tensor, "*shape"]
     covariance: Float[Tensor, "*rest d d"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ActivationStats:
+    """What was measured of the residual stream, for each class of prompts ("harmful", "harmless").
+
+    ``moments``: of each class the mean ``[positions, layers, d]`` and, where it was asked for, the covariance
+    ``[layers, d, d]`` at the last position.  ``samples``: of each class, where asked for, the residuals at the last
+    position, ``[prompts, layers, d]``.  ``positions`` are negative token offsets; layer ``l`` is what enters block
+    ``l``.
+    """
+
+    positions: tuple[int, ...]
+    moments: Mapping[str, Moments]
+    samples: Mapping[str, Float[Tensor, "n layers d"]] = field(default_factory=dict)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return next(iter(self.moments.values())).mean.shape[1]
+
+    def means_alone(self) -> "ActivationStats":
+        """Without covariances and samples, which only estimators need."""
+        moments = {kind: Moments(count=its.count, mean=its.mean) for kind, its in self.moments.items()}
+        return ActivationStats(positions=self.positions, moments=moments)
+
+    def mean(self, kind: str) -> Float[Tensor, "positions layers d"]:
+        """The mean of one class."""
+        return self.moments[kind].mean
 
 
 class RunningMoments:

@@ -41,9 +41,10 @@ def choose(
 ) -> tuple[Choice, tuple[CandidateScore, ...]]:
     """The chosen candidate and all scores with their verdicts, best first.
 
-    Survivors are sorted by bypass score; ties fall to the earlier layer, then the later position, so the result does
-    not depend on the order of ``scores``.  When nothing survives, the knee of the Pareto front of bypass and KL over
-    candidates in early enough layers is taken (``pareto_knee``) and the rule's name says so: "pareto-fallback".
+    Candidates may come from any estimators.  Survivors are sorted by bypass score; ties fall to the earlier layer, then
+    the later position (none comes last), then the id, so the result does not depend on the order of ``scores``.
+    When nothing survives, the knee of the Pareto front of bypass and KL over candidates in early enough layers is taken
+    (``pareto_knee``) and the rule's name says so: "pareto-fallback".
 
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
@@ -52,7 +53,7 @@ def choose(
     survivors = [score for score in judged if score.verdict == "kept"]
     if survivors:
         best = survivors[0]
-        return Choice(position=best.position, layer=best.layer, rule="arditi-2024"), tuple(judged)
+        return _choice(best, "arditi-2024"), tuple(judged)
     usable = [score for score in judged if score.verdict in ("kl", "induce")]
     inducing = [score for score in usable if score.induce >= rule.min_induce]
     if not usable:
@@ -61,13 +62,13 @@ def choose(
             "use more prompts, or allow later layers with prune_layers in the recipe",
         )
     best = pareto_knee(inducing or usable)
-    return Choice(position=best.position, layer=best.layer, rule="pareto-fallback"), tuple(judged)
+    return _choice(best, "pareto-fallback"), tuple(judged)
 
 
 def pareto_front(scores: Sequence[CandidateScore]) -> list[CandidateScore]:
     """Candidates that no other beats in both bypass score and KL, by rising bypass score."""
     front: list[CandidateScore] = []
-    for score in sorted(scores, key=lambda s: (s.bypass, s.kl_nats, s.layer, -s.position)):
+    for score in sorted(scores, key=lambda s: (s.bypass, s.kl_nats, *_place(s))):
         if not front or score.kl_nats < front[-1].kl_nats:
             front.append(score)
     return front
@@ -87,6 +88,15 @@ def pareto_knee(scores: Sequence[CandidateScore]) -> CandidateScore:
     return min(front, key=distance)
 
 
-def _order(score: CandidateScore) -> tuple[bool, bool, float, int, int]:
+def _choice(score: CandidateScore, rule: str) -> Choice:
+    return Choice(candidate=score.candidate, layer=score.layer, position=score.position, rule=rule)
+
+
+def _order(score: CandidateScore) -> tuple[bool, bool, float, int, bool, int, str]:
     unusable = math.isnan(score.bypass)
-    return (score.verdict != "kept", unusable, 0.0 if unusable else score.bypass, score.layer, -score.position)
+    return (score.verdict != "kept", unusable, 0.0 if unusable else score.bypass, *_place(score))
+
+
+def _place(score: CandidateScore) -> tuple[int, bool, int, str]:
+    """Sorts by layer, then the later position, none last, then the id."""
+    return (score.layer, score.position is None, -(score.position or 0), score.candidate)

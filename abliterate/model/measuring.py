@@ -1,23 +1,26 @@
-"""Measuring candidate directions and scoring them on a model (Arditi et al. 2024, section 2.3 and appendix C)."""
+"""Measuring activations, and scoring candidates, on a model (Arditi et al. 2024, section 2.3 and appendix C)."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import PromptError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.directions import CandidateScore, DirectionSet
-from abliterate.method.moments import Moments, RunningCovariance, RunningMoments
+from abliterate.method.directions import Candidate, CandidateScore
+from abliterate.method.estimators import Need
+from abliterate.method.moments import RunningCovariance, RunningMoments
 from abliterate.method.statistics import refusal_metric
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
 from abliterate.model.scores import ScoreFile, Scores
-from abliterate.model.scoring import Figures, Job, scorer
+from abliterate.model.scoring import Figures, Job, candidate_scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,55 +78,67 @@ def keep_typical(
     return Filtered(harmful=refused, harmless=answered, harmful_before=len(harmful), harmless_before=len(harmless))
 
 
-def mean_residual(
+def measure_class(
     loaded: LoadedModel,
     chat: ChatFormat,
     prompts: Sequence[str],
+    needs: Collection[Need] = ("means",),
     *,
     batch_size: int,
     task: str,
-    spread: Sequence[RunningCovariance] | None = None,
     on_event: OnEvent = ignore,
-) -> Moments:
-    """Mean residual entering each block at each post-instruction position, ``[positions, layers, d]`` in float64.
+) -> dict[str, Tensor]:
+    """What ``needs`` names, of the residual that enters each block after the prompts of one class.
 
-    ``spread``, one for each layer, takes in those at the last position.
+    "mean" ``[positions, layers, d]`` in float64, always; at the last position "covariance" ``[layers, d, d]`` and
+    "samples" ``[prompts, layers, d]`` in float32, where they are needed.
 
     Raises:
+        PromptError: one prompt is too few for a covariance.
         NonFiniteError: an activation is NaN or infinite; names the block and the prompt.
     """
-    n_positions = len(chat.positions)
-    layers = [RunningMoments((n_positions, loaded.d_model)) for _ in range(loaded.n_layers)]
+    if "covariance" in needs and len(prompts) < 2:
+        raise PromptError(f"{loaded.name}: {task}: one is left, and a covariance takes two", "give more prompts")
+    n, d = loaded.n_layers, loaded.d_model
+    means = [RunningMoments((len(chat.positions), d)) for _ in range(n)]
+    spread = [RunningCovariance((d,)) for _ in range(n)] if "covariance" in needs else []
+    samples = torch.empty(len(prompts), n, d, dtype=torch.float32) if "samples" in needs else None
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
         check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")
-        layers[layer].update(values)
-        if spread is not None:
+        means[layer].update(values)
+        if spread:
             spread[layer].update(values[:, -1])
+        if samples is not None:
+            samples[list(rows), layer] = values[:, -1].to(device="cpu", dtype=torch.float32)
 
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
     see_residuals(
-        loaded, chat, prompts, n_positions, see, batch_size=batch_size,
+        loaded, chat, prompts, len(chat.positions), see, batch_size=batch_size,
         advance=lambda n: on_event(Advanced(task=task, amount=n)),
     )  # fmt: skip
     on_event(Finished(task=task))
-    return Moments(count=len(prompts), mean=torch.stack([layer.finish().mean for layer in layers], dim=1))
+    found = {"mean": torch.stack([layer.finish().mean for layer in means], dim=1)}
+    if spread:
+        found["covariance"] = _covariances(spread)
+    return found if samples is None else {**found, "samples": samples}
 
 
-def difference_of_means(chat: ChatFormat, harmful: Moments, harmless: Moments) -> DirectionSet:
-    """The candidates ``r[i, l] = mean_harmful - mean_harmless`` (eq. 1 to 3 of the paper), raw."""
-    return DirectionSet(
-        candidates=(harmful.mean - harmless.mean).to(torch.float32),
-        harmful_mean=harmful.mean.to(torch.float32),
-        harmless_mean=harmless.mean.to(torch.float32),
-        positions=chat.positions,
-    )
+def _covariances(running: list[RunningCovariance]) -> Float[Tensor, "layers d d"]:
+    """The covariance of each layer in float32.  ``running`` is emptied on the way: its sums take twice as much."""
+    covariances = []
+    while running:
+        covariance = running.pop(0).finish().covariance
+        if covariance is None:
+            raise AssertionError("a covariance was measured")
+        covariances.append(covariance.to(torch.float32))
+    return torch.stack(covariances)
 
 
 def score_candidates(
     loaded: LoadedModel,
     chat: ChatFormat,
-    directions: DirectionSet,
+    candidates: Sequence[Candidate],
     prompts: Filtered,
     refusal_ids: Sequence[int],
     *,
@@ -132,66 +147,78 @@ def score_candidates(
     store: ScoreFile | None = None,
     on_event: OnEvent = ignore,
 ) -> list[CandidateScore]:
-    """Bypass, induce and KL of every candidate on the validation prompts.
+    """Bypass, induce and KL of every candidate on the validation prompts, in the order of ``candidates``.
 
     A candidate that breaks the model gets NaN scores and is dropped by the selection.  ``max_tokens`` bounds a forward
     pass (None: found from the free memory).  ``store`` keeps what is finished: the same work, begun again, goes on.
+
+    Raises:
+        UsageError: a candidate has another subspace in each layer, which cannot be scored.
     """
     task = "score candidates"
-    grid = [(position, layer) for position in directions.positions for layer in range(directions.n_layers)]
-    vectors = [directions.candidate(position, layer) for position, layer in grid]
-    usable = [c for c, r in enumerate(vectors) if torch.isfinite(r).all() and torch.any(r != 0)]
-    key = _work_key(loaded, chat, directions, prompts, refusal_ids)
-    scores = store.load(key, len(grid)) if store else Scores.none_of(len(grid))
-    on_event(Started(task=task, total=len(grid), unit="candidates"))
-    on_event(Advanced(task=task, amount=len(grid) - sum(not scores.complete(candidate) for candidate in usable)))
-    jobs = list(_jobs(grid, vectors, [c for c in usable if not scores.complete(c)], scores))
+    subspaces = [candidate.everywhere for candidate in candidates]
+    usable = [place for place, subspace in enumerate(subspaces) if subspace.usable]
+    key = _work_key(loaded, chat, candidates, prompts, refusal_ids)
+    scores = store.load(key, len(candidates)) if store else Scores.none_of(len(candidates))
+    todo = [place for place in usable if not scores.complete(place)]
+    on_event(Started(task=task, total=len(candidates), unit="candidates"))
+    on_event(Advanced(task=task, amount=len(candidates) - len(todo)))
 
     def done(job: Job, figures: Figures) -> None:
         for figure, values in figures.items():
-            for candidate, value in zip(job.candidates, values.tolist(), strict=True):
-                scores.put(figure, candidate, value)
+            for place, value in zip(job.candidates, values.tolist(), strict=True):
+                scores.put(figure, place, value)
         on_event(Advanced(task=task, amount=sum(map(scores.complete, job.candidates))))
         if store:
             store.save(key, scores)
 
+    jobs = list(_jobs(candidates, todo, scores))
     if jobs:
         harmful, harmless = ([chat.encode(prompt) for prompt in some] for some in (prompts.harmful, prompts.harmless))
-        with scorer(loaded, harmful, harmless, refusal_ids, batch_size=batch_size, max_tokens=max_tokens) as scoring:
-            scoring.run(scoring.split(jobs), done)
+        options = {"batch_size": batch_size, "max_tokens": max_tokens}
+        with candidate_scorer(loaded, harmful, harmless, refusal_ids, **options) as scorer:
+            scorer.run(scorer.split(jobs), done)
     on_event(Finished(task=task))
     return [
         CandidateScore(
-            position=position,
-            layer=layer,
-            bypass=scores.get("bypass", candidate),
-            induce=scores.get("induce", candidate),
-            kl_nats=scores.get("kl_nats", candidate),
+            candidate=candidate.id,
+            layer=candidate.layer,
+            position=candidate.position,
+            bypass=scores.get("bypass", place),
+            induce=scores.get("induce", place),
+            kl_nats=scores.get("kl_nats", place),
         )
-        for candidate, (position, layer) in enumerate(grid)
+        for place, candidate in enumerate(candidates)
     ]
 
 
-def _jobs(
-    grid: Sequence[tuple[int, int]], vectors: Sequence[Tensor], open_ones: Sequence[int], scores: Scores
-) -> Iterator[Job]:
-    """What is to be run for the candidates that are not finished: their ablations, and their additions by layer."""
-    todo = [c for c in open_ones if not (scores.has("bypass", c) and scores.has("kl_nats", c))]
-    if todo:
-        yield Job(kind="ablated", candidates=tuple(todo), vectors=torch.stack([vectors[c] for c in todo]))
-    for layer in sorted({layer for _, layer in grid}):
-        todo = [c for c in open_ones if grid[c][1] == layer and not scores.has("induce", c)]
-        if todo:
-            yield Job(
-                kind="added", candidates=tuple(todo), vectors=torch.stack([vectors[c] for c in todo]), layer=layer
-            )
+def _jobs(candidates: Sequence[Candidate], todo: Sequence[int], scores: Scores) -> Iterator[Job]:
+    """What is to be run for the candidates at the places ``todo``: their ablations, and their additions by layer."""
+
+    def job(places: Sequence[int], **options: Any) -> Job:  # noqa: ANN401 - the rest of a job
+        subspaces = tuple(candidates[place].everywhere for place in places)
+        return Job(candidates=tuple(places), subspaces=subspaces, **options)
+
+    ablate = [place for place in todo if not (scores.has("bypass", place) and scores.has("kl_nats", place))]
+    if ablate:
+        yield job(ablate, kind="ablated")
+    for layer in sorted({candidate.layer for candidate in candidates}):
+        add = [place for place in todo if candidates[place].layer == layer and not scores.has("induce", place)]
+        if add:
+            yield job(add, kind="added", layer=layer)
 
 
 def _work_key(
-    loaded: LoadedModel, chat: ChatFormat, directions: DirectionSet, prompts: Filtered, refusal_ids: Sequence[int]
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    candidates: Sequence[Candidate],
+    prompts: Filtered,
+    refusal_ids: Sequence[int],
 ) -> str:
     """What tells this work from any other."""
-    parts = [loaded.name, chat.template_sha256, chat.system, directions.positions, prompts.harmful, prompts.harmless]
+    places = [(candidate.id, candidate.layer, candidate.everywhere.k) for candidate in candidates]
+    parts = [loaded.name, chat.template_sha256, chat.system, places, prompts.harmful, prompts.harmless]
     digest = hashlib.sha256(json.dumps([*parts, list(refusal_ids)]).encode())
-    digest.update(directions.candidates.contiguous().numpy().tobytes())
+    for candidate in candidates:
+        digest.update(candidate.everywhere.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()

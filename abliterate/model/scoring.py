@@ -1,13 +1,16 @@
-"""Many candidates in one forward pass: the figures by which directions are chosen, with nothing computed twice.
+"""The scores of many candidates in one forward pass.
 
-The rows of a pass are prompts times candidates, each row under the intervention of its candidate.  Prompts of one
-length go together, so nothing is padded, and there are logits at the last position only.  Besides:
+The rows of a forward pass are prompts times candidates: each row is run under the intervention of its candidate.
+Prompts of one length go together, so that nothing is padded, and logits are computed at the last position only.
+Two kinds of work are not done twice:
 
-* An addition changes nothing below its layer: those passes begin there, with what entered it in the base run.
-* All prompts begin with the same tokens of the chat template (the head).  Per candidate they are run once, and their
-  keys and values go to all prompts.  Out of core they are not: it would take passes of their own.
+* An addition changes nothing below its layer.  Its forward passes begin at that layer, with the residual that entered
+  it when the model ran without intervention (the *base run*).
+* All prompts begin with the same tokens of the chat template (the *prefix*).  They are run once for each candidate, and
+  the attention cache they leave serves all prompts.  Out of core this is left out: it would take a weight pass of its
+  own.
 
-Both are tried on the base run first, and left alone where they do not reproduce it.
+Whether a model allows this is found out by trying: what does not give the numbers of the base run is not used.
 """
 
 import inspect
@@ -22,26 +25,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from abliterate.method.directions import Subspace
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch
-from abliterate.model.heads import empty_cache, is_plain, repeated, shared_tokens
-from abliterate.model.interventions import ablated, ablated_each, added_each, observed, plus_each, rows_apart
+from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
+from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
+from abliterate.model.rowwise import subspaces_ablated
 from abliterate.model.shortened import Shortened, shortened
 
 ROUNDING_NATS = {2: 3e-2, 4: 3e-6, 8: 3e-6}
-"""Mean difference of log-probabilities below which two ways are the same, by the bytes of an activation."""
+"""Two ways to run a prompt are the same where the mean difference of log-probabilities is below this.  By the bytes of
+an activation; in nats."""
 CANNOT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
-"""What the code of a model raises that is used in a way it does not know."""
+"""What a model's own code may raise when it is run from the middle, or behind an attention cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """Prompts of one length: their places among all, harmful ones first, and their ids."""
+    """Prompts of one length.  ``places`` are their numbers among all prompts, where harmful ones come first."""
 
     places: tuple[int, ...]
     ids: Int[Tensor, "prompts tokens"]
@@ -49,39 +55,49 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """One intervention for each of some candidates, on all prompts it is for.  ``layer`` is that of an addition."""
+    """Work for some candidates: to ablate each on all prompts, or to add each on the harmless ones at ``layer``.
+
+    ``candidates`` are their numbers, by which results are told apart; ``subspaces`` what is ablated or added.
+    """
 
     kind: Literal["ablated", "added"]
     candidates: tuple[int, ...]
-    vectors: Float[Tensor, "k d"]
+    subspaces: tuple[Subspace, ...]
     layer: int = 0
 
     def split(self, most: int) -> "Iterator[Job]":
         """The same work in jobs of at most ``most`` candidates."""
         for first in range(0, len(self.candidates), most):
             part = slice(first, first + most)
-            yield replace(self, candidates=self.candidates[part], vectors=self.vectors[part])
+            yield replace(self, candidates=self.candidates[part], subspaces=self.subspaces[part])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Base:
-    """The base run: log-probabilities of the harmless prompts and, per group and layer, what entered the block."""
+    """The base run: the harmless prompts without intervention.
+
+    ``log_probs`` of the next token.  ``states[g][l]`` is the residual entering block ``l`` for group ``g``; empty where
+    it does not fit into memory.  ``apart``: whether the rows of a batch can be told apart at every place of the stream.
+    ``cache``: the attention cache of the prefix.  ``starts``: the layers at which a forward pass may begin.
+    """
 
     log_probs: Float[Tensor, "harmless vocab"]
     states: list[list[Tensor]]
     apart: bool
-    head: Any = None
+    cache: Any = None
     starts: set[int] = field(default_factory=set)
 
 
-Figures = dict[str, Float[Tensor, " k"]]
+Figures = dict[str, Float[Tensor, " candidates"]]
+"""Scores by name ("bypass", "kl_nats", "induce"), in the order of a job's candidates."""
 
 
-class Scorer:
-    """Runs jobs on one model and its validation prompts; see ``scorer``.
+class CandidateScorer:
+    """Runs jobs on one model and its validation prompts; made by ``candidate_scorer``.
 
-    ``batch_size`` bounds the prompts of a group, ``max_tokens`` the tokens of a pass.  ``room`` is what passes that
-    wait may take up out of core; as much again is for the one that runs (see ``pass_tokens``).
+    ``batch_size`` is the most prompts of a group, ``max_tokens`` the most tokens of a forward pass.  Out of core many
+    forward passes share a weight pass, each waiting in turn for the next block; ``room`` is the bytes those that wait
+    may take, half of the memory budget's working share.  The other half is for the one that runs (``pass_tokens``).
     """
 
     def __init__(
@@ -104,20 +120,20 @@ class Scorer:
         self.harmless = list(_groups(encoded, range(len(harmful), len(encoded)), batch_size))
         self.n_prompts = len(encoded)
         self.room = loaded.offload.working_bytes // 2 if loaded.offload else 0
-        self.head = 0
+        self.prefix = 0
         self.base = self._base_run()
-        self._share_head(shared_tokens(encoded))
+        self._share_prefix(shared_tokens(encoded))
         self._check_starts()
-        self.max_tokens = max_tokens or pass_tokens(loaded, self.head, min(map(len, encoded)))
+        self.max_tokens = max_tokens or pass_tokens(loaded, self.prefix, min(map(len, encoded)))
 
     def split(self, jobs: Sequence[Job]) -> list[Job]:
-        """``jobs`` in the sizes in which they fit."""
+        """``jobs`` cut into parts that each fit into one forward pass for each group."""
         return [part for job in jobs for part in job.split(self._most(job))]
 
     def run(self, jobs: Sequence[Job], done: Callable[[Job, Figures], None]) -> None:
-        """Run ``jobs``, out of core as many at once as fit, and tell of each that is done.
+        """Run ``jobs`` and call ``done`` after each.  Out of core, as many as fit share a weight pass.
 
-        Where memory runs out, what was going on is begun again in halves; nothing that is done is lost.
+        Where memory runs out, the jobs that were running are cut in half and begun again.
         """
         waiting = list(jobs)
         limit = self.room
@@ -135,7 +151,7 @@ class Scorer:
                 done(job, figures)
 
     def _try(self, jobs: list[Job]) -> list[Figures] | None:
-        """What comes of ``jobs``, or None where they are too much for the memory and can be fewer."""
+        """The figures of ``jobs``; None where memory ran out and there is something left to cut in half."""
         thunks = [self._thunks(job) for job in jobs]
         try:
             found = iter(run_together(self.loaded, [thunk for some in thunks for thunk in some]))
@@ -151,17 +167,20 @@ class Scorer:
         return self.groups if job.kind == "ablated" else self.harmless
 
     def _thunks(self, job: Job) -> list[Callable[[], Tensor]]:
-        """A pass for each group of prompts; the first one runs the head as well."""
-        head = cache(partial(self._head_of, job))
-        return [partial(self._figures, job, place, head) for place in range(len(self._groups_of(job)))]
+        """A forward pass for each group of prompts; the first one runs the prefix as well."""
+        prefix = cache(partial(self._prefix_of, job))
+        return [partial(self._figures, job, place, prefix) for place in range(len(self._groups_of(job)))]
 
-    def _figures(self, job: Job, place: int, head: Callable[[], Any]) -> Tensor:
-        """The figure of each candidate on each prompt of a group, ``[k, prompts]``."""
+    def _figures(self, job: Job, place: int, prefix: Callable[[], Any]) -> Float[Tensor, "candidates prompts"]:
+        """The figure of each candidate on each prompt of a group.
+
+        It is the KL where a candidate is ablated and the prompt is harmless, else the refusal metric.
+        """
         group, k = self._groups_of(job)[place], len(job.candidates)
         n = len(group.places)
-        past = repeated(head(), n) if self.head else None
+        past = repeated(prefix(), n) if self.prefix else None
         with self._intervening(job, partial(self._state, place, job.layer)):
-            log_probs = self._last(group.ids[:, self.head :].repeat(k, 1), past)
+            log_probs = self._last(group.ids[:, self.prefix :].repeat(k, 1), past)
         found = refusal_metric(log_probs, self.refusal_ids).view(k, n)
         if job.kind == "added":
             return found
@@ -171,36 +190,41 @@ class Scorer:
         return found
 
     def _gather(self, job: Job, found: list[Tensor]) -> Figures:
+        """Means over the prompts, from the figures of every group."""
         values = torch.empty(len(job.candidates), self.n_prompts, dtype=torch.float64)
         for group, figures in zip(self._groups_of(job), found, strict=True):
             values[:, list(group.places)] = figures
         harmful, harmless = values[:, : self.n_harmful].mean(1), values[:, self.n_harmful :].mean(1)
         return {"induce": harmless} if job.kind == "added" else {"bypass": harmful, "kl_nats": harmless}
 
-    def _head_of(self, job: Job) -> Any:  # noqa: ANN401 - a cache of transformers
-        """Keys and values of the head under each candidate of ``job``."""
+    def _prefix_of(self, job: Job) -> Any:  # noqa: ANN401 - a cache of transformers
+        """The attention cache of the prefix under each candidate of ``job``."""
         past = empty_cache(self.loaded)
-        ids = self.groups[0].ids[:1, : self.head]
-        with self._intervening(job, lambda: self.base.states[0][job.layer][:1, : self.head]):
+        ids = self.groups[0].ids[:1, : self.prefix]
+        with self._intervening(job, lambda: self.base.states[0][job.layer][:1, : self.prefix]):
             self._last(ids.repeat(len(job.candidates), 1), past, begin=True)
         if self._begins_late(job):
-            past.layers[: job.layer] = self.base.head.layers[: job.layer]
+            past.layers[: job.layer] = self.base.cache.layers[: job.layer]
         return past
 
     def _intervening(self, job: Job, state: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """The hooks of a job.  ``state`` gives what enters its layer in the base run, where the pass begins there."""
         if job.kind == "ablated":
-            one = len(job.candidates) == 1
-            return ablated(self.loaded, job.vectors.T) if one else ablated_each(self.loaded, job.vectors)
+            if len(job.candidates) == 1:  # for models whose rows cannot be told apart as well
+                return ablated(self.loaded, job.subspaces[0].vectors)
+            return subspaces_ablated(self.loaded, job.subspaces)
+        vectors = torch.stack([subspace.added for subspace in job.subspaces])
         if not self._begins_late(job):
-            return added_each(self.loaded, job.vectors, job.layer)
-        k = len(job.candidates)
-        return self.short.starting_at(job.layer, plus_each(state().repeat(k, 1, 1), job.vectors))
+            return added_each(self.loaded, vectors, job.layer)
+        return self.short.starting_at(job.layer, plus_each(state().repeat(len(vectors), 1, 1), vectors))
 
     def _begins_late(self, job: Job) -> bool:
+        """Whether the blocks below the job's layer are left out."""
         return job.kind == "added" and job.layer in self.base.starts
 
     def _state(self, place: int, layer: int) -> Tensor:
-        return self.base.states[place][layer][:, self.head :]
+        """What enters a block in the base run for a group, behind the prefix."""
+        return self.base.states[place][layer][:, self.prefix :]
 
     def _last(
         self,
@@ -209,9 +233,12 @@ class Scorer:
         *,
         begin: bool = False,
     ) -> Tensor:
-        """Log-probabilities ``[rows, vocab]`` after each row, behind ``past``; that is empty where ``begin`` is set."""
+        """Log-probabilities ``[rows, vocab]`` of the token after each row.
+
+        ``past`` is the attention cache of the prefix; with ``begin`` it is empty, and ``ids`` are the prefix.
+        """
         rows, width = ids.shape
-        behind = 0 if past is None or begin else self.head
+        behind = 0 if past is None or begin else self.prefix
         mask = torch.ones(rows, behind + width, dtype=torch.long)
         return last_of_batch(
             self.loaded, Batch(rows=tuple(range(rows)), input_ids=ids, attention_mask=mask), cache=past
@@ -220,30 +247,31 @@ class Scorer:
     # --- sizes --------------------------------------------------------------------------------------------------------
 
     def _most(self, job: Job) -> int:
-        """How many candidates fit into a pass."""
+        """How many candidates of ``job`` fit into a forward pass."""
         if not self.base.apart:
             return 1
-        most = self.max_tokens // max(group.ids[:, self.head :].numel() for group in self._groups_of(job))
+        most = self.max_tokens // max(group.ids[:, self.prefix :].numel() for group in self._groups_of(job))
         if self.loaded.offload:
             one = replace(job, candidates=job.candidates[:1])
             most = min(most, self.room // self._bytes(one))
         return max(1, most)
 
     def _bytes(self, job: Job) -> int:
-        """What a job takes up that waits, with all its passes."""
+        """What a job takes that waits for the next block, with the forward passes of all its groups."""
         sizes = [len(group.ids) * waiting_bytes(self.loaded, group.ids.shape[1]) for group in self._groups_of(job)]
         return len(job.candidates) * sum(sizes)
 
     # --- the base run, and what may be taken from it ------------------------------------------------------------------
 
     def _base_run(self) -> Base:
+        """Run the harmless prompts.  What enters each block is kept where it takes at most a quarter of the memory."""
         offload = self.loaded.offload
         tokens = sum(group.ids.numel() for group in self.harmless)
         states = tokens * self.loaded.n_layers * self.loaded.d_model * 4
         keeps = states <= (self.room if offload else free_bytes(torch.device("cpu"))) // 4
         if keeps:
             self.room -= states
-        turned = self.harmless[0].ids[:1].flip(1)  # another run in between, so that nothing is left of the first one
+        turned = self.harmless[0].ids[:1].flip(1)  # other tokens last: a model that keeps a state keeps none of these
         thunks = [partial(self._plain, group, keeps=keeps) for group in self.harmless]
         sizes = [len(group.ids) * waiting_bytes(self.loaded, group.ids.shape[1]) for group in self.harmless]
         found: list[tuple[Tensor, list[Tensor], bool]] = []
@@ -259,6 +287,10 @@ class Scorer:
         )
 
     def _plain(self, group: Group, *, keeps: bool) -> tuple[Tensor, list[Tensor], bool]:
+        """Run a group without intervention.
+
+        Gives its log-probabilities, what entered each block (if ``keeps``), and whether its rows can be told apart.
+        """
         seen: list[Tensor] = []
 
         def see(_: int, x: Tensor) -> None:
@@ -270,13 +302,13 @@ class Scorer:
         return log_probs, seen, all(apart)
 
     def _same(self, group: Group, log_probs: Tensor) -> bool:
-        """Whether ``log_probs`` are those of the base run, of the first rows of ``group``."""
+        """Whether ``log_probs``, of the first prompts of ``group``, are those of the base run."""
         base = self.base.log_probs[[place - self.n_harmful for place in group.places[: len(log_probs)]]]
         size = next(self.loaded.model.parameters()).dtype.itemsize
         return bool((base.exp() * (base - log_probs).abs()).sum(-1).max() < ROUNDING_NATS[size])
 
-    def _share_head(self, tokens: int) -> None:
-        """Take the first ``tokens`` of all prompts for their head, if the base run comes out the same that way."""
+    def _share_prefix(self, tokens: int) -> None:
+        """Take the first ``tokens`` of all prompts as their prefix, if the base run gives the same numbers that way."""
         accepts = "past_key_values" in inspect.signature(self.loaded.model.forward).parameters
         if (
             not tokens
@@ -286,21 +318,21 @@ class Scorer:
             or not is_plain(empty_cache(self.loaded))
         ):
             return
-        self.head = tokens
+        self.prefix = tokens
         try:
-            self.base.head = empty_cache(self.loaded)
-            self._last(self.groups[0].ids[:1, :tokens], self.base.head, begin=True)
+            self.base.cache = empty_cache(self.loaded)
+            self._last(self.groups[0].ids[:1, :tokens], self.base.cache, begin=True)
             same = all(
-                self._same(group, self._last(group.ids[:, tokens:], repeated(self.base.head, len(group.ids))))
+                self._same(group, self._last(group.ids[:, tokens:], repeated(self.base.cache, len(group.ids))))
                 for group in self.harmless
             )
         except CANNOT:
             same = False
         if not same:
-            self.head = 0
+            self.prefix = 0
 
     def _check_starts(self) -> None:
-        """Find the layers at which a run may begin: where that gives the base run's figures."""
+        """Find the layers at which a forward pass may begin: where one prompt gets the numbers of the base run."""
         if not self.base.states:
             return
         group = self.harmless[0]
@@ -310,16 +342,16 @@ class Scorer:
         self.base.starts = {layer for layer, good in zip(layers, same, strict=True) if good}
 
     def _starts(self, one: Group, layer: int) -> bool:
-        past = repeated(self.base.head, 1) if self.head else None
+        past = repeated(self.base.cache, 1) if self.prefix else None
         try:
             with self.short.starting_at(layer, self._state(0, layer)[:1]):
-                return self._same(one, self._last(one.ids[:, self.head :], past))
+                return self._same(one, self._last(one.ids[:, self.prefix :], past))
         except CANNOT:
             return False
 
 
 @contextmanager
-def scorer(
+def candidate_scorer(
     loaded: LoadedModel,
     harmful: Sequence[list[int]],
     harmless: Sequence[list[int]],
@@ -327,14 +359,16 @@ def scorer(
     *,
     batch_size: int,
     max_tokens: int | None = None,
-) -> Iterator[Scorer]:
-    """A ``Scorer`` of encoded prompts, its base run done."""
+) -> Iterator[CandidateScorer]:
+    """A ``CandidateScorer`` for encoded prompts, its base run done."""
     with shortened(loaded) as short:
-        yield Scorer(loaded, short, harmful, harmless, refusal_ids, batch_size=batch_size, max_tokens=max_tokens)
+        yield CandidateScorer(
+            loaded, short, harmful, harmless, refusal_ids, batch_size=batch_size, max_tokens=max_tokens
+        )
 
 
 def _groups(encoded: Sequence[list[int]], places: Sequence[int], most: int) -> Iterator[Group]:
-    """Prompts of one length together, longest first, at most ``most``."""
+    """Groups of at most ``most`` prompts of one length, the longest first."""
     for length in sorted({len(encoded[place]) for place in places}, reverse=True):
         same = [place for place in places if len(encoded[place]) == length]
         for first in range(0, len(same), most):

@@ -6,6 +6,7 @@ Both stages keep what is finished in ``Steps``, so that a stopped one continues.
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
-from abliterate.errors import PromptError, UsageError
+from abliterate.errors import UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.events import Noted
 from abliterate.method.directions import DirectionSet
-from abliterate.method.moments import Moments, RunningCovariance
+from abliterate.method.estimators import DEFAULT, Need, estimate, needs_of
+from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import SelectionRule, choose
 from abliterate.model import measuring
 from abliterate.model.memory import available_bytes
@@ -29,18 +31,25 @@ from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
 
-def measure(session: Session, *, steps: Steps | None = None, covariance: Path | None = None) -> DirectionSet:
-    """Measure candidate directions: refusal tokens, filtered prompts, difference of means.
+def measure(
+    session: Session,
+    *,
+    estimators: Sequence[str] = DEFAULT,
+    steps: Steps | None = None,
+    covariance: Path | None = None,
+) -> DirectionSet:
+    """Measure candidate directions: refusal tokens, filtered prompts, statistics, and what ``estimators`` make of them.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
     write the covariances of both classes at the last position.
 
     Raises:
-        UsageError: there is no memory for the covariances.
+        UsageError: there is no such estimator, or no memory for the statistics that are needed.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
         NonFiniteError: an activation is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
+    needs = needs_of(estimators) | (frozenset[Need]() if covariance is None else frozenset[Need](["covariance"]))
     options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
     harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
@@ -49,48 +58,48 @@ def measure(session: Session, *, steps: Steps | None = None, covariance: Path | 
     )
     if recipe.find.filter_prompts:
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
-
-    def moments(kind: str, prompts: Sequence[str]) -> dict[str, Tensor]:
-        spread = None
-        if covariance is not None:
-            spread = [RunningCovariance((loaded.d_model,)) for _ in range(loaded.n_layers)]
-        if spread is not None and len(prompts) < 2:
-            raise PromptError(
-                f"{loaded.name}: one {kind} prompt is left, and a covariance takes two", "give more prompts"
-            )
-        task = f"measure {kind} prompts"
-        found = {"mean": measuring.mean_residual(loaded, chat, prompts, task=task, spread=spread, **options).mean}
-        if spread is None:
-            return found
-        covariances = torch.empty(loaded.n_layers, loaded.d_model, loaded.d_model)
-        for layer in range(loaded.n_layers):
-            covariances[layer] = spread.pop(0).finish().covariance
-        return {**found, "covariance": covariances}
-
-    loaded, chat = session.loaded, session.chat
+    statistics = _statistics(session, kept, needs, steps, options)
     if covariance is not None:
-        _check_room_for_covariances(session)
-    step = "mean" if covariance is None else "mean-and-covariance"
-    found = {}
-    for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
-        stored = steps.tensors(f"{step}-{kind}", lambda kind=kind, prompts=prompts: moments(kind, prompts))
-        found[kind] = Moments(count=len(prompts), mean=stored["mean"], covariance=stored.get("covariance"))
-    measured = measuring.difference_of_means(chat, found["harmful"], found["harmless"])
-    if covariance is not None:
-        direction_files.save_covariances(covariance, found)
+        direction_files.save_covariances(covariance, statistics.moments)
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
-        "position_tokens": list(chat.position_tokens),
-        "template_sha256": chat.template_sha256,
+        "position_tokens": list(session.chat.position_tokens),
+        "template_sha256": session.chat.template_sha256,
         "system": recipe.model.system,
         "prompts": contrast.hashes(),
         "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
         "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
         "versions": manifest.versions(),
-        "device": f"{loaded.device.type} ({platform.machine()})",
+        "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    return replace(measured, metadata=metadata)
+    return DirectionSet(
+        candidates=estimate(statistics, estimators), statistics=statistics.means_alone(), metadata=metadata
+    )
+
+
+def _statistics(
+    session: Session, kept: measuring.Filtered, needs: frozenset[Need], steps: Steps, options: Mapping[str, Any]
+) -> ActivationStats:
+    """What ``needs`` names, of both classes."""
+    _check_room(session, kept, needs)
+    step = "-and-".join(["mean", *sorted(needs - {"means"})])
+    found: dict[str, dict[str, Tensor]] = {}
+    for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
+        work = partial(
+            measuring.measure_class, session.loaded, session.chat, prompts, needs, task=f"measure {kind} prompts",
+            **options,
+        )  # fmt: skip
+        found[kind] = steps.tensors(f"{step}-{kind}", work)
+    counts = {"harmful": len(kept.harmful), "harmless": len(kept.harmless)}
+    return ActivationStats(
+        positions=session.chat.positions,
+        moments={
+            kind: Moments(count=counts[kind], mean=its["mean"], covariance=its.get("covariance"))
+            for kind, its in found.items()
+        },
+        samples={kind: its["samples"] for kind, its in found.items() if "samples" in its},
+    )
 
 
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
@@ -118,7 +127,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     prompts = _typical(session, harmful, harmless, ids, steps, step, options)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
-    scores = measuring.score_candidates(loaded, chat, directions, prompts, ids, store=store, **options)
+    scores = measuring.score_candidates(loaded, chat, directions.candidates, prompts, ids, store=store, **options)
     rule = SelectionRule(
         max_kl_nats=recipe.find.max_kl_nats, min_induce=recipe.find.min_induce, prune_layers=recipe.find.prune_layers
     )
@@ -130,20 +139,27 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     return replace(directions, scores=judged, choice=choice)
 
 
-def _check_room_for_covariances(session: Session) -> None:
-    """Check that the covariances fit into memory: one class in float64 while it is summed, and both in float32.
+def _check_room(session: Session, kept: measuring.Filtered, needs: frozenset[Need]) -> None:
+    """Check that covariances and samples fit into memory.
+
+    Covariances take one class in float64 while they are summed up, and both in float32; samples both in float32.
 
     Raises:
         UsageError: they do not.
     """
     loaded = session.loaded
-    needed = 2 * loaded.n_layers * loaded.d_model**2 * torch.float64.itemsize
-    free = session.recipe.model.memory_bytes or available_bytes()
+    n, d, floats = loaded.n_layers, loaded.d_model, torch.float32.itemsize
+    sizes = {
+        "covariances": 2 * n * d**2 * torch.float64.itemsize if "covariance" in needs else 0,
+        "samples": (len(kept.harmful) + len(kept.harmless)) * n * d * floats if "samples" in needs else 0,
+    }
+    needed, free = sum(sizes.values()), session.recipe.model.memory_bytes or available_bytes()
     if needed > free:
+        what = " and ".join(name for name, size in sizes.items() if size)
         raise UsageError(
-            f"covariances of {loaded.n_layers} layers of width {loaded.d_model} take {needed / 2**30:,.2f} GiB of "
-            f"memory, and there are {free / 2**30:,.2f}",
-            "give more --memory, or leave out --covariance",
+            f"{what} of {n} layers of width {d} take {needed / 2**30:,.2f} GiB of memory, and there are "
+            f"{free / 2**30:,.2f}",
+            "give more --memory, leave out --covariance, or choose an estimator that needs the means alone",
         )
 
 

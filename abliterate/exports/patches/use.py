@@ -34,7 +34,7 @@ from abliterate.events import Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.export import DIRECTION_FILE, Purpose
 from abliterate.exports.patches.file import PatchFile
 from abliterate.exports.patches.replay import Replay, TensorReplay
-from abliterate.method.directions import DirectionSet
+from abliterate.method.directions import given
 from abliterate.recipe import Recipe
 from abliterate.version import __version__
 
@@ -315,7 +315,4 @@ def _first(shard: Shard, data_bytes: int) -> Shard:
 
 def _write_direction(file: PatchFile, output: OutputFolder) -> None:
     """The direction file with the vector alone: the candidates of the measurement are not in a patch."""
-    vector = file.tensor("direction")[None, None]
-    nothing = torch.zeros_like(vector)
-    found = DirectionSet(candidates=vector, harmful_mean=nothing, harmless_mean=nothing, positions=(-1,))
-    direction_files.save(found.choose(-1, 0), output.path / DIRECTION_FILE)
+    direction_files.save(given(file.tensor("direction")), output.path / DIRECTION_FILE)

@@ -1,0 +1,61 @@
+"""Estimators: from what was measured to candidates.  Each is one pure function with its paper's name and equation.
+
+How to add one stands in ``docs/design.md``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from abliterate.errors import UsageError
+from abliterate.method.directions import Candidate, grid
+from abliterate.method.moments import ActivationStats
+
+Need = Literal["means", "covariance", "samples"]
+DIFFERENCE_OF_MEANS = "difference-of-means"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimator:
+    """A function that makes candidates, and the statistics it needs (see ``ActivationStats``).
+
+    "means" are at all positions and layers; "covariance" and "samples", the residuals themselves, at the last position.
+    """
+
+    needs: frozenset[Need]
+    candidates: Callable[[ActivationStats], tuple[Candidate, ...]]
+
+
+def difference_of_means(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``r[i, l] = mean_harmful[i, l] - mean_harmless[i, l]``, raw (Arditi et al. 2024, eq. 1 and 2).
+
+    One candidate for each post-instruction position ``i`` and layer ``l``: "difference-of-means/i/l".  Subtracted in
+    float64, kept in float32.
+    """
+    difference = stats.mean("harmful") - stats.mean("harmless")
+    return grid(DIFFERENCE_OF_MEANS, difference.to(torch.float32), stats.positions)
+
+
+ESTIMATORS: Mapping[str, Estimator] = {
+    DIFFERENCE_OF_MEANS: Estimator(needs=frozenset({"means"}), candidates=difference_of_means),
+}
+DEFAULT = (DIFFERENCE_OF_MEANS,)
+
+
+def needs_of(names: Sequence[str]) -> frozenset[Need]:
+    """All that the estimators of these names need.
+
+    Raises:
+        UsageError: there is no such estimator.
+    """
+    for name in names:
+        if name not in ESTIMATORS:
+            raise UsageError(f"there is no estimator {name!r}", f"estimators are: {', '.join(ESTIMATORS)}")
+    return frozenset[Need]().union(*(ESTIMATORS[name].needs for name in names))
+
+
+def estimate(stats: ActivationStats, names: Sequence[str] = DEFAULT) -> tuple[Candidate, ...]:
+    """The candidates of the estimators of these names, one after the other."""
+    return tuple(candidate for name in names for candidate in ESTIMATORS[name].candidates(stats))
