@@ -25,7 +25,7 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import removing
+from abliterate.method.edits import removal
 from abliterate.method.estimators import DEFAULT
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
@@ -120,7 +120,7 @@ def edit(
     """
     recipe = recipe or Recipe()
     checkpoint = fetch(open_model(model, revision=revision))
-    made = plan(checkpoint, edit=change or removing(direction.direction[:, None]), **recipe.plan_options)
+    made = plan(checkpoint, edit=change or removal(direction.chosen), **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -174,7 +174,7 @@ def export_lora(
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
-    change = None if direction is None else removing(direction.direction[:, None])
+    change = None if direction is None else removal(direction.chosen)
     if edited is not None:
         finished = FinishedEdit.open(edited, revision=revision)
         recipe, change = finished.recipe, change or finished.stream

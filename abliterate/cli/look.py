@@ -73,14 +73,14 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     from abliterate.checkpoint.hub import fetch
     from abliterate.cli.tables import table
     from abliterate.editing.planning import along
-    from abliterate.method.edits import removing
+    from abliterate.method.edits import removal
 
     behind = [writer for writer in plan.writers if writer.norms]
     if not behind:
         out.print("no norm stands behind a writer: the edit is exact whatever the direction")
         return
     plan = replace(plan, checkpoint=fetch(plan.checkpoint))
-    found = along(plan, removing(direction_file.load(file).direction[:, None])).edits
+    found = along(plan, removal(direction_file.load(file).chosen)).edits
     shown = table("behind norms", "block", "writer", "J, predicted error", "|a|", "t", right=(0, 2, 3, 4))
     for writer in behind:
         made = found[writer.tensor.name]

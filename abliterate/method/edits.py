@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.method.directions import Candidate, Subspace
 from abliterate.method.linalg import orthonormal_basis
+from abliterate.method.places import IN_BLOCKS
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import ColumnScale, WeightEdit
 
@@ -106,6 +108,21 @@ def removing(directions: Float[Tensor, "d k"]) -> StreamEdit:
         ValueError: all of them are zero, or one is not finite.
     """
     return StreamEdit(everywhere=orthogonal(orthonormal_basis(directions)))
+
+
+def removal(candidate: Candidate) -> StreamEdit:
+    """Nothing writes along the subspace of ``candidate`` any more.
+
+    Where it has another subspace in each layer, each is removed from what that layer adds, and places that it does not
+    name are left alone.
+
+    Raises:
+        ValueError: a subspace is empty or not finite.
+    """
+    if isinstance(candidate.subspace, Subspace):
+        return removing(candidate.subspace.vectors)
+    of_layers = {layer: orthogonal(subspace.basis) for layer, subspace in candidate.subspace.items()}
+    return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
 
 
 def apply(w: Float[Tensor, "d n"], edit: WeightEdit) -> Float[Tensor, "d n"]:

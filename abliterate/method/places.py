@@ -7,5 +7,8 @@ Kind = Literal["embedding", "attention", "MLP", "next-token block"]
 mixer of tokens of a block (attention, convolution, state space), its MLP or experts and all else, and blocks that only
 draft tokens for the model."""
 
+IN_BLOCKS: tuple[Kind, Kind] = ("attention", "MLP")
+"""The kinds that every layer may have."""
+
 Place = tuple[int | None, Kind]
 """Layer (None for the embedding and for next-token blocks) and kind."""

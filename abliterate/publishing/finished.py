@@ -14,7 +14,7 @@ from abliterate.checkpoint.source import Checkpoint
 from abliterate.data.bundled import open_model
 from abliterate.editing.planning import plan
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import removing
+from abliterate.method.edits import removal
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
@@ -58,7 +58,7 @@ class FinishedEdit:
     def stream(self) -> StreamEdit:
         """What the edit did to the residual stream; manifests of version 1 name a direction alone."""
         name = self.document["edit"].get("file")
-        return removing(self.directions.direction[:, None]) if name is None else edit_file.load(self.folder / name)
+        return removal(self.directions.chosen) if name is None else edit_file.load(self.folder / name)
 
     @property
     def base_name(self) -> str:
