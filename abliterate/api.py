@@ -26,11 +26,10 @@ from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import removal
-from abliterate.method.estimators import DEFAULT
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
-from abliterate.model.interventions import ablated, added
+from abliterate.model.interventions import added, edited
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit
@@ -67,14 +66,13 @@ def measure(
     model: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
-    estimators: Sequence[str] = DEFAULT,
     covariance: str | Path | None = None,
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
     session = open_session(model, recipe or Recipe(), on_event=on_event)
     file = Path(covariance) if covariance else None
-    return pipeline.measure(session, estimators=estimators, covariance=file)
+    return pipeline.measure(session, covariance=file)
 
 
 def select(
@@ -380,9 +378,9 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        context = ablated(loaded, direction.direction[:, None])
+        context = edited(loaded, removal(direction.chosen))
     elif direction is not None and mode == "add" and direction.choice is not None:
-        context = added(loaded, direction.direction, direction.choice.layer, scale=scale)
+        context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:
         tokens = generate_ids(loaded, chat_format, batch, session.recipe.evaluate.max_new_tokens)[0]
     return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

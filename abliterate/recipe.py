@@ -69,6 +69,9 @@ class FindOptions(Section):
     filter_prompts: Annotated[bool, Trait.FILE_ONLY] = Field(
         default=True, description="Keep harmful prompts that are refused, and harmless ones that are answered."
     )
+    estimators: Annotated[tuple[str, ...], Flag("--estimator")] = Field(
+        default=("difference-of-means",), description="What makes candidates of the measured residuals; repeatable."
+    )
     refusal_tokens: Annotated[tuple[str, ...], Flag("--refusal-token")] = Field(
         default=(), description="A word or token id refusals begin with; repeatable. Default: found out."
     )

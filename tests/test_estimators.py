@@ -1,5 +1,6 @@
 """Estimators: what they make of statistics, and that what they need is measured."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,17 @@ def curious(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "curious", Estimator(needs=needs, candidates=made))
 
 
+def asking(session, names):
+    """The session under a recipe with these estimators."""
+    return dataclasses.replace(session, recipe=session.recipe.with_changes({"estimators": names}))
+
+
 def test_estimators_get_what_they_ask_for(session, curious, tmp_path):
     assert needs_of(["difference-of-means"]) == {"means"}
     assert needs_of(["difference-of-means", "curious"]) == {"means", "covariance", "samples"}
     with Steps(tmp_path / "steps", "work") as steps:
-        found = pipeline.measure(session, estimators=["difference-of-means", "curious"], steps=steps)
-        again = pipeline.measure(session, estimators=["difference-of-means", "curious"], steps=steps)
+        found = pipeline.measure(asking(session, ["difference-of-means", "curious"]), steps=steps)
+        again = pipeline.measure(asking(session, ["difference-of-means", "curious"]), steps=steps)
     alone = pipeline.measure(session)
     n = len(alone.candidates)
     assert torch.equal(torch.stack([one.vector for one in found.candidates[:n]]), vectors_of(alone))
@@ -113,7 +119,7 @@ def test_estimators_get_what_they_ask_for(session, curious, tmp_path):
 
 
 def test_candidates_of_several_estimators_are_scored_chosen_and_kept(session, curious, tmp_path):
-    measured = load(save(pipeline.measure(session, estimators=["curious"]), tmp_path / "candidates.safetensors"))
+    measured = load(save(pipeline.measure(asking(session, ["curious"])), tmp_path / "candidates.safetensors"))
     chosen = load(save(pipeline.select(session, measured), tmp_path / "direction.safetensors"))
     assert len(chosen.scores) == 16
     assert chosen.choice.candidate in {one.id for one in measured.candidates}
@@ -125,7 +131,7 @@ def test_candidates_of_several_estimators_are_scored_chosen_and_kept(session, cu
 def test_samples_take_memory_too(session, curious, monkeypatch):
     monkeypatch.setattr(finding, "available_bytes", lambda: 2**20)
     with pytest.raises(UsageError, match="covariances and samples of 8 layers of width 128 take"):
-        pipeline.measure(session, estimators=["curious"])
+        pipeline.measure(asking(session, ["curious"]))
 
 
 def test_a_covariance_takes_two_prompts(session):

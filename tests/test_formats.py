@@ -99,3 +99,14 @@ def test_a_newer_patch_is_refused_with_words(tmp_path):
 def test_what_is_no_format_is_refused(found, tmp_path):
     with pytest.raises(CheckpointError, match=r"is unknown"):
         check_format(found, "abliterate-x-", 2, where=tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [{"edit": {"tied": "perhaps"}}, {"nonsense": 1}, None, 3])
+def test_a_recipe_that_cannot_be_read_is_named_with_its_file(recipe, old_folder, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(old_folder, spoilt)
+    document = json.loads((spoilt / "abliterate.json").read_text()) | {"recipe": recipe}
+    (spoilt / "abliterate.json").write_text(json.dumps(document))
+    result = CliRunner().invoke(app, ["verify", str(spoilt)])
+    assert result.exit_code == 5
+    assert "abliterate.json: holds a recipe that cannot be read" in " ".join(result.stderr.split())

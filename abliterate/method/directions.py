@@ -250,8 +250,11 @@ class DirectionSet:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the bytes of ``direction``, as hexadecimal."""
-        return hashlib.sha256(self.direction.contiguous().numpy().tobytes()).hexdigest()
+        """SHA-256 of the bytes of the chosen vectors, as hexadecimal: of ``direction``, where it is a single one."""
+        found = hashlib.sha256()
+        for subspace in self.chosen.subspaces:
+            found.update(subspace.vectors.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def choose(self, position: int, layer: int, rule: str = GIVEN) -> "DirectionSet":
         """A copy with the candidate at ``position``, ``layer`` chosen."""

@@ -39,7 +39,12 @@ class FinishedEdit:
         """
         place = finished_folder(name, revision=revision)
         document = manifest.read(place.path)
-        return cls(folder=place.path, document=document, recipe=manifest.recipe_of(document), from_hub=place.from_hub)
+        return cls(
+            folder=place.path,
+            document=document,
+            recipe=manifest.recipe_of(document, where=place.path / manifest.FILE_NAME),
+            from_hub=place.from_hub,
+        )
 
     def with_changes(self, changes: Mapping[str, Any]) -> "FinishedEdit":
         """The same under other options of the recipe.

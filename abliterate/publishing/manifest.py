@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.hashes import sha256_file
@@ -69,7 +71,6 @@ def build(
 ) -> dict[str, Any]:
     """The manifest of an edited checkpoint as plain data; ``verification`` and ``evaluation`` may come later."""
     checkpoint = edit_plan.checkpoint
-    vector = directions.direction
     document = {
         "format": f"{FORMAT}{FORMAT_NUMBER}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,7 +88,7 @@ def build(
         "direction": {
             "file": "abliterate/direction.safetensors",
             "sha256": directions.sha256,
-            "norm": float(vector.double().norm()),
+            "norm": _length(directions),
             "choice": asdict(directions.choice) if directions.choice else None,
             "scores": [asdict(score) for score in directions.scores[:5]],
             "measurement": {
@@ -204,12 +205,33 @@ def read(folder: Path) -> dict[str, Any]:
     return document
 
 
-def recipe_of(document: Mapping[str, Any]) -> Recipe:
-    """The recipe in a manifest, without what belongs to the machine that wrote it.
+def recipe_of(document: Mapping[str, Any], *, where: Path) -> Recipe:
+    """The recipe in a manifest or patch, without what belongs to the machine that wrote it.
 
-    A manifest may come from anybody, so leave to run code of a repository is not taken from it either.
+    It may come from anybody, so leave to run code of a repository is not taken from it either.
+
+    Raises:
+        CheckpointError: it cannot be read; names the file ``where`` it stands.
     """
-    return Recipe.model_validate(in_tables(document["recipe"], without=OF_A_MACHINE))
+    try:
+        return Recipe.model_validate(in_tables(document["recipe"], without=OF_A_MACHINE))
+    except (ValidationError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: holds a recipe that cannot be read ({first_line(error)})", "fetch this file again"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of pydantic says of the first thing that is wrong."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+def _length(directions: DirectionSet) -> float:
+    """Of the chosen vectors, all together."""
+    return math.sqrt(sum(float(subspace.vectors.double().square().sum()) for subspace in directions.chosen.subspaces))
 
 
 def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values

@@ -19,7 +19,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.events import Noted
 from abliterate.method.directions import DirectionSet
-from abliterate.method.estimators import DEFAULT, Need, estimate, needs_of
+from abliterate.method.estimators import Need, estimate, needs_of
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import SelectionRule, choose
 from abliterate.model import measuring
@@ -34,11 +34,10 @@ from abliterate.workflow.steps import Steps
 def measure(
     session: Session,
     *,
-    estimators: Sequence[str] = DEFAULT,
     steps: Steps | None = None,
     covariance: Path | None = None,
 ) -> DirectionSet:
-    """Measure candidate directions: refusal tokens, filtered prompts, statistics, and what ``estimators`` make of them.
+    """Measure: refusal tokens, filtered prompts, statistics, and the candidates that the recipe's estimators make of them.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
     write the covariances of both classes at the last position.
@@ -49,7 +48,9 @@ def measure(
         NonFiniteError: an activation is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
-    needs = needs_of(estimators) | (frozenset[Need]() if covariance is None else frozenset[Need](["covariance"]))
+    needs = needs_of(recipe.find.estimators) | (
+        frozenset[Need]() if covariance is None else frozenset[Need](["covariance"])
+    )
     options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
     harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
@@ -74,7 +75,7 @@ def measure(
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
     return DirectionSet(
-        candidates=estimate(statistics, estimators), statistics=statistics.means_alone(), metadata=metadata
+        candidates=estimate(statistics, recipe.find.estimators), statistics=statistics.means_alone(), metadata=metadata
     )
 
 

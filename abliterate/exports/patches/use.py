@@ -35,7 +35,7 @@ from abliterate.exports.patches.export import DIRECTION_FILE, Purpose
 from abliterate.exports.patches.file import PatchFile
 from abliterate.exports.patches.replay import Replay, TensorReplay
 from abliterate.method.directions import given
-from abliterate.recipe import Recipe
+from abliterate.publishing import manifest
 from abliterate.version import __version__
 
 TASK = "revert"
@@ -57,7 +57,7 @@ def apply(
         SourceError: something cannot be read.
     """
     file = _open(patch, "apply")
-    made = plan(fetch(open_model(base)), **Recipe.model_validate(file.document["recipe"]).plan_options)
+    made = plan(fetch(open_model(base)), **manifest.recipe_of(file.document, where=patch).plan_options)
     names = [writer.tensor.name for writer in made.writers if writer.tensor.numel]
     source = Source(file=file, checkpoint=made.checkpoint, side="base")
     source.check()
