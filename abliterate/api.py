@@ -25,7 +25,7 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import removal
+from abliterate.method.edits import stream_edit
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
@@ -118,7 +118,7 @@ def edit(
     """
     recipe = recipe or Recipe()
     checkpoint = fetch(open_model(model, revision=revision))
-    made = plan(checkpoint, edit=change or removal(direction.chosen), **recipe.plan_options)
+    made = plan(checkpoint, edit=change or stream_edit(recipe.edit.change, direction), **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -172,7 +172,7 @@ def export_lora(
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
-    change = None if direction is None else removal(direction.chosen)
+    change = None if direction is None else stream_edit(recipe.edit.change, direction)
     if edited is not None:
         finished = FinishedEdit.open(edited, revision=revision)
         recipe, change = finished.recipe, change or finished.stream
@@ -378,7 +378,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        context = edited(loaded, removal(direction.chosen))
+        context = edited(loaded, stream_edit(session.recipe.edit.change, direction))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:

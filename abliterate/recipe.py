@@ -99,6 +99,7 @@ class EditOptions(Section):
     allow_partial: bool = Field(
         default=False, description="Edit what is known of an incomplete map, and brand the result."
     )
+    change: str = Field(default="removal", description="What is done along the chosen direction: removal.")
 
 
 class ModelOptions(Section):

@@ -15,6 +15,7 @@ from abliterate.checkpoint.directio import patch as overwrite_bytes
 from abliterate.cli.app import app
 from abliterate.editing.blocks import TensorEdit, Workspace
 from abliterate.editing.planning import plan
+from abliterate.editing.reading import rows_of_block
 from abliterate.errors import CheckpointError, OutputError, UsageError, VerificationError
 from abliterate.events import Advanced
 from abliterate.exports.patches import use
@@ -29,7 +30,6 @@ from abliterate.exports.patches.replay import (
     TensorReplay,
     expected,
     rounded,
-    rows_of_block,
 )
 from abliterate.method.directions import given
 from abliterate.method.edits import orthogonal
@@ -246,7 +246,7 @@ def test_a_small_memory_budget_does_not_change_a_byte(tmp_path, monkeypatch):
     """Stacks and matrices larger than a buffer: feedback rows come last, and the corrections still fit."""
     monkeypatch.setattr("abliterate.editing.writing.SMALLEST_PIECE", 4096)
     monkeypatch.setattr("abliterate.exports.patches.use.SMALLEST_PIECE", 4096)
-    monkeypatch.setattr("abliterate.exports.patches.replay.BLOCK_ELEMENTS", 512)
+    monkeypatch.setattr("abliterate.editing.reading.BLOCK_ELEMENTS", 512)
     base = checkpoints.write_llama(tmp_path / "base", sizes={"intermediate_size": 200, "vocab_size": 300})
     edited = edited_by_us(base, tmp_path / "edited")
     report = abliterate.export_patch(edited, base, tmp_path / "p.safetensors")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @guarded
-@takes("model", "max_new_tokens", leaving_out=["batch_size"])
+@takes("model", "max_new_tokens", "change", leaving_out=["batch_size"])
 def chat(
     model: opt.OptionalModel = None,
     *,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @guarded
-@takes("edit", leaving_out=["rounding"])
+@takes("edit", leaving_out=["rounding", "change"])
 def plan(
     model: opt.OptionalModel = None,
     *,

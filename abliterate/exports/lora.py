@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.arch.codecs import as_rows
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
-from abliterate.checkpoint.directio import Slab, SourceFile
+from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.output import fingerprint, prepare, write_atomically, write_json
+from abliterate.editing.reading import read_along
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.weight_edit import WeightEdit
 from abliterate.publishing.wording import summary
 
 TASK = "adapter"
-BLOCK_BYTES = 8 * 2**20
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -113,31 +110,12 @@ def not_expressible(writer: Writer, edit: WeightEdit) -> str:
 def _factors(root: Path, writer: Writer, edit: WeightEdit) -> dict[str, Tensor]:
     """``A`` and ``B`` of one writer in float32, under the names PEFT gives them."""
     module = "base_model.model." + writer.tensor.name.removesuffix(".weight")
-    reads = _read_along(root, writer, edit.read).to(torch.float32)
+    with SourceFile(root / writer.tensor.shard) as file:
+        reads = read_along(file, writer, edit.read)[0].to(torch.float32)
     writes = (-edit.strength * edit.write).to(torch.float32)
     if writer.role == "embedding":
         return {f"{module}.lora_embedding_A": reads, f"{module}.lora_embedding_B": writes.clone()}
     return {f"{module}.lora_A.weight": reads, f"{module}.lora_B.weight": writes.clone()}
-
-
-def _read_along(root: Path, writer: Writer, read: Float[Tensor, "d k"]) -> Float[Tensor, "k n"]:
-    """``read^T W`` in float64, block by block."""
-    tensor, width, stored = writer.tensor, writer.row_elements, DTYPES[writer.tensor.dtype]
-    row_bytes = width * stored.itemsize
-    rows = tensor.numel // width
-    step = max(1, BLOCK_BYTES // row_bytes)
-    found = torch.zeros(read.shape[1], rows if writer.in_rows else width, dtype=torch.float64)
-    slab = Slab(step * row_bytes)
-    with SourceFile(root / tensor.shard) as file:
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            raw = file.read(slab, tensor.start + row * row_bytes, count * row_bytes)
-            block = as_rows(raw, stored, width).to(torch.float64)
-            if writer.in_rows:
-                found[:, row : row + count] = (block @ read).T
-            else:
-                found += read[row : row + count].T @ block
-    return found
 
 
 def _config(plan: EditPlan, ranks: Mapping[str, int]) -> dict[str, Any]:

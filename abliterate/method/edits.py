@@ -9,13 +9,15 @@
   ``write ~ r / g`` keeps the direction of what the hook would leave, ``P_r (g * W x)``.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.method.directions import Candidate, Subspace
+from abliterate.errors import UsageError
+from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.stream_edit import StreamEdit
@@ -123,6 +125,21 @@ def removal(candidate: Candidate) -> StreamEdit:
         return removing(candidate.subspace.vectors)
     of_layers = {layer: orthogonal(subspace.basis) for layer, subspace in candidate.subspace.items()}
     return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
+
+
+EDITS: Mapping[str, Callable[[DirectionSet], StreamEdit]] = {"removal": lambda directions: removal(directions.chosen)}
+"""What a recipe may do with a chosen candidate, by name.  How to add one stands in ``docs/design.md``."""
+
+
+def stream_edit(name: str, directions: DirectionSet) -> StreamEdit:
+    """What the edit of this name does to the stream along what was chosen.
+
+    Raises:
+        UsageError: there is no such edit, or nothing was chosen.
+    """
+    if name not in EDITS:
+        raise UsageError(f"there is no edit {name!r}", f"edits are: {', '.join(EDITS)}")
+    return EDITS[name](directions)
 
 
 def apply(w: Float[Tensor, "d n"], edit: WeightEdit) -> Float[Tensor, "d n"]:

@@ -29,7 +29,7 @@ from abliterate.editing.writing import editor_for, edits_of, plain_failures, wri
 from abliterate.errors import CheckpointError, UsageError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import removal
+from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
 from abliterate.publishing.journal import Journal
 from abliterate.publishing.keeping import keep_origin, require_verified
@@ -109,7 +109,7 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
-    made = along(made, removal(direction.chosen))
+    made = along(made, stream_edit(recipe.edit.change, direction))
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

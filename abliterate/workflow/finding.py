@@ -37,7 +37,7 @@ def measure(
     steps: Steps | None = None,
     covariance: Path | None = None,
 ) -> DirectionSet:
-    """Measure: refusal tokens, filtered prompts, statistics, and the candidates that the recipe's estimators make of them.
+    """Refusal tokens, filtered prompts, statistics, and the candidates that the recipe's estimators make of them.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
     write the covariances of both classes at the last position.

@@ -17,7 +17,7 @@ from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import removal
+from abliterate.method.edits import stream_edit
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
@@ -147,7 +147,7 @@ def run(
     known = direction or _resume_direction(output)
     passes = _passes(session.recipe, measuring=known is None, with_evaluation=with_evaluation)
     directions = known or find(session, output, passes)
-    edit_plan = along(edit_plan, removal(directions.chosen))
+    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions))
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)

@@ -12,7 +12,7 @@ from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import plan
 from abliterate.events import OnEvent, ignore
-from abliterate.method.edits import removal
+from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
 from abliterate.workflow import pipeline
@@ -70,7 +70,7 @@ def reproduce(
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     if measure:
         directions = pipeline.select(session, pipeline.measure(session))
-        made = plan(session.checkpoint, edit=removal(directions.chosen), **recipe.plan_options)
+        made = plan(session.checkpoint, edit=stream_edit(recipe.edit.change, directions), **recipe.plan_options)
     else:
         directions, made = finished.directions, finished.plan(session.checkpoint)
     ours = open_folder(folder, name=str(folder))

@@ -22,11 +22,12 @@ from abliterate.checkpoint.header import Shard, read_header
 from abliterate.checkpoint.output import PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder
+from abliterate.editing.reading import READ_BYTES, read_along, rows_of_block
 from abliterate.errors import OutputError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.bitstreams import PRESET
 from abliterate.exports.patches.file import EDIT_PARTS, FORMAT, FORMAT_NUMBER, PatchFile, PatchWriter
-from abliterate.exports.patches.replay import Recorder, StoredEdit, TensorReplay, rows_of_block
+from abliterate.exports.patches.replay import Recorder, StoredEdit, TensorReplay
 from abliterate.method.edits import column_scale
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
@@ -35,7 +36,6 @@ from abliterate.verification.checkpoint_proof import compare_headers
 
 Purpose = Literal["apply", "revert"]
 TASK = "export"
-READ_BYTES = 8 * 2**20
 DIRECTION_FILE = f"{PRIVATE_FOLDER}/direction.safetensors"
 
 
@@ -286,35 +286,12 @@ class Exporter:
         self, writer: Writer, edit: StoredEdit, pair: "Pair", *, scales: bool
     ) -> tuple[Float[Tensor, "k columns"], Float[Tensor, " columns"] | None]:
         """``read^T W`` in float64 and, where columns keep their lengths, what each is multiplied by."""
-        stored, width = DTYPES[writer.tensor.dtype], writer.row_elements
-        step, row_bytes = rows_of_block(width), width * stored.itemsize
-        d, rows = len(edit.read), writer.tensor.numel // width
-        count = rows if writer.in_rows else rows // d * width
-        vectors = torch.cat((edit.read, edit.write), dim=1) if scales else edit.read
-        found = torch.zeros(vectors.shape[1], count, dtype=torch.float64)
-        squares = torch.zeros(count, dtype=torch.float64)
-
-        def read(start: int, size: int) -> tuple[Tensor, Tensor]:
-            old = pair.first.read(pair.slabs[0], writer.tensor.start + start, size)
-            return old, old
-
-        matrix_rows = rows if writer.in_rows else d
-        for first in range(0, rows, matrix_rows):
-            for row, both in _blocks(read, first, matrix_rows, step, row_bytes, stored):
-                wide = both[0].to(torch.float64)
-                if writer.in_rows:
-                    found[:, row : row + len(wide)] = (wide @ vectors).T
-                    squares[row : row + len(wide)] = wide.square().sum(1)
-                else:
-                    place = slice(first // d * width, first // d * width + width)
-                    found[:, place] += vectors[row : row + len(wide)].T @ wide
-                    squares[place] += wide.square().sum(0)
-        k = edit.read.shape[1]
         if not scales:
-            return found, None
-        c, along = found[:k], found[k:]
+            return read_along(pair.first, writer, edit.read)[0], None
+        found, squares = read_along(pair.first, writer, torch.cat((edit.read, edit.write), dim=1))
+        c, along = found.chunk(2)
         after = squares - ((2 * along - (edit.write.T @ edit.write) @ c) * c).sum(0)
-        return c, column_scale(squares, after)
+        return c.contiguous(), column_scale(squares, after)
 
     def _files(self) -> list[dict[str, Any]]:
         """What becomes of every file that is not a shard; the text of those that differ goes to ``writer``."""

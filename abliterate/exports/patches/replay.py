@@ -25,12 +25,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.arch.codecs import Codec
+from abliterate.editing.reading import rows_of_block
 from abliterate.exports.patches.bitstreams import Intervals, Sparse, ordinal, value
 from abliterate.method.rounding import GRAM_TOLERANCE, feedback_rows
 from abliterate.method.weight_edit import WeightEdit
-
-BLOCK_ELEMENTS = 2**18
-"""Elements of a block.  Blocks begin at multiples of it whatever the memory budget: corrections are stored in order."""
 
 SLACK = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-10, torch.float32: 2.0**-12, torch.float64: 2.0}
 """By how much the arithmetic of the edit may miss, in half steps of the dtype."""
@@ -237,11 +235,6 @@ def _sum(rows: Float[Tensor, "rows n"]) -> Float[Tensor, " n"]:
         odd = rows[2 * half :]
         rows = torch.cat((rows[:half] + rows[half : 2 * half], odd)) if len(odd) else rows[:half] + rows[half:]
     return rows[0]
-
-
-def rows_of_block(values: int) -> int:
-    """How many rows of ``values`` elements make a block."""
-    return max(1, BLOCK_ELEMENTS // max(1, values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
