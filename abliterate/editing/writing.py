@@ -1,4 +1,4 @@
-"""The streaming edit of a checkpoint: shard by shard (``editor``), never a whole model in memory."""
+"""The streaming edit of a checkpoint: shard by shard (``shards``), never a whole model in memory."""
 
 import errno
 from collections.abc import Callable, Iterator

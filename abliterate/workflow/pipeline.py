@@ -213,10 +213,11 @@ def say_cost(session: Session, passes: dict[str, int]) -> None:
 
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
-    """What makes two runs the same: tool, source files, recipe, direction.  Memory and device may differ."""
+    """What makes two runs the same: tool, source files, recipe, direction, edit.  Memory and device may differ."""
     options = recipe.flat(without=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
-    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given})
+    edits = [] if edit_plan.stream is None else edit_plan.to_json()["edits"]
+    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given, "edits": edits})
 
 
 def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: DirectionSet | None) -> OutputFolder:
