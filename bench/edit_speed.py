@@ -30,7 +30,7 @@ LOOP = """
 import sys, pathlib, shutil, torch
 from safetensors.torch import load_file, save_file
 src, dst = map(pathlib.Path, sys.argv[1:3])
-from abliterate.method.directions import load
+from abliterate.checkpoint.direction_file import load
 r = load(pathlib.Path(sys.argv[3])).direction
 r = r / r.norm()
 dst.mkdir()

@@ -22,6 +22,7 @@ from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 from tests import factories, measured, zoo
+from tests.checkpoints import without
 from tests.equivalence import edit, kl, logits_and_share, run_case
 
 LOGITS = 1e-10
@@ -131,8 +132,8 @@ def test_verify_reports_what_is_left_in_a_class_c_model(tmp_path, monkeypatch):
     session = open_session(base, recipe)
     made = plan(session.checkpoint, **recipe.plan_options)
     chosen = directions.load(factories.save_direction(48, tmp_path / "direction.safetensors"))
-    edited = edit(made, chosen.direction[:, None].double(), tmp_path / "edited")
-    report = pipeline.verify(session, made, chosen, edited)
+    made = without(made, chosen.direction[:, None])
+    report = pipeline.verify(session, made, edit(made, chosen.direction[:, None], tmp_path / "edited"))
     assert report.ok
     assert not report.behaviour.expect_removed
     assert 1e-3 < report.behaviour.stream_share < 1
