@@ -310,16 +310,21 @@ def test_a_stopped_run_goes_on(share, models, monkeypatch, tmp_path):
 
 def test_the_file_is_for_the_same_work_only(models, tmp_path):
     store = ScoreFile(tmp_path / "deeper" / "scores.safetensors")
-    scores = Scores.none_of(2)
-    scores.put("induce", 1, float("nan"))
+    scores = Scores.none_of(2, 2, 1)
+    scores.put("added", 1, (2,), torch.tensor([float("nan")], dtype=torch.float64))
+    scores.put("ablated", 1, (0, 2), torch.tensor([3.0, 4.0], dtype=torch.float64))
     store.save("one", scores)
-    again = store.load("one", 2)
+    again = store.load("one", 2, 2, 1)
     assert again.has("induce", 1)
     assert not again.has("bypass", 1)
-    assert not store.load("other", 2).has("induce", 1)
-    assert not store.load("one", 3).has("induce", 1)
+    assert again.done("bypass", 1).tolist() == [True, False]
+    assert again.get("kl_nats", 1) == 4.0
+    assert again.prompt_passes == 3
+    assert not store.load("other", 2, 2, 1).has("induce", 1)
+    assert not store.load("one", 3, 2, 1).has("induce", 1)
+    assert not store.load("one", 2, 1, 2).has("induce", 1)
     store.path.write_bytes(b"damaged")
-    assert not store.load("one", 2).has("induce", 1)
+    assert not store.load("one", 2, 2, 1).has("induce", 1)
 
 
 # --- out of core ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from abliterate.method.directions import Candidate, CandidateScore, Choice
 from abliterate.method.selection import (
+    NOT_ASKED,
     PARETO_FALLBACK,
     RULE,
     SelectionRule,
@@ -35,6 +36,7 @@ from abliterate.method.selection import (
 )
 
 Figure = Literal["bypass", "kl_nats", "induce"]
+FIGURES: tuple[Figure, ...] = ("bypass", "kl_nats", "induce")
 Question = tuple[Figure, int]
 """A score, and the number of the candidate it is asked of."""
 Key = tuple[float, int, bool, int, str]
@@ -74,7 +76,7 @@ class Pace:
     ``together``: KL and induce at once, where asking costs more than what is asked.
     """
 
-    first: int = 4
+    first: int = 2
     together: bool = False
 
 
@@ -128,7 +130,7 @@ class _Search:
 
     def score(self, n: int) -> CandidateScore:
         """What is known of a candidate, with its verdict."""
-        bypass, kl, induce = (self.table.seen(figure, n) for figure in ("bypass", "kl_nats", "induce"))
+        bypass, kl, induce = (self.table.seen(figure, n) for figure in FIGURES)
         one, stopped = self.candidates[n], not kl.whole and kl.least > self.rule.max_kl_nats
         score = CandidateScore(
             candidate=one.id,
@@ -161,7 +163,7 @@ class _Search:
 
     def _is_out(self, n: int, best: int | None) -> bool:
         """Whether a candidate is sure not to be kept, or to come after ``best``, which is."""
-        bypass, kl, induce = (self.table.seen(figure, n) for figure in ("bypass", "kl_nats", "induce"))
+        bypass, kl, induce = (self.table.seen(figure, n) for figure in FIGURES)
         if any(math.isnan(one.least) for one in (bypass, kl, induce)) or kl.least > self.rule.max_kl_nats:
             return True
         if induce.whole and induce.mean < self.rule.min_induce:
@@ -237,9 +239,9 @@ class _Search:
         """Why a candidate is out of which not everything is known."""
         if n not in self.early:
             return "late layer"
-        if any(self._is_nan(figure, n) for figure in ("bypass", "kl_nats", "induce")):
+        if any(self._is_nan(figure, n) for figure in FIGURES):
             return "nan"
         if self._kl(n) > self.rule.max_kl_nats:
             return "kl"
         induce = self.table.seen("induce", n)
-        return "induce" if induce.whole and induce.mean < self.rule.min_induce else "not asked"
+        return "induce" if induce.whole and induce.mean < self.rule.min_induce else NOT_ASKED

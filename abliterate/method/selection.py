@@ -13,6 +13,8 @@ from abliterate.method.directions import CandidateScore, Choice
 
 RULE, PARETO_FALLBACK = "arditi-2024", "pareto-fallback"
 """What a choice is named after."""
+NOT_ASKED = "not asked"
+"""The verdict on a candidate of which not enough is known for another one, nor need be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def build(
             "scores": [asdict(score) for score in directions.scores[:5]],
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", "kept", "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", "kept", "scored", "template_sha256")
                 if key in directions.metadata
             },
         },

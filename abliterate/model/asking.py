@@ -1,0 +1,108 @@
+"""The scores of candidates as a table whose entries are run when they are asked for (see ``method.few_scores``)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.method.directions import Candidate
+from abliterate.method.few_scores import Figure, Question, Seen
+from abliterate.method.statistics import LEAST_REFUSAL, least_kl_nats
+from abliterate.model.scores import Scores
+from abliterate.model.scoring import CandidateScorer, Job
+
+ROUNDING = 1e-9
+"""Sums in another order differ by less, relative to what is summed."""
+UNUSABLE = Seen(mean=math.nan, least=math.nan, whole=True)
+"""A candidate that is zero or not finite is not run."""
+
+
+class Asked:
+    """A ``Table`` of scores; ``parts`` is in how many parts the prompts of a score are run.
+
+    ``done`` is called with the number of prompts after each forward pass or, out of core, weight pass.
+    """
+
+    def __init__(
+        self,
+        scorer: CandidateScorer,
+        candidates: Sequence[Candidate],
+        scores: Scores,
+        *,
+        parts: int,
+        done: Callable[[Job, int], None],
+    ) -> None:
+        self.scorer, self.candidates, self.scores, self.parts, self.done = scorer, candidates, scores, parts, done
+        self._usable = [one.everywhere.usable for one in candidates]
+        self._known: dict[Question, Seen] = {}
+
+    def seen(self, figure: Figure, candidate: int) -> Seen:
+        """What is known of a score."""
+        if not self._usable[candidate]:
+            return UNUSABLE
+        if (figure, candidate) not in self._known:
+            self._known[figure, candidate] = self._seen(figure, candidate)
+        return self._known[figure, candidate]
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Run each score on the next part of its prompts.  Candidates share forward passes, all share weight passes."""
+
+        def finished(job: Job, values: Tensor) -> None:
+            prompts = self.scorer.prompts_of(job)
+            for candidate, its in zip(job.candidates, values, strict=True):
+                self.scores.put(job.kind, candidate, prompts, its)
+                for figure in ("induce",) if job.kind == "added" else ("bypass", "kl_nats"):
+                    self._known.pop((figure, candidate), None)
+            self.done(job, values.numel())
+
+        self.scorer.run(self.scorer.split(list(self._jobs(questions))), finished)
+
+    def _seen(self, figure: Figure, candidate: int) -> Seen:
+        values, done = self.scores.values(figure, candidate), self.scores.done(figure, candidate)
+        if done.all():
+            mean = float(values.mean())
+            return Seen(mean=mean, least=mean, whole=True)
+        known = float(values[done].sum())
+        least = (known + float(self.least[figure][~done].sum())) / len(values)
+        if math.isfinite(least):
+            least -= ROUNDING * (1 + abs(least))
+        return Seen(mean=known / int(done.sum()) if done.any() else math.nan, least=least, whole=False)
+
+    @cached_property
+    def least(self) -> dict[Figure, Float[Tensor, " prompts"]]:
+        """The least that each prompt can give."""
+        refusal = torch.tensor(LEAST_REFUSAL, dtype=torch.float64)
+        log_probs = self.scorer.base.log_probs
+        return {
+            "bypass": refusal.expand(self.scorer.n_harmful),
+            "kl_nats": torch.cat([least_kl_nats(one) for one in log_probs.split(8)]),
+            "induce": refusal.expand(len(log_probs)),
+        }
+
+    def _jobs(self, questions: Sequence[Question]) -> Iterator[Job]:
+        """The work of ``questions``: candidates of which the same prompts are ablated, and those added at one layer."""
+        ablated: dict[int, tuple[int, ...]] = {}
+        added: dict[int, list[int]] = {}
+        for figure, n in questions:
+            if figure == "induce":
+                added.setdefault(self.candidates[n].layer, []).append(n)
+            else:
+                ablated[n] = tuple(sorted({*ablated.get(n, ()), *self._next(figure, n)}))
+        for prompts in sorted(set(ablated.values())):
+            yield self._job([n for n, its in ablated.items() if its == prompts], Job(kind="ablated", prompts=prompts))
+        for layer, some in sorted(added.items()):
+            yield self._job(some, Job(kind="added", layer=layer))
+
+    def _job(self, some: Sequence[int], job: Job) -> Job:
+        return job.of(tuple(some), tuple(self.candidates[n].everywhere for n in some))
+
+    def _next(self, figure: Figure, candidate: int) -> list[int]:
+        """The prompts of the first part of which some are missing: places among all prompts."""
+        done = self.scores.done(figure, candidate)
+        count, missing = len(done), (~done).nonzero().flatten().tolist()
+        part = missing[0] * self.parts // count
+        offset = 0 if figure == "bypass" else self.scores.harmful
+        return [offset + place for place in missing if place * self.parts // count == part]
