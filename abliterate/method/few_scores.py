@@ -109,7 +109,7 @@ class _Search:
     def kept(self) -> int | None:
         """The candidate that the rule keeps and takes; None where it keeps none."""
         best, size, left = None, self.pace.first, self.early
-        self._ask("bypass", [n for n in left if not self._begun("bypass", n)])
+        self._ask([n for n in left if not self._begun("bypass", n)], "bypass")
         while left := [n for n in left if n != best and not self._is_out(n, best)]:
             some = left if best is not None else sorted(left, key=self._key)[:size]
             best, size = self._best_of(some, best), 2 * size
@@ -151,7 +151,7 @@ class _Search:
         self._finish("bypass", some, lambda n: self._is_out(n, best))
         left = [n for n in some if not self._is_out(n, best)]
         if self.pace.together:
-            self._ask_all([("kl_nats", n) for n in left] + [("induce", n) for n in left])
+            self._ask(left, "kl_nats", "induce")
         self._finish("kl_nats", left, lambda n: self._is_out(n, best))
         passing = sorted((n for n in left if not self._is_out(n, best)), key=self._key)
         for asked in (passing[:1], passing[1:]):
@@ -190,7 +190,7 @@ class _Search:
         while first < len(known):
             some, first, size = known[first : first + size], first + size, 2 * size
             if self.pace.together:
-                self._ask_all([("kl_nats", n) for n in some] + [("induce", n) for n in some])
+                self._ask(some, "kl_nats", "induce")
             if not found:
                 self._finish("induce", some)
                 some = [n for n in some if wanted(n)]
@@ -217,14 +217,13 @@ class _Search:
     def _finish(self, figure: Figure, some: Sequence[int], stop: Callable[[int], bool] = lambda _: False) -> None:
         """Ask for a score, part by part, until it is whole or ``stop`` says that it need not be."""
         while left := [n for n in some if not self.table.seen(figure, n).whole and not stop(n)]:
-            self._ask(figure, left)
+            self._ask(left, figure)
 
-    def _ask(self, figure: Figure, some: Sequence[int]) -> None:
-        self._ask_all([(figure, n) for n in some])
-
-    def _ask_all(self, questions: Sequence[Question]) -> None:
-        """Ask what is not known yet, if there is anything."""
-        missing = [(figure, n) for figure, n in questions if not self.table.seen(figure, n).whole]
+    def _ask(self, some: Sequence[int], *figures: Figure) -> None:
+        """Ask for what is not known yet, if there is anything."""
+        missing: list[Question] = [
+            (figure, n) for figure in figures for n in some if not self.table.seen(figure, n).whole
+        ]
         if missing:
             self.table.ask(missing)
 
