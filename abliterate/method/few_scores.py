@@ -5,7 +5,8 @@ A score is a mean over prompts, which are asked for in parts.  Three things make
 * Late layers are never kept.
 * What the other prompts can still give is bounded from below (``Seen.least``).  A candidate is out as soon as its KL
   must end above the bound, or its bypass score behind that of a candidate that is kept.
-* The first candidate in order of bypass that passes KL and induces is the answer, so induce is asked of few.
+* The first candidate in order of bypass that passes KL and induces is the answer, so induce is asked of few.  Only
+  where most fail to induce it is asked first.
 
 Where nothing is kept, the knee of the Pareto front needs the scores of the front alone: in order of bypass, a candidate
 is off it as soon as its KL must end above the least so far.
@@ -104,6 +105,8 @@ class _Search:
         self, candidates: Sequence[Candidate], table: Table, n_layers: int, rule: SelectionRule, pace: Pace
     ) -> None:
         self.candidates, self.table, self.n_layers, self.rule, self.pace = candidates, table, n_layers, rule, pace
+        self.induce_first = False
+        """Whether most of the last ones failed to induce: then their KL was asked for nothing."""
         self.early = [n for n, one in enumerate(candidates) if not is_late(one.layer, n_layers, rule)]
 
     def kept(self) -> int | None:
@@ -152,6 +155,8 @@ class _Search:
         left = [n for n in some if not self._is_out(n, best)]
         if self.pace.together:
             self._ask(left, "kl_nats", "induce")
+        if self.induce_first:
+            self._finish("induce", left, lambda n: self._is_out(n, best))
         self._finish("kl_nats", left, lambda n: self._is_out(n, best))
         passing = sorted((n for n in left if not self._is_out(n, best)), key=self._key)
         for asked in (passing[:1], passing[1:]):
@@ -159,6 +164,7 @@ class _Search:
             kept = [n for n in asked if not self._is_out(n, best)]
             if kept:
                 return kept[0]
+        self.induce_first = 2 * sum(self._fails_to_induce(n) for n in left) > len(left)
         return best
 
     def _is_out(self, n: int, best: int | None) -> bool:
@@ -166,7 +172,7 @@ class _Search:
         bypass, kl, induce = (self.table.seen(figure, n) for figure in FIGURES)
         if any(math.isnan(one.least) for one in (bypass, kl, induce)) or kl.least > self.rule.max_kl_nats:
             return True
-        if induce.whole and induce.mean < self.rule.min_induce:
+        if self._fails_to_induce(n):
             return True
         if best is None or n == best:
             return False
@@ -209,6 +215,10 @@ class _Search:
     def _kl(self, n: int) -> float:
         return self.table.seen("kl_nats", n).least
 
+    def _fails_to_induce(self, n: int) -> bool:
+        induce = self.table.seen("induce", n)
+        return induce.whole and induce.mean < self.rule.min_induce
+
     def _induces(self, n: int) -> bool:
         return self.table.seen("induce", n).mean >= self.rule.min_induce
 
@@ -242,5 +252,4 @@ class _Search:
             return "nan"
         if self._kl(n) > self.rule.max_kl_nats:
             return "kl"
-        induce = self.table.seen("induce", n)
-        return "induce" if induce.whole and induce.mean < self.rule.min_induce else NOT_ASKED
+        return "induce" if self._fails_to_induce(n) else NOT_ASKED

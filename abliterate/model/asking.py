@@ -1,7 +1,7 @@
 """The scores of candidates as a table whose entries are run when they are asked for (see ``method.few_scores``)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -14,6 +14,13 @@ from abliterate.method.statistics import LEAST_REFUSAL, least_kl_nats
 from abliterate.model.scores import Scores
 from abliterate.model.scoring import CandidateScorer, Job
 
+STOPPING: Mapping[Figure, Sequence[float]] = {
+    "bypass": (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1),
+    "kl_nats": (1 / 8, 1 / 4, 1 / 2, 1),
+    "induce": (1,),
+}
+"""Where a score may be stopped.  A bypass is rarely out before half of it is known, a bad KL at once."""
+AT_ONCE: Mapping[Figure, Sequence[float]] = {"bypass": (1,), "kl_nats": (1,), "induce": (1,)}
 ROUNDING = 1e-9
 """Sums in another order differ by less, relative to what is summed."""
 UNUSABLE = Seen(mean=math.nan, least=math.nan, whole=True)
@@ -21,7 +28,7 @@ UNUSABLE = Seen(mean=math.nan, least=math.nan, whole=True)
 
 
 class Asked:
-    """A ``Table`` of scores; ``parts`` is in how many parts the prompts of a score are run.
+    """A ``Table`` of scores; ``parts`` says up to which shares of its prompts a score is run, one after the other.
 
     ``done`` is called with the number of prompts after each forward pass or, out of core, weight pass.
     """
@@ -32,7 +39,7 @@ class Asked:
         candidates: Sequence[Candidate],
         scores: Scores,
         *,
-        parts: int,
+        parts: Mapping[Figure, Sequence[float]],
         done: Callable[[Job, int], None],
     ) -> None:
         self.scorer, self.candidates, self.scores, self.parts, self.done = scorer, candidates, scores, parts, done
@@ -102,7 +109,8 @@ class Asked:
     def _next(self, figure: Figure, candidate: int) -> list[int]:
         """The prompts of the first part of which some are missing: places among all prompts."""
         done = self.scores.done(figure, candidate)
-        count, missing = len(done), (~done).nonzero().flatten().tolist()
-        part = missing[0] * self.parts // count
+        missing = (~done).nonzero().flatten().tolist()
+        ends = (math.ceil(share * len(done)) for share in self.parts[figure])
+        end = next(end for end in ends if end > missing[0])
         offset = 0 if figure == "bypass" else self.scores.harmful
-        return [offset + place for place in missing if place * self.parts // count == part]
+        return [offset + place for place in missing if place < end]

@@ -19,7 +19,7 @@ from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
 from abliterate.method.moments import RunningCovariance, RunningMoments
 from abliterate.method.selection import SelectionRule, choose, is_late
 from abliterate.method.statistics import refusal_metric
-from abliterate.model.asking import Asked
+from abliterate.model.asking import AT_ONCE, STOPPING, Asked
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
@@ -27,8 +27,6 @@ from abliterate.model.scores import ScoreFile, Scores
 from abliterate.model.scoring import Job, candidate_scorer
 
 TASK = "score candidates"
-PARTS = 4
-"""In so many parts the prompts of a score are run, where it may be stopped."""
 OUT_OF_CORE = Pace(first=8, together=True)
 """Each round takes a weight pass: few of them, with whole scores."""
 
@@ -178,7 +176,7 @@ def score_candidates(
     if todo:
         options = {"batch_size": batch_size, "max_tokens": max_tokens}
         with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, **options) as scorer:
-            table = Asked(scorer, candidates, scores, parts=1, done=done)
+            table = Asked(scorer, candidates, scores, parts=AT_ONCE, done=done)
             table.ask([(figure, n) for figure in FIGURES for n in todo if not table.seen(figure, n).whole])
     on_event(Finished(task=TASK))
     return [
@@ -248,7 +246,7 @@ def choose_candidate(
         save()
 
     with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, batch_size=batch_size) as scorer:
-        pace, parts = (Pace(), PARTS) if loaded.offload is None else (OUT_OF_CORE, 1)
+        pace, parts = (Pace(), STOPPING) if loaded.offload is None else (OUT_OF_CORE, AT_ONCE)
         table = Asked(scorer, candidates, scores, parts=parts, done=done)
         choice, judged = choose_from_few(candidates, table, loaded.n_layers, rule, pace)
     on_event(advance(amount=max(0, most - scores.prompt_passes)))
