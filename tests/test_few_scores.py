@@ -110,7 +110,7 @@ def both(rows, rule, pace, parts, **options):
     return table, *found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(TABLES, RULES, PACES, st.sampled_from([1, 2, 4]))
 def test_the_choice_is_that_of_the_whole_table(rows, rule, pace, parts):
     _, (few, judged), (all_of_them, expected) = both(rows, rule, pace, parts)
@@ -223,6 +223,21 @@ def test_where_nothing_is_kept_and_some_induce_the_front_is_enough():
     assert [its["induce"] for its in table.done] == [4, 4, 4, 0]
     assert table.done[3]["kl_nats"] < PROMPTS
     assert {one.verdict for one in judged} == {"kl"}
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_does_not_induce_takes_nothing_off_the_front(parts):
+    """The second dominates the last two, and is not on the front itself."""
+    rows = [
+        flat(bypass=[-3.0] * 4, kl_nats=[3.0] * 4),
+        flat(bypass=[-2.5] * 4, kl_nats=[0.75] * 4, induce=[-1.0] * 4),
+        flat(bypass=[-2.25] * 4, kl_nats=[3.0] * 4),
+        flat(bypass=[-2.0] * 4, kl_nats=[1.5] * 4),
+        flat(bypass=[0.0] * 4, kl_nats=[1.25] * 4),
+    ]
+    _, (choice, _), (expected, _) = both(rows, RULE, Pace(first=1), parts)
+    assert choice == expected
+    assert choice.candidate == "x/3"
 
 
 def test_induce_is_asked_first_where_most_fail_it():
