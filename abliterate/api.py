@@ -12,7 +12,7 @@ from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.data.bundled import is_bundled, open_model
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
@@ -118,7 +118,8 @@ def edit(
     """
     recipe = recipe or Recipe()
     checkpoint = fetch(open_model(model, revision=revision))
-    made = plan(checkpoint, edit=change or stream_edit(recipe.edit.change, direction), **recipe.plan_options)
+    made = plan(checkpoint, **recipe.plan_options)
+    made = along(made, change or stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -172,14 +173,15 @@ def export_lora(
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
-    change = None if direction is None else stream_edit(recipe.edit.change, direction)
-    if edited is not None:
-        finished = FinishedEdit.open(edited, revision=revision)
-        recipe, change = finished.recipe, change or finished.stream
-    if change is None:
+    finished = None if edited is None else FinishedEdit.open(edited, revision=revision)
+    if direction is None and finished is None:
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_model(base)), edit=change, **recipe.plan_options)
-    return _export_lora(made, Path(out), on_event=on_event)
+    made = plan(fetch(open_model(base)), **(recipe if finished is None else finished.recipe).plan_options)
+    if direction is not None:
+        change = stream_edit(recipe.edit.change, direction, made.model_map.n_layers)
+    else:
+        change = finished.stream if finished is not None else StreamEdit()
+    return _export_lora(along(made, change), Path(out), on_event=on_event)
 
 
 def export_patch(
@@ -378,7 +380,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        context = edited(loaded, stream_edit(session.recipe.edit.change, direction))
+        context = edited(loaded, stream_edit(session.recipe.edit.change, direction, loaded.n_layers))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:

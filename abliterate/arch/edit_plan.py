@@ -27,7 +27,8 @@ class EditPlan:
 
     ``writers`` are the tensors to edit, and ``edits`` what happens to each, by its name; the same value stands for all
     that are edited alike.  ``edits`` is empty, and ``stream`` None, in a plan that was made before a direction was
-    known: it covers what an edit of everything would touch.  ``stream`` is what the edit does to the residual stream.
+    known: it covers what an edit of everything would touch.  ``stream`` is what the edit does to the residual stream,
+    ``mtp`` says whether next-token blocks are edited.
     ``added_head`` is the name of the head tensor that untying adds (a byte copy of the unedited embedding), or None.
     ``sets_untied`` says that ``tie_word_embeddings`` becomes false. ``exactness``: "A", "B" (see ``arch.spec``), or "C"
     when the edit is inexact by request: a shared or kept head, or a partial edit.
@@ -43,6 +44,7 @@ class EditPlan:
     notes: tuple[str, ...]
     edits: Mapping[str, WeightEdit] = field(default_factory=dict)
     stream: StreamEdit | None = None
+    mtp: bool = True
 
     @property
     def claim(self) -> Claim:

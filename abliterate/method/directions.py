@@ -251,7 +251,9 @@ class DirectionSet:
     @property
     def sha256(self) -> str:
         """SHA-256 of the bytes of the chosen vectors, as hexadecimal: of ``direction``, where it is a single one."""
-        found = hashlib.sha256()
+        found, subspace = hashlib.sha256(), self.chosen.subspace
+        if not isinstance(subspace, Subspace):
+            found.update(repr(sorted(subspace)).encode())
         for subspace in self.chosen.subspaces:
             found.update(subspace.vectors.contiguous().numpy().tobytes())
         return found.hexdigest()

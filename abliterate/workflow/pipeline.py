@@ -147,7 +147,7 @@ def run(
     known = direction or _resume_direction(output)
     passes = _passes(session.recipe, measuring=known is None, with_evaluation=with_evaluation)
     directions = known or find(session, output, passes)
-    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions))
+    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions, edit_plan.model_map.n_layers))
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)
@@ -216,8 +216,8 @@ def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet 
     """What makes two runs the same: tool, source files, recipe, direction, edit.  Memory and device may differ."""
     options = recipe.flat(without=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
-    edits = [] if edit_plan.stream is None else edit_plan.to_json()["edits"]
-    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given, "edits": edits})
+    edit = None if edit_plan.stream is None else edit_plan.stream.sha256
+    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given, "edit": edit})
 
 
 def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: DirectionSet | None) -> OutputFolder:

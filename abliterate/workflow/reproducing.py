@@ -10,7 +10,7 @@ from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.events import OnEvent, ignore
 from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
@@ -70,7 +70,8 @@ def reproduce(
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     if measure:
         directions = pipeline.select(session, pipeline.measure(session))
-        made = plan(session.checkpoint, edit=stream_edit(recipe.edit.change, directions), **recipe.plan_options)
+        made = plan(session.checkpoint, **recipe.plan_options)
+        made = along(made, stream_edit(recipe.edit.change, directions, made.model_map.n_layers))
     else:
         directions, made = finished.directions, finished.plan(session.checkpoint)
     ours = open_folder(folder, name=str(folder))
