@@ -70,7 +70,9 @@ def measure(
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
-    session = open_session(model, recipe or Recipe(), on_event=on_event)
+    recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
+    session = open_session(model, recipe, on_event=on_event)
     file = Path(covariance) if covariance else None
     return pipeline.measure(session, covariance=file)
 
@@ -117,6 +119,7 @@ def edit(
         AbliterateError: the plan refuses, or reading or writing fails.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     checkpoint = fetch(open_model(model, revision=revision))
     made = plan(checkpoint, edit=change or stream_edit(recipe.edit.change, direction), **recipe.plan_options)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
@@ -301,6 +304,7 @@ def stream(
     ``private`` is what the recipe says, unless given.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     private = recipe.publish.private if private is None else private
     return relay.stream(
         model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,

@@ -41,6 +41,7 @@ def measure(
     from abliterate.checkpoint.direction_file import save
     from abliterate.workflow import pipeline
 
+    pipeline.check_names(recipe)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(recipe, ["measure"]))
