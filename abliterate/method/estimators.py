@@ -62,5 +62,12 @@ def needs_of(names: Sequence[str]) -> frozenset[Need]:
 
 
 def estimate(stats: ActivationStats, names: Sequence[str] = DEFAULT) -> tuple[Candidate, ...]:
-    """The candidates of the estimators of these names, one after the other."""
-    return tuple(candidate for name in names for candidate in ESTIMATORS[name].candidates(stats))
+    """The candidates of the estimators of these names, one after the other, their vectors in float32.
+
+    That is what a file of them keeps, so that what is made of them is the same before and after it.
+    """
+    return tuple(
+        candidate.with_subspaces(lambda its: its.to(torch.float32))
+        for name in names
+        for candidate in ESTIMATORS[name].candidates(stats)
+    )

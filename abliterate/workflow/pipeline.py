@@ -211,12 +211,12 @@ def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> Dire
     say_cost(session, passes)
     try:
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-            directions = select(session, measure(session, steps=steps), steps=steps)
-            direction_files.save(directions, output.private / DIRECTION_FILE)
+            chosen = select(session, measure(session, steps=steps), steps=steps)
+            file = direction_files.save(chosen, output.private / DIRECTION_FILE)
     except AbliterateError:
         output.discard()
         raise
-    return directions
+    return direction_files.load(file)  # what a run that is stopped after this goes on with
 
 
 def say_cost(session: Session, passes: dict[str, int]) -> None:
