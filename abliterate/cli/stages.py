@@ -208,7 +208,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
         raise UsageError("--position and --layer belong together", "give both, or neither")
     if position is not None and layer is not None:
         directions = directions.choose(position, layer)
-    _ = directions.direction  # fails here, before any work, when nothing is chosen
+    _ = directions.chosen  # fails here, before any work, when nothing is chosen
     return directions
 
 
