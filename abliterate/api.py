@@ -113,7 +113,7 @@ def edit(
     """Write ``model`` without ``direction`` to ``out``, with a manifest; unverified.
 
     ``change`` is what else than removing it shall happen to the residual stream; ``direction`` then says where that
-    came from.
+    came from, and the manifest that the edit was given.
 
     Raises:
         AbliterateError: the plan refuses, or reading or writing fails.
@@ -125,7 +125,10 @@ def edit(
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
-    manifest.finish(output, made, manifest.build(made, direction, recipe))
+    document = manifest.build(made, direction, recipe)
+    if change is not None:
+        document["edit"]["given"] = True  # no recipe makes it again
+    manifest.finish(output, made, document)
     return EditResult(out=output.finish(), plan=made)
 
 
