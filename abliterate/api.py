@@ -70,7 +70,9 @@ def measure(
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
-    session = open_session(model, recipe or Recipe(), on_event=on_event)
+    recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
+    session = open_session(model, recipe, on_event=on_event)
     file = Path(covariance) if covariance else None
     return pipeline.measure(session, covariance=file)
 
@@ -111,19 +113,23 @@ def edit(
     """Write ``model`` without ``direction`` to ``out``, with a manifest; unverified.
 
     ``change`` is what else than removing it shall happen to the residual stream; ``direction`` then says where that
-    came from.
+    came from, and the manifest that the edit was given.
 
     Raises:
         AbliterateError: the plan refuses, or reading or writing fails.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     checkpoint = fetch(open_model(model, revision=revision))
     made = plan(checkpoint, **recipe.plan_options)
     made = along(made, change or stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
-    manifest.finish(output, made, manifest.build(made, direction, recipe))
+    document = manifest.build(made, direction, recipe)
+    if change is not None:
+        document["edit"]["given"] = True  # no recipe makes it again
+    manifest.finish(output, made, document)
     return EditResult(out=output.finish(), plan=made)
 
 
@@ -303,6 +309,7 @@ def stream(
     ``private`` is what the recipe says, unless given.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     private = recipe.publish.private if private is None else private
     return relay.stream(
         model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,

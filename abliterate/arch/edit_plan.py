@@ -1,12 +1,13 @@
 """The plan of an edit as a value: which tensors of a checkpoint change, and what the result is worth."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from abliterate.arch.model_map import ModelMap, Writer
 from abliterate.checkpoint.source import Checkpoint
+from abliterate.method.places import Place, in_words
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 
@@ -82,17 +83,26 @@ class EditPlan:
         """Writers to be edited against writers that exist, e.g. "57 of 57"."""
         return f"{len(self.writers)} of {self.model_map.expected}"
 
-    def _edit_json(self, edit: WeightEdit) -> dict[str, Any]:
-        """One edit of the stream as plain data: its vectors by their hash."""
+    def _edits_json(self) -> list[dict[str, Any]]:
+        """The edits of the stream that writers get, in its order."""
+        if self.stream is None:
+            return []
+        places: dict[int, list[Place]] = {}
+        for writer in self.writers:
+            places.setdefault(id(self.stream.at(*writer.place)), []).append(writer.place)
+        return [self._edit_json(edit, places[id(edit)]) for edit in self.stream.edits() if id(edit) in places]
+
+    def _edit_json(self, edit: WeightEdit, places: Sequence[Place]) -> dict[str, Any]:
+        """One edit of the stream as plain data, its vectors by their hash; ``places`` has one for each writer."""
         vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
-        at = [] if self.stream is None else [self.stream.at(*writer.place) for writer in self.writers]
         return {
             "directions": edit.rank,
             "strength": edit.strength,
             "column_scale": edit.column_scale,
             "constant": edit.constant is not None,
             "removes": edit.removes,
-            "writers": sum(its is edit for its in at),
+            "writers": len(places),
+            "places": in_words(places),
             "sha256": hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in vectors)).hexdigest(),
         }
 
@@ -112,7 +122,7 @@ class EditPlan:
             "family": self.model_map.family.family,
             "exactness": self.exactness,
             "claim": self.claim,
-            "edits": [] if self.stream is None else [self._edit_json(edit) for edit in self.stream.edits()],
+            "edits": self._edits_json(),
             "d_model": self.model_map.d_model,
             "n_layers": self.model_map.n_layers,
             "coverage": self.coverage,

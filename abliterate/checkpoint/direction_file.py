@@ -278,7 +278,7 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
             provenance=one.provenance,
             subspace=subspaces[one.subspace]
             if one.subspace is not None
-            else {layer: subspaces[number] for layer, number in (one.by_layer or {}).items()},
+            else {layer: subspaces[number] for layer, number in sorted((one.by_layer or {}).items())},
         )
         for one in listed
     ]

@@ -41,6 +41,7 @@ def measure(
     from abliterate.checkpoint.direction_file import save
     from abliterate.workflow import pipeline
 
+    pipeline.check_names(recipe)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(recipe, ["measure"]))
@@ -207,7 +208,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
         raise UsageError("--position and --layer belong together", "give both, or neither")
     if position is not None and layer is not None:
         directions = directions.choose(position, layer)
-    _ = directions.direction  # fails here, before any work, when nothing is chosen
+    _ = directions.chosen  # fails here, before any work, when nothing is chosen
     return directions
 
 

@@ -48,14 +48,26 @@ def needs_of(names: Sequence[str]) -> frozenset[Need]:
     """All that the estimators of these names need.
 
     Raises:
-        UsageError: there is no such estimator.
+        UsageError: there is no such estimator, or none is named, or one more than once.
     """
+    hint = f"estimators are: {', '.join(ESTIMATORS)}"
+    if not names:
+        raise UsageError("no estimator is named, so there would be no candidates", hint)
     for name in names:
         if name not in ESTIMATORS:
-            raise UsageError(f"there is no estimator {name!r}", f"estimators are: {', '.join(ESTIMATORS)}")
+            raise UsageError(f"there is no estimator {name!r}", hint)
+        if names.count(name) > 1:
+            raise UsageError(f"estimator {name!r} is named more than once", "name each estimator once")
     return frozenset[Need]().union(*(ESTIMATORS[name].needs for name in names))
 
 
 def estimate(stats: ActivationStats, names: Sequence[str] = DEFAULT) -> tuple[Candidate, ...]:
-    """The candidates of the estimators of these names, one after the other."""
-    return tuple(candidate for name in names for candidate in ESTIMATORS[name].candidates(stats))
+    """The candidates of the estimators of these names, one after the other, their vectors in float32.
+
+    That is what a file of them keeps, so that what is made of them is the same before and after it.
+    """
+    return tuple(
+        candidate.with_subspaces(lambda its: its.to(torch.float32))
+        for name in names
+        for candidate in ESTIMATORS[name].candidates(stats)
+    )

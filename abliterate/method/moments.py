@@ -44,8 +44,8 @@ class ActivationStats:
         return next(iter(self.moments.values())).mean.shape[1]
 
     def means_alone(self) -> "ActivationStats":
-        """Without covariances and samples, which only estimators need."""
-        moments = {kind: Moments(count=its.count, mean=its.mean) for kind, its in self.moments.items()}
+        """As a file keeps them: the means in float32, without covariances and samples, which only estimators need."""
+        moments = {kind: Moments(count=its.count, mean=its.mean.float()) for kind, its in self.moments.items()}
         return ActivationStats(positions=self.positions, moments=moments)
 
     def mean(self, kind: str) -> Float[Tensor, "positions layers d"]:

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import PromptError
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.directions import Candidate, CandidateScore
+from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
+from abliterate.method.directions import Candidate, CandidateScore, Subspace
 from abliterate.method.estimators import Need
 from abliterate.method.moments import RunningCovariance, RunningMoments
 from abliterate.method.statistics import refusal_metric
@@ -151,13 +151,14 @@ def score_candidates(
 
     A candidate that breaks the model gets NaN scores and is dropped by the selection.  ``max_tokens`` bounds a forward
     pass (None: found from the free memory).  ``store`` keeps what is finished: the same work, begun again, goes on.
-
-    Raises:
-        UsageError: a candidate has another subspace in each layer, which cannot be scored.
+    Where a candidate has another subspace in each layer, that of its own layer is the one that is added.
     """
     task = "score candidates"
-    subspaces = [candidate.everywhere for candidate in candidates]
-    usable = [place for place, subspace in enumerate(subspaces) if subspace.usable]
+    usable = [place for place, candidate in enumerate(candidates) if _can_be_scored(candidate)]
+    layered = (one for one in candidates if not isinstance(one.subspace, Subspace) and not _can_be_scored(one))
+    if odd := [candidate.id for candidate in layered]:
+        what = "have a zero vector in some layer, or nothing at their own"
+        on_event(Noted(text=f"not scored, as they {what}: {len(odd)} candidates, {odd[0]} the first"))
     key = _work_key(loaded, chat, candidates, prompts, refusal_ids)
     scores = store.load(key, len(candidates)) if store else Scores.none_of(len(candidates))
     todo = [place for place in usable if not scores.complete(place)]
@@ -192,16 +193,25 @@ def score_candidates(
     ]
 
 
+def _can_be_scored(candidate: Candidate) -> bool:
+    """Whether it can be ablated, and added at its layer."""
+    return candidate.at(candidate.layer) is not None and all(subspace.usable for subspace in candidate.subspaces)
+
+
 def _jobs(candidates: Sequence[Candidate], todo: Sequence[int], scores: Scores) -> Iterator[Job]:
     """What is to be run for the candidates at the places ``todo``: their ablations, and their additions by layer."""
 
     def job(places: Sequence[int], **options: Any) -> Job:  # noqa: ANN401 - the rest of a job
-        subspaces = tuple(candidates[place].everywhere for place in places)
-        return Job(candidates=tuple(places), subspaces=subspaces, **options)
+        subspaces = [candidates[place].at(candidates[place].layer) for place in places]
+        return Job(candidates=tuple(places), subspaces=tuple(its for its in subspaces if its is not None), **options)
 
     ablate = [place for place in todo if not (scores.has("bypass", place) and scores.has("kl_nats", place))]
-    if ablate:
-        yield job(ablate, kind="ablated")
+    alike = [place for place in ablate if isinstance(candidates[place].subspace, Subspace)]
+    if alike:
+        yield job(alike, kind="ablated")
+    for place in ablate:
+        if place not in alike:
+            yield Job(kind="ablated", candidates=(place,), subspaces=(), alone=candidates[place])
     for layer in sorted({candidate.layer for candidate in candidates}):
         add = [place for place in todo if candidates[place].layer == layer and not scores.has("induce", place)]
         if add:
@@ -216,9 +226,16 @@ def _work_key(
     refusal_ids: Sequence[int],
 ) -> str:
     """What tells this work from any other."""
-    places = [(candidate.id, candidate.layer, candidate.everywhere.k) for candidate in candidates]
+    places = [(candidate.id, candidate.layer, _shape(candidate)) for candidate in candidates]
     parts = [loaded.name, chat.template_sha256, chat.system, places, prompts.harmful, prompts.harmless]
     digest = hashlib.sha256(json.dumps([*parts, list(refusal_ids)]).encode())
     for candidate in candidates:
-        digest.update(candidate.everywhere.vectors.contiguous().numpy().tobytes())
+        for subspace in candidate.subspaces:
+            digest.update(subspace.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _shape(candidate: Candidate) -> int | list[tuple[int, int]]:
+    """How many vectors it has: the same in all layers, or layer by layer."""
+    its = candidate.subspace
+    return its.k if isinstance(its, Subspace) else [(layer, its[layer].k) for layer in sorted(its)]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
-from abliterate.errors import UsageError
+from abliterate.errors import NonFiniteError, UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.events import Noted
-from abliterate.method.directions import DirectionSet
+from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import SelectionRule, choose
@@ -45,7 +45,7 @@ def measure(
     Raises:
         UsageError: there is no such estimator, or no memory for the statistics that are needed.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
-        NonFiniteError: an activation is NaN or infinite.
+        NonFiniteError: an activation, or every candidate, is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
     needs = needs_of(recipe.find.estimators) | (
@@ -74,9 +74,26 @@ def measure(
         "versions": manifest.versions(),
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    return DirectionSet(
-        candidates=estimate(statistics, recipe.find.estimators), statistics=statistics.means_alone(), metadata=metadata
-    )
+    candidates = _finite(session, estimate(statistics, recipe.find.estimators))
+    return DirectionSet(candidates=candidates, statistics=statistics.means_alone(), metadata=metadata)
+
+
+def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """``candidates`` without those that hold NaN or infinity, which no file of directions takes.
+
+    Raises:
+        NonFiniteError: none is left.
+    """
+    broken = [one.id for one in candidates if not all(bool(its.vectors.isfinite().all()) for its in one.subspaces)]
+    left_out = frozenset(broken)
+    finite = tuple(one for one in candidates if one.id not in left_out)
+    if not finite:
+        made = "all candidates hold NaN or infinity" if broken else "the estimators made no candidate"
+        raise NonFiniteError(f"{session.checkpoint.name}: {made}", "choose another estimator, or give more prompts")
+    if broken:
+        text = f"left out, as they hold NaN or infinity: {len(broken)} candidates, {broken[0]} the first"
+        session.on_event(Noted(text=text))
+    return finite
 
 
 def _statistics(

@@ -13,11 +13,12 @@ from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
-from abliterate.errors import AbliterateError, SourceError
+from abliterate.errors import AbliterateError, SourceError, UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import stream_edit
+from abliterate.method.edits import EDITS, stream_edit
+from abliterate.method.estimators import needs_of
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
@@ -86,6 +87,17 @@ def verify(
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
+def check_names(recipe: Recipe) -> None:
+    """Find out before hours of work that the estimators and the edit of a recipe can be had.
+
+    Raises:
+        UsageError: there is no such estimator or edit, or an estimator is named more than once.
+    """
+    needs_of(recipe.find.estimators)
+    if recipe.edit.change not in EDITS:
+        raise UsageError(f"there is no edit {recipe.edit.change!r}", f"edits are: {', '.join(EDITS)}")
+
+
 def check_evaluation(recipe: Recipe) -> None:
     """Find out before hours of work what an evaluation would stop at after them.
 
@@ -138,6 +150,7 @@ def run(
     Raises:
         AbliterateError: see ``errors`` for everything that can go wrong.
     """
+    check_names(recipe)
     if with_evaluation:
         check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
@@ -198,12 +211,12 @@ def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> Dire
     say_cost(session, passes)
     try:
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-            directions = select(session, measure(session, steps=steps), steps=steps)
-            direction_files.save(directions, output.private / DIRECTION_FILE)
+            chosen = select(session, measure(session, steps=steps), steps=steps)
+            file = direction_files.save(chosen, output.private / DIRECTION_FILE)
     except AbliterateError:
         output.discard()
         raise
-    return directions
+    return direction_files.load(file)  # what a run that is stopped after this goes on with
 
 
 def say_cost(session: Session, passes: dict[str, int]) -> None:

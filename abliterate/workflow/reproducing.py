@@ -11,6 +11,7 @@ from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import along, plan
+from abliterate.errors import UsageError
 from abliterate.events import OnEvent, ignore
 from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
@@ -63,10 +64,16 @@ def reproduce(
 
     Raises:
         CheckpointError: not a folder that abliterate finished.
+        UsageError: with ``measure``, the edit was given as a value, so that no measurement makes it.
         NotEnoughDiskError: a second copy does not fit on the disk.
     """
     finished = FinishedEdit.open(folder).with_changes({"trust_remote_code": trust_remote_code})
     document, recipe = finished.document, finished.recipe
+    if measure and document["edit"].get("given"):
+        raise UsageError(
+            f"{folder}: its edit was given, and not made of the direction, so measuring again does not make it again",
+            "leave out --measure: the edit is then read from its file",
+        )
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     if measure:
         directions = pipeline.select(session, pipeline.measure(session))
