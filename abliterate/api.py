@@ -139,12 +139,12 @@ def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, o
     Where ``edited`` is a folder that abliterate finished, its changes are held against its own plan as well.
 
     Raises:
-        SourceError: one of them cannot be read.
+        SourceError: one of them cannot be read, or the manifest of ``edited``.
     """
     planned = None
     if (Path(edited) / OUR_MANIFEST).is_file():
+        finished = FinishedEdit.open(edited)
         try:
-            finished = FinishedEdit.open(edited)
             planned = finished.plan(finished.open_base(base)).edits
         except AbliterateError as error:
             on_event(Noted(text=f"not held against the plan of {edited}: {error.message}"))

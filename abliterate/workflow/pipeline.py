@@ -13,11 +13,11 @@ from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
-from abliterate.errors import AbliterateError, SourceError, UsageError
+from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import EDITS, stream_edit
+from abliterate.method.edits import check_edit, stream_edit
 from abliterate.method.estimators import needs_of
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
@@ -94,8 +94,7 @@ def check_names(recipe: Recipe) -> None:
         UsageError: there is no such estimator or edit, or an estimator is named more than once.
     """
     needs_of(recipe.find.estimators)
-    if recipe.edit.change not in EDITS:
-        raise UsageError(f"there is no edit {recipe.edit.change!r}", f"edits are: {', '.join(EDITS)}")
+    check_edit(recipe.edit.change)
 
 
 def check_evaluation(recipe: Recipe) -> None:
