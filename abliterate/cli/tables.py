@@ -132,12 +132,20 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.verdict,
         )
     out.print(best)
+    from abliterate.method.directions import measured_on
+
+    measured = measured_on(directions.metadata)
+    if measured:
+        out.print(f"measured on {measured}")
     if choice is not None:
         place = (
             f"layer {choice.layer}" if choice.position is None else f"position {choice.position}, layer {choice.layer}"
         )
         which = f"{choice.candidate}, " if several else ""
-        out.print(f"chosen: {which}{place}, by rule {choice.rule}", markup=False)
+        halves = (
+            "" if directions.stability is None else f"; two halves of the prompts agree to {directions.stability:.3f}"
+        )
+        out.print(f"chosen: {which}{place}, by rule {choice.rule}{halves}", markup=False)
 
 
 def show_verification(report: "VerifyReport") -> None:

@@ -267,6 +267,11 @@ class DirectionSet:
         return self.chosen.vector
 
     @property
+    def stability(self) -> float | None:
+        """How far two random halves of the prompts agree on what was chosen; None where that is not known."""
+        return None if self.choice is None else self.metadata.get("stability", {}).get(self.choice.candidate)
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the bytes of the chosen vectors, as hexadecimal: of ``direction``, where it is a single one."""
         found, subspace = hashlib.sha256(), self.chosen.subspace
@@ -284,6 +289,18 @@ class DirectionSet:
         """A copy with the candidate of this id chosen."""
         one = self.named(candidate)
         return replace(self, choice=Choice(candidate=one.id, layer=one.layer, position=one.position, rule=rule))
+
+
+def measured_on(measurement: Mapping[str, Any]) -> str:
+    """How many prompts of each class a direction was measured on; empty where that is not known."""
+    kept, before = measurement.get("kept"), measurement.get("of")
+    if not kept:
+        return ""
+    parts = []
+    for kind in ("harmful", "harmless"):
+        of = f" of {before[f'{kind}_train']}" if before else ""
+        parts.append(f"{kept[f'{kind}_train']}{of} {kind}")
+    return f"{' and '.join(parts)} prompts"
 
 
 def grid(

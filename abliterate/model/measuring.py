@@ -84,13 +84,15 @@ def measure_class(
     prompts: Sequence[str],
     needs: Collection[Need] = ("means",),
     *,
+    half: Collection[int] = (),
     batch_size: int,
     task: str,
     on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
     """What ``needs`` names, of the residual that enters each block after the prompts of one class.
 
-    "mean" ``[positions, layers, d]`` in float64, always; at the last position "covariance" ``[layers, d, d]`` and
+    "mean" ``[positions, layers, d]`` in float64, always, and "half", the same over the prompts whose numbers are in
+    ``half``, if there are any; at the last position "covariance" ``[layers, d, d]`` and
     "samples" ``[prompts, layers, d]`` in float32, where they are needed.
 
     Raises:
@@ -101,12 +103,15 @@ def measure_class(
         raise PromptError(f"{loaded.name}: {task}: one is left, and a covariance takes two", "give more prompts")
     n, d = loaded.n_layers, loaded.d_model
     means = [RunningMoments((len(chat.positions), d)) for _ in range(n)]
+    halves = [RunningMoments((len(chat.positions), d)) for _ in range(n)] if half else []
     spread = [RunningCovariance((d,)) for _ in range(n)] if "covariance" in needs else []
     samples = torch.empty(len(prompts), n, d, dtype=torch.float32) if "samples" in needs else None
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
         check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")
         means[layer].update(values)
+        if halves:
+            halves[layer].update(values[[place for place, row in enumerate(rows) if row in half]])
         if spread:
             spread[layer].update(values[:, -1])
         if samples is not None:
@@ -119,6 +124,8 @@ def measure_class(
     )  # fmt: skip
     on_event(Finished(task=task))
     found = {"mean": torch.stack([layer.finish().mean for layer in means], dim=1)}
+    if halves:
+        found["half"] = torch.stack([layer.finish().mean for layer in halves], dim=1)
     if spread:
         found["covariance"] = _covariances(spread)
     return found if samples is None else {**found, "samples": samples}

@@ -93,9 +93,10 @@ def build(
             "norm": _length(directions),
             "choice": asdict(directions.choice) if directions.choice else None,
             "scores": [asdict(score) for score in directions.scores[:5]],
+            "stability": directions.stability,
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", "kept", "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", "kept", "of", "template_sha256")
                 if key in directions.metadata
             },
         },
