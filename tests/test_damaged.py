@@ -22,8 +22,8 @@ from tests import checkpoints
 from tests.test_patch import SHARD, edited_by_us
 
 OUTSIDE = [
-    "../victim", "a/../../victim", "/nowhere/victim", "C:/victim", "C:victim", "..\\victim", "\\victim", "//host/victim",
-    "a\0b", "", ".", "a//b", "./a",
+    "../victim", "a/../../victim", "/nowhere/victim", "C:/victim", "C:victim", "..\\victim", "\\victim",
+    "//host/victim", "a\0b", "", ".", "a//b", "./a",
 ]  # fmt: skip
 
 
