@@ -23,8 +23,7 @@ from tests.test_patch import SHARD, edited_by_us
 
 OUTSIDE = [
     "../victim", "a/../../victim", "/nowhere/victim", "C:/victim", "C:victim", "..\\victim", "\\victim",
-    "//host/victim",
-    "a\0b", "", ".", "a//b", "./a",
+    "//host/victim", "a\0b", "", ".", "a//b", "./a",
 ]  # fmt: skip
 
 
