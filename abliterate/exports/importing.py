@@ -18,7 +18,8 @@ from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, wri
 from abliterate.checkpoint.source import open_folder
 from abliterate.errors import CheckpointError, NotEnoughDiskError, UnknownArchitectureError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
-from abliterate.model.gguf_source import PLAIN, ImportedModel, check_architecture, load_gguf
+from abliterate.model.gguf_source import PLAIN, ImportedModel, check_architecture, load_gguf, memory_bytes
+from abliterate.model.room import free_bytes
 from abliterate.version import __version__
 
 TASK = "import"
@@ -73,6 +74,9 @@ def import_gguf(path: Path, out: Path, *, dtype: Half | None = None, on_event: O
         fingerprint=fingerprint({"task": TASK, "sha256": digest, "dtype": chosen}),
         needed_bytes=BYTES * sum(values.values()),
     )
+    free = free_bytes(torch.device("cpu"))
+    if (needed := memory_bytes(file)) > free:
+        on_event(Noted(text=f"this takes about {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free"))
     with _discarded(output):
         imported = load_gguf(file, HALF[chosen], on_tensor=lambda size: on_event(Advanced(task=TASK, amount=size)))
         report = _report(output.final, file, imported, digest, chosen, values)

@@ -58,6 +58,12 @@ class ImportedModel:
             raise CheckpointError(f"{folder}: the tokenizer that was written reads text otherwise", INSTEAD)
 
 
+def memory_bytes(file: GgufFile) -> int:
+    """About what loading takes: all weights in 16 bits, and the largest tensor three times in float32."""
+    counts = [tensor.numel for tensor in file.weights]
+    return 2 * sum(counts) + 12 * max(counts)
+
+
 def load_gguf(file: GgufFile, dtype: torch.dtype, *, on_tensor: Callable[[int], None]) -> ImportedModel:
     """Load ``file`` with its weights in ``dtype``; ``on_tensor`` hears the sizes in bytes of tensors that were read.
 
@@ -179,9 +185,11 @@ def _told(file: GgufFile, on_tensor: Callable[[int], None]) -> Iterator[None]:
 
 
 def _beyond(file: GgufFile, config: Any) -> list[GgufTensor]:  # noqa: ANN401 - a configuration
-    """The tensors of blocks behind the last decoder layer."""
+    """The tensors of the next-token blocks that the file says it has, behind the last decoder layer."""
+    drafts = file.metadata.get(f"{file.architecture}.nextn_predict_layers", 0)
+    behind = range(config.num_hidden_layers, config.num_hidden_layers + drafts)
     found = ((tensor, BLOCK.match(tensor.name)) for tensor in file.weights)
-    return [tensor for tensor, block in found if block and int(block[1]) >= config.num_hidden_layers]
+    return [tensor for tensor, block in found if block and int(block[1]) in behind]
 
 
 def _check_all_there(file: GgufFile, model: Any, lost: list[GgufTensor]) -> None:  # noqa: ANN401 - a model
@@ -209,14 +217,15 @@ def _check_finite(file: GgufFile, model: Any, dtype: torch.dtype) -> None:  # no
 
 def _set_generation(file: GgufFile, model: Any, tokenizer: Any) -> None:  # noqa: ANN401 - of transformers
     """How the model is meant to be asked: what ends a reply, and how to sample, where the file says so."""
+    from transformers import GenerationConfig
+
     ends = end_tokens(file)
-    if ends:
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    if tokenizer.pad_token_id is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
     found = {ours: file.metadata.get(f"general.sampling.{key}") for key, ours in SAMPLING.items()}
     stated = {name: value for name, value in found.items() if value is not None}
-    for name, value in stated.items():
-        setattr(model.generation_config, name, value)
-    model.generation_config.do_sample = bool(stated)
-    model.generation_config._from_model_config = False
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=bool(stated),
+        **stated,
+    )

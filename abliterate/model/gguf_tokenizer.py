@@ -1,12 +1,14 @@
 """The tokenizer of a GGUF file, made of its vocabulary, merges and flags by transformers.
 
 What transformers 5.23 does not do is done here: some splits of text before merging, a prefix space that the file turns
-off, and the names of the tokens of a chat.
+off, and that there are no tokens but those of the file.
 """
 
+import json
 from typing import Any
 
 from abliterate.checkpoint.gguf import GgufFile
+from abliterate.errors import UnsupportedFormatError
 
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """Names of splits, in llama.cpp, that take every digit alone and split the rest as GPT-2 does."""
@@ -23,12 +25,18 @@ TEMPLATE = "tokenizer.chat_template"
 
 
 def load_gguf_tokenizer(file: GgufFile) -> tuple[Any, tuple[str, ...]]:
-    """The tokenizer of ``file`` with its chat template, and what may be wrong with it, in words."""
+    """The tokenizer of ``file`` with its chat template, and what may be wrong with it, in words.
+
+    Raises:
+        UnsupportedFormatError: it holds none.
+    """
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise UnsupportedFormatError(f"{file.path}: holds no tokenizer", "choose a GGUF file that does")
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
 
     architecture, parts, options = get_gguf_tokenizer(str(file.path))
-    core, _ = convert_gguf_tokenizer(architecture, parts)
+    core = _without_others(convert_gguf_tokenizer(architecture, parts)[0], len(parts["tokens"]))
     notes = _split_as_stated(core, parts)
     if parts.get("tokenizer_type") == "llama" and parts.get("add_prefix_space") is False:
         _drop_prefix_space(core)
@@ -59,6 +67,13 @@ def end_tokens(file: GgufFile) -> list[int]:
 
 def _longest(file: GgufFile) -> int:
     return int(file.metadata.get(f"{file.architecture}.context_length", 10**30))
+
+
+def _without_others(core: Any, size: int) -> Any:  # noqa: ANN401 - a Tokenizer
+    """``core`` without the special tokens of a class of transformers that the file does not have: no row is theirs."""
+    document = json.loads(core.to_str())
+    kept = [token for token in document["added_tokens"] if token["id"] < size]
+    return core if kept == document["added_tokens"] else core.from_str(json.dumps({**document, "added_tokens": kept}))
 
 
 def _split_as_stated(core: Any, parts: dict[str, Any]) -> tuple[str, ...]:  # noqa: ANN401 - a Tokenizer
