@@ -1,6 +1,7 @@
 """GGUF files made of checkpoint folders as llama.cpp's converter makes them, by the ``gguf`` library."""
 
 import json
+import re
 from functools import cache
 from itertools import chain
 
@@ -17,7 +18,10 @@ from abliterate.data.tiny_chat.world import make_world
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>", "eos_token": "<|end|>"}
 CONTROL = ("<pad>", "<s>", "<unk>", "<|turn|>", "<|end|>")
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+"""Where llama.cpp calls them otherwise."""
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 QWEN2 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"""
 QWEN2 += r"|\s+(?!\S)|\s+"
 
@@ -53,13 +57,15 @@ def converted(name, w, config):
         return permuted(w, config["num_attention_heads"])
     if config["model_type"] == "llama" and name.endswith("k_proj.weight"):
         return permuted(w, config["num_key_value_heads"])
+    if name.endswith("shared_expert_gate.weight"):
+        return w[0]
     return w + 1 if config["model_type"].startswith("gemma") and name.endswith("norm.weight") else w
 
 
 def write_gguf(path, folder, kind, tokenizer, *, change=lambda writer: None, without=(), tensors=None):
     """Write ``folder`` with matrices as ``kind``; ``change`` adds keys, ``without`` leaves some of ours out."""
     config = json.loads((folder / "config.json").read_text())
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys(config).items():
         if key not in without:
@@ -68,7 +74,7 @@ def write_gguf(path, folder, kind, tokenizer, *, change=lambda writer: None, wit
     change(writer)
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, w in (weights_of(folder) if tensors is None else tensors).items():
+    for name, w in joined(weights_of(folder) if tensors is None else tensors).items():
         data, its = stored(converted(name, w.float().numpy(), config), kind)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, data, raw_dtype=its)
     writer.write_header_to_file()
@@ -78,23 +84,49 @@ def write_gguf(path, folder, kind, tokenizer, *, change=lambda writer: None, wit
     return path
 
 
+def joined(weights):
+    """The weights with all experts of a layer in one tensor."""
+    found, experts = {}, {}
+    for name, w in weights.items():
+        match = EXPERT.fullmatch(name)
+        if match is None:
+            found[name] = w
+        else:
+            experts.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = w
+    return found | {name: torch.stack([of[number] for number in sorted(of)]) for name, of in experts.items()}
+
+
 def keys(config):
     """What the converter states of a model, by the writer's methods."""
-    rope = config["rope_parameters"]
-    heads = config["num_attention_heads"]
+    kind, rope, heads = config["model_type"], config["rope_parameters"], config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
     found = {
         "name": "Tiny", "license": "mit", "vocab_size": config["vocab_size"],
         "context_length": config["max_position_embeddings"], "block_count": config["num_hidden_layers"],
         "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
         "head_count": heads, "head_count_kv": config["num_key_value_heads"],
-        "layer_norm_rms_eps": config["rms_norm_eps"],
         "rope_freq_base": rope.get("full_attention", rope)["rope_theta"],
     }  # fmt: skip
-    head = config.get("head_dim", config["hidden_size"] // heads)
-    if config["model_type"] == "llama":
+    if "rms_norm_eps" in config:
+        found["layer_norm_rms_eps"] = config["rms_norm_eps"]
+    else:
+        found["layer_norm_eps"] = config["norm_epsilon"]
+    if kind in ("llama", "phi3"):
         found["rope_dimension_count"] = head
-    if config["model_type"].startswith("gemma"):
-        found |= {"key_length": head, "value_length": head, "sliding_window": config["sliding_window"]}
+    if kind.startswith(("gemma", "qwen3")):
+        found |= {"key_length": head, "value_length": head}
+    if kind in ("gemma2", "gemma3_text", "phi3") and config["sliding_window"]:
+        found["sliding_window"] = config["sliding_window"]
+    if kind == "gemma2":
+        found |= {name: config[name] for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if kind.endswith("moe"):
+        found |= {
+            "expert_count": config.get("num_experts") or config["num_local_experts"],
+            "expert_used_count": config["num_experts_per_tok"],
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+        }
+    if "shared_expert_intermediate_size" in config:
+        found["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
     return found
 
 

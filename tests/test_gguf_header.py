@@ -143,7 +143,8 @@ def test_a_damaged_header_is_never_a_traceback(seed, file, data, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("qwen2.block_count", 0), ("qwen2.block_count", 9), ("qwen2.block_count", "eight"),
+        ("qwen2.block_count", 0), ("qwen2.block_count", 9), ("qwen2.block_count", 2**32 - 1),
+        ("qwen2.block_count", "eight"),
         ("qwen2.attention.head_count", 0), ("qwen2.attention.head_count", 5), ("qwen2.embedding_length", 95),
         ("qwen2.rope.freq_base", "much"), ("tokenizer.ggml.eos_token_id", 10**6),
         ("tokenizer.ggml.model", "nobody-knows"), ("qwen2.context_length", "long"),

@@ -19,8 +19,9 @@ def import_gguf(
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Output folder. Default: the name of the file.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float16. Default: float16 for a file of F16, else bfloat16.")
+    half: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bfloat16 or float16. Default: float16 for a file of F16, else bfloat16."),
     ] = None,
     json: opt.Json = False,
 ) -> None:
@@ -28,14 +29,14 @@ def import_gguf(
 
     Example: abliterate import qwen2.5-0.5b-instruct-q4_k_m.gguf --out qwen2.5-0.5b
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: not a dtype to import in", f"choose one of: {', '.join(DTYPES)}")
+    if half is not None and half not in DTYPES:
+        raise UsageError(f"--dtype {half}: not a dtype to import in", f"choose one of: {', '.join(DTYPES)}")
     from abliterate import api
     from abliterate.exports.importing import loss
 
-    half = cast(Literal["bfloat16", "float16"] | None, dtype)
+    dtype = cast(Literal["bfloat16", "float16"] | None, half)
     with progress() as listen:
-        report = api.import_gguf(gguf, out_folder or Path(gguf.stem), dtype=half, on_event=listen)
+        report = api.import_gguf(gguf, out_folder or Path(gguf.stem), dtype=dtype, on_event=listen)
     if json:
         show_json({**asdict(report), "out": str(report.out), "source": str(report.source)})
         return

@@ -47,6 +47,7 @@ def complete_config(config: Any, file: GgufFile) -> tuple[str, ...]:  # noqa: AN
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
+    _shorten(config)
     if file.architecture in GGUF_CONFIG_ARCHS:
         return ()  # these functions read all there is, or raise
     model_type = transformers_name(file.architecture)
@@ -56,7 +57,6 @@ def complete_config(config: Any, file: GgufFile) -> tuple[str, ...]:  # noqa: AN
         largest = config.num_hidden_layers == LAYERS_OF_27B[model_type]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else _head(config)
     _set_attributes(config, stated)
-    _shorten(config)
     left = [key for key, value in stated.items() if not _agrees(config, key, value)]
     _set_rope(config, file, {key: stated[key] for key in left if key.startswith("rope.")})
     left = [key for key in left if not key.startswith("rope.")]
@@ -108,7 +108,7 @@ def _set_attributes(config: Any, stated: Mapping[str, Any]) -> None:  # noqa: AN
     has = config.to_dict()
     for key, name in ATTRIBUTES.items():
         if key in stated and name in has:
-            setattr(config, name, stated[key])
+            setattr(config, name, _short_float(stated[key]) if key.endswith("_epsilon") else stated[key])
     rope = config.to_dict().get("rope_parameters") or {}
     if "rope.freq_base" in stated and "rope_theta" in rope:
         config.rope_parameters["rope_theta"] = stated["rope.freq_base"]
@@ -119,8 +119,12 @@ def _set_attributes(config: Any, stated: Mapping[str, Any]) -> None:  # noqa: AN
 def _shorten(config: Any) -> None:  # noqa: ANN401 - a configuration
     """Have constants of norms as the decimals that they were before a header held them as float32."""
     for name, value in config.to_dict().items():
-        if name.endswith(("_eps", "_epsilon")) and isinstance(value, float):
-            setattr(config, name, float(f"{value:.7g}"))
+        if name.endswith(("_eps", "_epsilon")):
+            setattr(config, name, _short_float(value))
+
+
+def _short_float(value: Any) -> Any:  # noqa: ANN401 - whatever a header says
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _agrees(config: Any, key: str, value: Any) -> bool:  # noqa: ANN401 - a configuration
@@ -129,7 +133,7 @@ def _agrees(config: Any, key: str, value: Any) -> bool:  # noqa: ANN401 - a conf
     rope = has.get("rope_parameters") or {}
     its = rope.get("full_attention", rope)
     if key in ATTRIBUTES and ATTRIBUTES[key] in has:
-        return has[ATTRIBUTES[key]] == value
+        return True  # it was set
     if key in ("attention.key_length", "attention.value_length"):
         return value == _head(config)
     if key == "rope.dimension_count":

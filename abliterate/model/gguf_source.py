@@ -74,13 +74,16 @@ def load_gguf(file: GgufFile, dtype: torch.dtype, *, on_tensor: Callable[[int], 
         UsageError: it does not fit into memory.
     """
     check_architecture(file)
+    blocks = file.metadata.get(f"{file.architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= len(file.tensors):
+        raise CheckpointError(f"{file.path}: states {blocks!r} blocks, with {len(file.tensors)} tensors", INSTEAD)
     with _quiet(), _explained(file):
         tokenizer, notes = load_gguf_tokenizer(file)
         config = _config(file)
         notes = (*notes, *complete_config(config, file))
         lost = _beyond(file, config)
+        _check_all_there(file, config, lost)
         model = _model(file, config, dtype, on_tensor)
-    _check_all_there(file, model, lost)
     _check_finite(file, model, dtype)
     _set_generation(file, model, tokenizer)
     if lost:
@@ -151,15 +154,17 @@ def _model(file: GgufFile, config: Any, dtype: torch.dtype, on_tensor: Callable[
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and named below
             local_files_only=True,
         )
     made_up = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if made_up:
         raise UnsupportedFormatError(
-            f"{file.path}: transformers finds nothing in it for '{made_up[0]}' and {len(made_up) - 1} other parameters",
+            f"{file.path}: transformers finds nothing in it that fits '{made_up[0]}' and {len(made_up) - 1} others",
             INSTEAD,
         )
     model.hf_quantizer = None  # it is plain now, and can be saved
+    model._weight_conversions = None  # with the names that its released checkpoints have, not as GGUF joins them
     for holder in (model, model.config):
         vars(holder).pop("is_quantized", None)
         vars(holder).pop("quantization_config", None)
@@ -192,13 +197,17 @@ def _beyond(file: GgufFile, config: Any) -> list[GgufTensor]:  # noqa: ANN401 - 
     return [tensor for tensor, block in found if block and int(block[1]) in behind]
 
 
-def _check_all_there(file: GgufFile, model: Any, lost: list[GgufTensor]) -> None:  # noqa: ANN401 - a model
-    """Check that no value of ``file`` was dropped but those of ``lost``.
+def _check_all_there(file: GgufFile, config: Any, lost: list[GgufTensor]) -> None:  # noqa: ANN401 - a configuration
+    """Check that the model of ``config`` has a place for every value of ``file`` but those of ``lost``, and no more.
 
     Raises:
-        UnsupportedFormatError: the model holds fewer, or more.
+        UnsupportedFormatError: transformers would drop some, or make some up.
     """
-    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    held = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
     wanted = sum(tensor.numel for tensor in file.weights) - sum(tensor.numel for tensor in lost)
     if sum(held.values()) != wanted:
         raise UnsupportedFormatError(
