@@ -18,6 +18,8 @@ from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.exports.dequantising import dequantise
+from abliterate.exports.importing import Half, ImportReport
+from abliterate.exports.importing import import_gguf as _import_gguf
 from abliterate.exports.lora import AdapterReport
 from abliterate.exports.lora import export as _export_lora
 from abliterate.exports.patches.export import PatchReport, Purpose
@@ -47,8 +49,8 @@ from abliterate.workflow.trials import EDITED
 
 __all__ = [
     "Recipe", "apply_patch", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora", "export_patch",
-    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run",
-    "select", "stream", "verify",
+    "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
+    "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
 
 Mode = Literal["ablate", "add"]
@@ -159,6 +161,13 @@ def dequantize(model: str | Path, out: str | Path, *, revision: str | None = Non
     """
     checkpoint = fetch(open_model(model, revision=revision))
     return dequantise(checkpoint, Path(out), on_event=on_event)
+
+
+def import_gguf(
+    gguf: str | Path, out: str | Path, *, dtype: Half | None = None, on_event: OnEvent = ignore
+) -> ImportReport:
+    """Write a GGUF file as a checkpoint to ``out``; see ``importing.import_gguf``."""
+    return _import_gguf(Path(gguf).expanduser(), Path(out), dtype=dtype, on_event=on_event)
 
 
 def export_lora(
