@@ -1,8 +1,8 @@
 """Remove, add or measure a linear direction in an open-weight model, and prove what was written.
 
 Every command of the ``abliterate`` command line is a function of the same name here: ``abliterate.plan(...)``,
-``abliterate.run(...)`` and so on, returning values and printing nothing.  They are loaded when first used, so that
-importing the package costs nothing.
+``abliterate.run(...)`` and so on (``import`` is ``import_gguf``), returning values and printing
+nothing.  They are loaded when first used, so that importing the package costs nothing.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from abliterate.api import eval as eval
     from abliterate.api import export_lora as export_lora
     from abliterate.api import export_patch as export_patch
+    from abliterate.api import import_gguf as import_gguf
     from abliterate.api import inspect as inspect
     from abliterate.api import load_recipe as load_recipe
     from abliterate.api import measure as measure
@@ -45,6 +46,7 @@ _API = (
     "eval",
     "export_lora",
     "export_patch",
+    "import_gguf",
     "inspect",
     "load_recipe",
     "measure",

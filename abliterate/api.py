@@ -12,12 +12,14 @@ from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.data.bundled import is_bundled, open_model
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.exports.dequantising import dequantise
+from abliterate.exports.importing import Half, ImportReport
+from abliterate.exports.importing import import_gguf as _import_gguf
 from abliterate.exports.lora import AdapterReport
 from abliterate.exports.lora import export as _export_lora
 from abliterate.exports.patches.export import PatchReport, Purpose
@@ -47,8 +49,8 @@ from abliterate.workflow.trials import EDITED
 
 __all__ = [
     "Recipe", "apply_patch", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora", "export_patch",
-    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run",
-    "select", "stream", "verify",
+    "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
+    "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
 
 Mode = Literal["ablate", "add"]
@@ -70,7 +72,9 @@ def measure(
     on_event: OnEvent = ignore,
 ) -> DirectionSet:
     """Measure candidate directions of ``model`` (None: the bundled one); see ``finding.measure``."""
-    session = open_session(model, recipe or Recipe(), on_event=on_event)
+    recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
+    session = open_session(model, recipe, on_event=on_event)
     file = Path(covariance) if covariance else None
     return pipeline.measure(session, covariance=file)
 
@@ -111,18 +115,23 @@ def edit(
     """Write ``model`` without ``direction`` to ``out``, with a manifest; unverified.
 
     ``change`` is what else than removing it shall happen to the residual stream; ``direction`` then says where that
-    came from.
+    came from, and the manifest that the edit was given.
 
     Raises:
         AbliterateError: the plan refuses, or reading or writing fails.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     checkpoint = fetch(open_model(model, revision=revision))
-    made = plan(checkpoint, edit=change or stream_edit(recipe.edit.change, direction), **recipe.plan_options)
+    made = plan(checkpoint, **recipe.plan_options)
+    made = along(made, change or stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
-    manifest.finish(output, made, manifest.build(made, direction, recipe))
+    document = manifest.build(made, direction, recipe)
+    if change is not None:
+        document["edit"]["given"] = True  # no recipe makes it again
+    manifest.finish(output, made, document)
     return EditResult(out=output.finish(), plan=made)
 
 
@@ -132,12 +141,12 @@ def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, o
     Where ``edited`` is a folder that abliterate finished, its changes are held against its own plan as well.
 
     Raises:
-        SourceError: one of them cannot be read.
+        SourceError: one of them cannot be read, or the manifest of ``edited``.
     """
     planned = None
     if (Path(edited) / OUR_MANIFEST).is_file():
+        finished = FinishedEdit.open(edited)
         try:
-            finished = FinishedEdit.open(edited)
             planned = finished.plan(finished.open_base(base)).edits
         except AbliterateError as error:
             on_event(Noted(text=f"not held against the plan of {edited}: {error.message}"))
@@ -152,6 +161,13 @@ def dequantize(model: str | Path, out: str | Path, *, revision: str | None = Non
     """
     checkpoint = fetch(open_model(model, revision=revision))
     return dequantise(checkpoint, Path(out), on_event=on_event)
+
+
+def import_gguf(
+    gguf: str | Path, out: str | Path, *, dtype: Half | None = None, on_event: OnEvent = ignore
+) -> ImportReport:
+    """Write a GGUF file as a checkpoint to ``out``; see ``importing.import_gguf``."""
+    return _import_gguf(Path(gguf).expanduser(), Path(out), dtype=dtype, on_event=on_event)
 
 
 def export_lora(
@@ -172,14 +188,15 @@ def export_lora(
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
-    change = None if direction is None else stream_edit(recipe.edit.change, direction)
-    if edited is not None:
-        finished = FinishedEdit.open(edited, revision=revision)
-        recipe, change = finished.recipe, change or finished.stream
-    if change is None:
+    finished = None if edited is None else FinishedEdit.open(edited, revision=revision)
+    if direction is None and finished is None:
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_model(base)), edit=change, **recipe.plan_options)
-    return _export_lora(made, Path(out), on_event=on_event)
+    made = plan(fetch(open_model(base)), **(recipe if finished is None else finished.recipe).plan_options)
+    if direction is not None:
+        change = stream_edit(recipe.edit.change, direction, made.model_map.n_layers)
+    else:
+        change = finished.stream if finished is not None else StreamEdit()
+    return _export_lora(along(made, change), Path(out), on_event=on_event)
 
 
 def export_patch(
@@ -301,6 +318,7 @@ def stream(
     ``private`` is what the recipe says, unless given.
     """
     recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
     private = recipe.publish.private if private is None else private
     return relay.stream(
         model, direction, name, Path(out), recipe, revision=revision, branch=branch, private=private, message=message,
@@ -378,7 +396,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        context = edited(loaded, stream_edit(session.recipe.edit.change, direction))
+        context = edited(loaded, stream_edit(session.recipe.edit.change, direction, loaded.n_layers))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:

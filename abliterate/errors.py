@@ -9,6 +9,7 @@
     │   ├── UnknownArchitectureError
     │   ├── UnknownTensorError
     │   ├── UnsupportedFormatError
+    │   ├── TooFewPromptsError
     │   └── NotEnoughDiskError
     ├── VerificationError       4   the written bytes are not what they must be
     ├── SourceError             5   the source is unreadable or corrupt
@@ -69,6 +70,10 @@ class UnknownTensorError(PlanRefusedError):
 
 class UnsupportedFormatError(PlanRefusedError):
     """The weights are stored in a format that cannot be edited."""
+
+
+class TooFewPromptsError(PlanRefusedError):
+    """The model behaves as the classes say on a handful of prompts only, which are no ground for a direction."""
 
 
 class NotEnoughDiskError(PlanRefusedError):

@@ -69,6 +69,7 @@ class FindOptions(Section):
     filter_prompts: Annotated[bool, Trait.FILE_ONLY] = Field(
         default=True, description="Keep harmful prompts that are refused, and harmless ones that are answered."
     )
+    allow_few: bool = Field(default=False, description="Measure even where fewer than 8 prompts of a class are left.")
     estimators: Annotated[tuple[str, ...], Flag("--estimator")] = Field(
         default=("difference-of-means",), description="What makes candidates of the measured residuals; repeatable."
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from abliterate.cli import console, run, tables
+from abliterate.cli.app import app
 
 WIDTH = 118
 
@@ -24,7 +25,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     recorder.print("[bold]$ abliterate run --out tiny-chat-abliterated[/bold]\n")
     try:
-        run.run(out_folder=folder / "tiny-chat-abliterated")
+        app(["run", "--out", str(folder / "tiny-chat-abliterated")], standalone_mode=False)
     finally:
         shutil.rmtree(folder)
     picture = tidy(recorder.export_svg(title="abliterate"), str(folder) + "/")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
+from tests.zoo import BUILDERS
 
 FILE = Path(__file__).parent.parent / "abliterate" / "arch" / "measured.json"
 _FOUND: dict[str, dict[str, Any]] = {}
@@ -27,4 +28,5 @@ def record(name: str, plan: EditPlan, **figures: float) -> None:
 def write() -> None:
     """Write the file, when asked to."""
     if os.environ.get("ABLITERATE_WRITE_MEASURED") and _FOUND:
-        FILE.write_text(json.dumps(dict(sorted(_FOUND.items())), indent=1) + "\n", "utf-8")
+        known = {name: case for name, case in json.loads(FILE.read_text("utf-8")).items() if name in BUILDERS}
+        FILE.write_text(json.dumps(dict(sorted((known | _FOUND).items())), indent=1) + "\n", "utf-8")

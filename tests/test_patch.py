@@ -20,7 +20,7 @@ from abliterate.errors import CheckpointError, OutputError, UsageError, Verifica
 from abliterate.events import Advanced
 from abliterate.exports.patches import use
 from abliterate.exports.patches.bitstreams import BitReader, BitWriter, Intervals, Sparse, ordinal, value, widths
-from abliterate.exports.patches.file import PatchFile
+from abliterate.exports.patches.file import PatchFile, PatchWriter
 from abliterate.exports.patches.replay import (
     Backwards,
     Forwards,
@@ -31,12 +31,14 @@ from abliterate.exports.patches.replay import (
     expected,
     rounded,
 )
-from abliterate.method.directions import given
+from abliterate.method.directions import Candidate, DirectionSet, Subspace, given
 from abliterate.method.edits import orthogonal
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 from tests import checkpoints, test_kill
 from tests.quantising import quantised_gpt_oss, quantised_llama
+from tests.test_weight_edits import stream_edit
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 DIRECTION_FILE = "abliterate/direction.safetensors"
@@ -477,3 +479,72 @@ def test_the_command_line(pair, tmp_path):
     assert run(app, ["patch", "apply", str(base), str(file), "--out", str(tmp_path / "again")]).exit_code == 0
     arguments = ["patch", "export", str(edited), "--base", str(base), "--out", str(tmp_path / "q"), "--for", "fun"]
     assert run(app, arguments).exit_code == 2
+
+
+# --- edits that leave writers alone, and what was chosen ----------------------------------------------------------
+
+
+def kept_embedding(stream):
+    return StreamEdit(everywhere=stream.everywhere, places={**stream.places, (None, "embedding"): None})
+
+
+OTHER_EDITS = {
+    "embedding left alone": lambda q: kept_embedding(StreamEdit(everywhere=orthogonal(q))),
+    "one block": lambda q: StreamEdit(places={(1, "MLP"): orthogonal(q)}),
+    "another in every layer": lambda q: stream_edit("another in every layer", 2, d=len(q)),
+    "kept norms": lambda q: StreamEdit(everywhere=orthogonal(q, column_scale="kept norms")),
+    "strength 0.6": lambda q: StreamEdit(everywhere=orthogonal(q, strength=0.6)),
+    "affine": lambda q: stream_edit("affine", 2, d=len(q)),
+    "oblique": lambda q: stream_edit("oblique", 2, d=len(q)),
+}
+
+
+@pytest.mark.parametrize("options", [{"shards": 2}, {"head": False, "tied": True, "shards": 2}], ids=["head", "tied"])
+@pytest.mark.parametrize("kind", OTHER_EDITS)
+def test_any_edit_of_the_stream_there_and_back(kind, options, tmp_path):
+    base = checkpoints.write_llama(tmp_path / "base", **options)
+    q = checkpoints.directions(plan(base).model_map.d_model)
+    stream = OTHER_EDITS[kind](q)
+    edited = abliterate.edit(base, given(q.float()[:, 0]), tmp_path / "edited", change=stream).out
+    there_and_back(base, edited, tmp_path)
+    assert abliterate.verify(tmp_path / "applied", base=base, behaviour=False).ok
+
+
+def test_a_head_that_stays_tied_gets_no_copy(tmp_path):
+    base = checkpoints.write_llama(tmp_path / "base", head=False, tied=True)
+    q = checkpoints.directions(plan(base).model_map.d_model)
+    stream = OTHER_EDITS["embedding left alone"](q)
+    edited = abliterate.edit(base, given(q.float()[:, 0]), tmp_path / "edited", change=stream).out
+    report = abliterate.export_patch(edited, base, tmp_path / "p.safetensors")
+    applied = abliterate.apply_patch(base, report.file, tmp_path / "applied")
+    assert (applied / "model.safetensors").stat().st_size == (base / "model.safetensors").stat().st_size
+    assert (applied / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_chosen_candidate_of_several_vectors_there_and_back(by_layer, tmp_path):
+    base = checkpoints.write_llama(tmp_path / "base", shards=2)
+    d = plan(base).model_map.d_model
+    parts = [Subspace(vectors=torch.randn(d, 2, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    subspace = dict(enumerate(parts)) if by_layer else parts[0]
+    one = Candidate(id="some", subspace=subspace, layer=1, provenance={"estimator": "some", "note": [1]})
+    chosen = DirectionSet(candidates=(one,)).choose_candidate("some")
+    edited = abliterate.edit(base, chosen, tmp_path / "edited").out
+    there_and_back(base, edited, tmp_path)
+    applied = directions.load(tmp_path / "applied" / DIRECTION_FILE)
+    assert applied.sha256 == manifest.read(edited)["direction"]["sha256"]
+    assert applied.chosen.provenance == one.provenance
+    assert abliterate.verify(tmp_path / "applied", base=base, behaviour=False).ok
+    assert abliterate.reproduce(tmp_path / "applied", base=base).agrees
+
+
+def test_a_patch_that_changes_what_is_no_writer_is_refused(pair, tmp_path):
+    base, edited = pair
+    report = abliterate.export_patch(edited, base, tmp_path / "p.safetensors")
+    file, writer = PatchFile(report.file), PatchWriter(tmp_path / "other")
+    for name in file._tensors:
+        writer.add(name, file.tensor(name))
+    file.document["tensors"][0]["name"] = "model.norm.weight"
+    file.document["tensors"][0]["axis"] = 0
+    with pytest.raises(VerificationError, match="its writers are others"):
+        abliterate.apply_patch(base, writer.finish(file.document), tmp_path / "out")

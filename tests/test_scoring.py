@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from abliterate.arch.registry import family_of
-from abliterate.errors import UsageError
-from abliterate.events import Advanced
+from abliterate.events import Advanced, Noted
 from abliterate.method.directions import Candidate, Subspace, grid
+from abliterate.method.edits import removal
 from abliterate.method.selection import RULE, SelectionRule, choose
+from abliterate.method.statistics import refusal_metric
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
 from abliterate.model.equivalence import stream_share
-from abliterate.model.forward import padding_is_harmless, run_batch, see_residuals
-from abliterate.model.interventions import ablated, ablated_each, added, added_each, observed
+from abliterate.model.forward import last_log_probs, padding_is_harmless, run_batch, see_residuals
+from abliterate.model.interventions import ablated, ablated_each, added, added_each, edited, observed
 from abliterate.model.load import attach
 from abliterate.model.measuring import Filtered, choose_candidate, score_candidates
 from abliterate.model.scores import ScoreFile, Scores
@@ -157,11 +158,23 @@ def test_subspaces_of_several_dimensions_are_scored_as_well(name, models):
     assert len({one.bypass for one in ours}) == len(made)
 
 
-def test_another_subspace_in_each_layer_cannot_be_scored(models):
-    loaded, (one, *_) = models("llama"), several(3)
-    made = [replace(one, subspace={0: one.subspace})]
-    with pytest.raises(UsageError, match="x/0 has another subspace in each layer"):
-        score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe"])
+def test_another_subspace_in_each_layer_is_scored_by_hooks(name, models):
+    loaded = models(name)
+    with factories.really_float64():
+        one, other, *rest = several(loaded.n_layers)
+        layered = replace(one, subspace={0: one.subspace, 2: other.subspace})
+        chat, made = Chat(loaded), [layered, other, *rest]
+        with edited(loaded, removal(layered)):
+            log_probs = last_log_probs(loaded, chat, FILTERED.harmful, batch_size=1)
+        expected = float(refusal_metric(log_probs, list(REFUSAL)).mean())
+        alone = score_candidates(loaded, chat, [one, *made[1:]], FILTERED, REFUSAL, batch_size=3)
+        for options in ({}, {"max_tokens": 20}):
+            ours = score_candidates(loaded, chat, made, FILTERED, REFUSAL, batch_size=3, **options)
+            assert ours[0].bypass == pytest.approx(expected, abs=1e-9)
+            assert abs(ours[0].bypass - alone[0].bypass) > 1e-6
+            assert ours[0].induce == pytest.approx(alone[0].induce, abs=1e-9)
+            assert largest_difference(ours[1:], alone[1:]) < 1e-9
 
 
 def test_a_model_that_sees_padding_is_given_none(models):
@@ -233,6 +246,33 @@ def test_few_scores_give_the_choice_of_all(name, models):
                     assert rule.max_kl_nats < one.kl_nats < its.kl_nats
                 else:
                     assert one.kl_nats != one.kl_nats or one.kl_nats == pytest.approx(its.kl_nats, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_another_subspace_in_each_layer_is_chosen_from_few_scores_as_well(name, models):
+    """One that is best of all by hooks, one that is not, and one that cannot be scored."""
+    loaded, events = models(name), []
+    with factories.really_float64():
+        one, other, *rest = several(loaded.n_layers)
+        layered = replace(one, subspace={0: one.subspace, 2: other.subspace})
+        second = replace(other, subspace={1: other.subspace, 2: one.subspace})
+        nowhere = replace(rest[0], id="x/nowhere", subspace={0: one.subspace}, layer=1)
+        made = [layered, second, *rest, nowhere]
+        chat, chosen = Chat(loaded), set()
+        every = score_candidates(loaded, chat, made, FILTERED, REFUSAL, batch_size=3)
+        known = {its.candidate: its for its in every}
+        for usable in ([*made], [layered, nowhere, rest[0]], [second, nowhere, rest[0]]):
+            its = [known[candidate.id] for candidate in usable]
+            for rule in rules([score for score in its if score.candidate != "x/nowhere"]):
+                ours = choose_candidate(
+                    loaded, chat, usable, FILTERED, REFUSAL, rule, batch_size=3, on_event=events.append
+                )
+                assert ours.choice == choose(its, loaded.n_layers, rule)[0]
+                assert ours.of == 13 * (len(usable) - 1)
+                assert {score.verdict for score in ours.scores if score.candidate == "x/nowhere"} == {"nan"}
+                chosen.add(ours.choice.candidate)
+    assert {layered.id, second.id} & chosen
+    assert any(isinstance(event, Noted) and "1 candidates, x/nowhere the first" in event.text for event in events)
 
 
 def test_prompt_passes_are_those_that_were_run(models, monkeypatch):

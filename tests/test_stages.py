@@ -7,9 +7,14 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from abliterate import api
 from abliterate.checkpoint.direction_file import load
 from abliterate.cli.app import app
+from abliterate.errors import TooFewPromptsError
+from abliterate.events import Noted
 from abliterate.model.forward import see_residuals
+from abliterate.model.measuring import Filtered
+from abliterate.publishing import manifest
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.workflow import finding
 from abliterate.workflow.session import open_session, prompts_of, with_default_prompts
@@ -97,3 +102,63 @@ def test_out_of_core_the_commands_say_what_it_costs(here, monkeypatch):
     replies = [abliterate("chat", "tiny-chat", *options[:count], input=question + "\n") for count in (3, 5, 0)]
     assert "they stay on disk" in replies[1].stderr
     assert replies[0].stdout == replies[1].stdout != replies[2].stdout
+
+
+# --- how many prompts a direction rests on --------------------------------------------------------------------------
+
+
+def _kept(harmful, harmless, before=128):
+    return Filtered(harmful=("a",) * harmful, harmless=("b",) * harmless, harmful_before=before, harmless_before=before)
+
+
+def test_a_handful_of_prompts_is_refused_unless_asked_for():
+    with pytest.raises(TooFewPromptsError, match="3 of 128 harmful and 128 of 128 harmless") as raised:
+        finding.few_kept("some-model", _kept(3, 128), allow_few=False)
+    assert raised.value.exit_code == 3
+    assert "--allow-few" in raised.value.hint
+    assert "3 of 128 harmful" in finding.few_kept("some-model", _kept(3, 128), allow_few=True)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "said"), [(31, 128, True), (128, 31, True), (32, 32, False), (8, 128, True)]
+)
+def test_few_prompts_are_said_with_what_to_do(harmful, harmless, said):
+    warning = finding.few_kept("some-model", _kept(harmful, harmless), allow_few=False)
+    assert bool(warning) == said
+    if said:
+        assert f"{harmful} of 128 harmful and {harmless} of 128 harmless" in warning
+        assert "give more prompts" in warning
+
+
+def test_who_brings_few_prompts_has_asked_for_few():
+    assert finding.few_kept("some-model", _kept(4, 4, before=4), allow_few=False)
+    with pytest.raises(TooFewPromptsError):
+        finding.few_kept("some-model", _kept(3, 4, before=4), allow_few=False)
+
+
+def test_halves_are_drawn_by_seed_and_make_up_the_whole():
+    first = finding.half_of(9, seed=42)
+    assert len(first) == 4
+    assert first == finding.half_of(9, seed=42) != finding.half_of(9, seed=43)
+    assert finding.half_of(1, seed=42) == frozenset()
+    values = torch.randn(9, 3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, half = values.mean(0), values[sorted(first)].mean(0)
+    ours, others = finding.halves_of(mean, half, 9, len(first))
+    rest = [row for row in range(9) if row not in first]
+    assert torch.allclose(others.mean, values[rest].mean(0))
+    assert (ours.count, others.count) == (4, 5)
+
+
+def test_a_run_says_what_its_direction_rests_on(tmp_path):
+    notes = []
+    recipe = Recipe(n_train=16, n_val=8, n_test=4, max_new_tokens=8)
+    result = api.run(None, tmp_path / "out", recipe, on_event=notes.append)
+    document = manifest.read(result.out)
+    kept = document["direction"]["measurement"]["kept"]
+    assert kept["harmful_train"] <= document["direction"]["measurement"]["of"]["harmful_train"] == 16
+    assert 0.8 < document["direction"]["stability"] <= 1
+    assert result.directions.stability == document["direction"]["stability"]
+    card = (result.out / "README.md").read_text()
+    assert f"Measured on {kept['harmful_train']} of 16 harmful and" in card
+    assert "two random halves of them agree to a cosine of 0." in card
+    assert any("measured on few prompts" in event.text for event in notes if isinstance(event, Noted))

@@ -11,8 +11,10 @@ from functools import cache, lru_cache
 import pytest
 import torch
 
+from abliterate.arch.codecs import Plain, fp8_codec
 from abliterate.checkpoint import edit_file
 from abliterate.checkpoint.output import prepare
+from abliterate.editing.blocks import TensorEdit, Workspace
 from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, SourceError
@@ -25,12 +27,13 @@ from abliterate.model.interventions import edited as hooks
 from abliterate.verification.checkpoint_proof import verify_bytes
 from tests import checkpoints, factories, zoo
 from tests.equivalence import attached
+from tests.quantising import to_blocks
 
 D = 48
 LOGITS = 1e-10
 SEEN = 1e-6
 KINDS = ("attention", "MLP")
-EDITS = (
+FORMS = (
     "three directions",
     "another in every layer",
     "strength 0.6",
@@ -52,7 +55,7 @@ def at_places(n_layers, make, *, embedding):
 
 
 def stream_edit(name, n_layers, d=D):
-    """One of ``EDITS``, or all that can be had together."""
+    """One of ``FORMS``, or all that can be had together."""
     q = basis(1, d=d)
     read, write = factories.random_directions(d, 2, seed=3), factories.random_directions(d, 2, seed=4) + basis(3, 2, d)
     mean = factories.random_directions(d, seed=5)[:, 0]
@@ -129,6 +132,10 @@ def test_a_different_edit_at_every_place(name, base, tmp_path):
     """Several directions, partial strengths, an oblique edit and a place left alone, all in one model of every type."""
     made = plan(base(name))
     stream = stream_edit("mixed", made.model_map.n_layers)
+    projects = [writer for writer in made.writers if writer.role == "projector"]
+    if not projects:  # a constant in the embedding, divided by its scale
+        mean = factories.random_directions(D, seed=5)[:, 0]
+        stream = dataclasses.replace(stream, places={**stream.places, (None, "embedding"): affine(basis(1), mean)})
     made = along(made, stream)
     out = write(made, tmp_path / "edited", memory_bytes=1)  # the smallest blocks there are
     assert verify_bytes(made, out, memory_bytes=1).failures == ()
@@ -144,7 +151,7 @@ def test_a_different_edit_at_every_place(name, base, tmp_path):
         assert made.claim == "bytes only"
 
 
-@pytest.mark.parametrize("kind", EDITS)
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("name", [name for name in zoo.CORE if name in zoo.EXACT])
 def test_every_edit_equals_its_hooks(name, kind, base, tmp_path):
     made = plan(base(name))
@@ -154,7 +161,7 @@ def test_every_edit_equals_its_hooks(name, kind, base, tmp_path):
     assert difference <= LOGITS
 
 
-@pytest.mark.parametrize("kind", [*EDITS, SCALED])
+@pytest.mark.parametrize("kind", [*FORMS, SCALED])
 @pytest.mark.parametrize("name", [*zoo.CORE, "gemma2", "olmo2", "glm4", "gemma4-text"])
 def test_every_edit_keeps_its_post_condition_in_bfloat16(name, kind, base, tmp_path):
     """After rounding, what stands along ``read`` is what the edit leaves there, to far less than the roundoff."""
@@ -223,7 +230,7 @@ def spoilt(kind, made):
         yield first, lambda edit: dataclasses.replace(edit, column_scale="none")
 
 
-@pytest.mark.parametrize("kind", [*EDITS, SCALED])
+@pytest.mark.parametrize("kind", [*FORMS, SCALED])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_one_spoilt_writer_is_seen(name, kind, base, tmp_path):
     """On the bytes, and against the hooks where the edit is equal to them."""
@@ -238,7 +245,7 @@ def test_one_spoilt_writer_is_seen(name, kind, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-@pytest.mark.parametrize("kind", [*EDITS, SCALED])
+@pytest.mark.parametrize("kind", [*FORMS, SCALED])
 def test_a_plan_that_declares_something_else_is_seen(name, kind, base, tmp_path):
     """Bytes and plan agree, but the plan is not what shall happen to the stream."""
     made = plan(base(name))
@@ -261,11 +268,78 @@ def test_a_plan_that_ignores_a_norm_is_seen(name, base, tmp_path):
     assert len(failures) == sum(bool(writer.norms) for writer in made.writers)
 
 
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2"])
+def test_a_constant_where_none_belongs_is_seen(name, base, tmp_path):
+    """Of two writers that share an edit, each is looked at."""
+    made = along(plan(base(name)), stream_edit("affine", 3))
+    embedding = made.edits[made.model_map.embedding.tensor.name]
+    plain = [writer.tensor.name for writer in made.writers if not writer.norms]
+    wrong = dataclasses.replace(made, edits={**made.edits, **dict.fromkeys(plain, embedding)})
+    failures = verify_bytes(wrong, write(wrong, tmp_path / "edited")).failures
+    assert len(failures) == len({writer.role for writer in made.writers if not writer.norms}) - 1 or name == "gemma2"
+    assert failures or plain == [made.model_map.embedding.tensor.name]
+
+
+def test_a_plan_that_leaves_writers_out_is_seen(base, tmp_path):
+    made = along(plan(base("llama")), removing(factories.random_directions(D)))
+    cut = dataclasses.replace(made, writers=made.writers[:2])
+    failures = verify_bytes(cut, write(cut, tmp_path / "edited")).failures
+    assert len([failure for failure in failures if "is not in the plan, and should be" in failure]) == 5
+
+
+def test_what_options_leave_out_is_not_missed(base, tmp_path):
+    made = along(plan(base("llama-tied"), tied="keep"), removing(factories.random_directions(D)))
+    assert made.exactness == "C"
+    assert verify_bytes(made, write(made, tmp_path / "edited")).failures == ()
+
+
+@pytest.mark.parametrize("how", ["another direction", "junk", "one leaks into the other"])
+def test_what_is_written_behind_a_norm_is_held_against_the_stream(how, base, tmp_path):
+    made = along(plan(base("gemma2")), removing(factories.random_directions(D, 2)))
+    name = next(writer.tensor.name for writer in made.writers if writer.norms)
+    edit = made.edits[name]
+    across = basis(99) - edit.read @ torch.linalg.pinv(edit.read) @ basis(99)
+    write_ = {
+        "another direction": edit.write + 5 * across,
+        "junk": edit.write + 100 * torch.cat((across, -across), dim=1),
+        "one leaks into the other": edit.write @ torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64),
+    }[how]
+    wrong = broken(made, name, lambda edit: dataclasses.replace(edit, write=write_))
+    failures = verify_bytes(wrong, write(wrong, tmp_path / "edited")).failures
+    assert f"the edit of '{name}' is not what shall happen to the stream" in failures
+
+
+def test_an_edit_of_layers_that_are_not_there_is_refused(base):
+    edit = orthogonal(basis(1))
+    with pytest.raises(PlanRefusedError, match="names layer 99, and there are 3"):
+        along(plan(base("llama")), StreamEdit(everywhere=edit, places={(99, "MLP"): edit}))
+    with pytest.raises(PlanRefusedError, match="changes no writer"):
+        along(plan(base("llama")), StreamEdit(places={(None, "next-token block"): edit}))
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "falcon-h1"])
+def test_a_constant_that_would_be_added_twice_is_refused(name, base):
+    q, mean = basis(1), factories.random_directions(D, seed=5)[:, 0]
+    places = {(None, "embedding") if name == "qwen3-vl" else (1, "attention"): affine(q, mean)}
+    with pytest.raises(PlanRefusedError, match="has no one bias"):
+        along(plan(base(name)), StreamEdit(everywhere=orthogonal(q), places=places))
+
+
+def test_what_tells_two_edits_apart():
+    """Which edit stands where counts, and not the order of the places."""
+    a, b = orthogonal(basis(1)), orthogonal(basis(2))
+    one = StreamEdit(places={(0, "MLP"): a, (1, "MLP"): b})
+    assert one.sha256 != StreamEdit(places={(0, "MLP"): b, (1, "MLP"): a}).sha256
+    assert one.sha256 != StreamEdit(everywhere=a, places={(1, "MLP"): b}).sha256
+    assert StreamEdit(everywhere=a).sha256 != StreamEdit(everywhere=dataclasses.replace(a, strength=0.5)).sha256
+    assert one.sha256 == StreamEdit(places={(0, "MLP"): orthogonal(basis(1)), (1, "MLP"): b}).sha256
+
+
 # --- one matrix -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [*EDITS, SCALED])
+@pytest.mark.parametrize("kind", [*FORMS, SCALED])
 def test_rounding_keeps_the_post_condition(kind, dtype):
     """Of partial strengths it is not zero."""
     edit = next(iter(stream_edit(kind, 2, 256).edits()))
@@ -279,7 +353,7 @@ def test_rounding_keeps_the_post_condition(kind, dtype):
 
 def test_the_post_condition_is_what_the_equation_leaves():
     w = torch.randn(D, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for kind in EDITS:
+    for kind in FORMS:
         for edit in stream_edit(kind, 3).edits():
             expected = edit.expected(edit.read.T @ w)
             left = edit.read.T @ apply(w, edit)
@@ -296,6 +370,77 @@ def test_an_oblique_edit_behind_a_norm_acts_as_it_does_in_the_stream():
     ours = behind_norm(edit, gain)
     stream = gain[:, None] * apply(w, ours)
     assert torch.allclose(edit.read.T @ stream, edit.kept @ (edit.read.T @ (gain[:, None] * w)), atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "columns in parts"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_columns_of_which_little_is_left_keep_their_length_or_stay(layout, dtype):
+    """``|w|^2 - |r^T w|^2`` is what nearly equal numbers leave."""
+    d = 1024
+    q = basis(1, d=d)
+    shares = torch.tensor([1.0, 0.1, 1e-2, 2e-3, 1e-4, 0.0], dtype=torch.float64)
+    rest = torch.randn(d, len(shares), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rest = (rest - q @ (q.T @ rest)) / d**0.5
+    w = (q + shares * rest).to(dtype)
+    edit, work = orthogonal(q, column_scale="kept norms"), Workspace()
+    stored = (w.T if layout == "rows" else w).contiguous().clone()
+    ours = TensorEdit.of("here", edit, Plain(dtype, stored.shape[1]), work)
+    if layout == "rows":
+        ours.edit_rows(stored, 0)
+    elif layout == "columns":
+        ours.edit_columns(stored, 0)
+    else:
+        columns = ours.columns(0)
+        for step in columns.passes:
+            for row in range(0, d, 100):
+                step(stored[row : row + 100], row)
+        for row, values in columns.finish():
+            stored[row] = values
+    after, before = (stored.T if layout == "rows" else stored).double(), w.double()
+    exact = before - q @ (q.T @ before)
+    gone = exact.norm(dim=0) < 2.0**-10 * before.norm(dim=0)
+    scale = torch.where(gone, 1.0, before.norm(dim=0) / exact.norm(dim=0))
+    eps = torch.finfo(dtype).eps
+    assert gone.tolist() == [False] * 4 + [True] * 2 or dtype != torch.float32  # coarser ones leave their rounding
+    assert ((after - exact * scale).norm(dim=0) <= 2 * eps * (exact * scale).norm(dim=0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("cosine", [0.7, 0.95])
+def test_a_coarse_grid_takes_directions_that_are_alike(cosine):
+    """Pulled by ``(read^T read)^-1``: by ``read^T`` alone the pull would grow without end."""
+    d, n = 256, 64
+    common = basis(1, d=d)
+    read = (cosine**0.5) * common + (1 - cosine) ** 0.5 * basis(2, 3, d)
+    edit = oblique(read, read + 0.1 * basis(5, 3, d))
+    w = torch.randn(d, n, generator=torch.Generator().manual_seed(0))
+    q, scales = to_blocks(w, (16, 16))
+    codec = fp8_codec(q.dtype, tuple(q.shape), scales, (16, 16))
+    before = codec.decode(q, 0, torch.float64)
+    ours = q.clone()
+    TensorEdit.of("here", edit, codec, Workspace()).edit_columns(ours, 0)
+    left = edit.read.T @ codec.decode(ours, 0, torch.float64)
+    assert left.norm() < 0.02 * (edit.read.T @ before).norm()
+
+
+def test_a_direction_in_a_channel_of_its_own_gets_rows_of_its_own():
+    d = 512
+    spike, flat = torch.zeros(d, dtype=torch.float64), basis(1, d=d)[:, 0]
+    spike[7] = 1.0
+    edit = removing(torch.stack((spike, flat), dim=1)).everywhere
+    w = torch.randn(d, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left = flat @ round_keeping(apply(w, edit), torch.bfloat16, edit).double()
+    assert left.norm() < 1e-4 * (flat @ w).norm()
+
+
+def test_vectors_that_are_long_remove_no_more_than_they_do():
+    across = basis(1) - basis(2) @ (basis(2).T @ basis(1))
+    assert not WeightEdit(read=basis(2), write=1e10 * across / across.norm()).removes
+
+
+def test_behind_a_norm_nothing_is_a_traceback():
+    read = torch.eye(4, dtype=torch.float64)[:, :1]
+    with pytest.raises(ValueError, match="no finite"):
+        behind_norm(WeightEdit(read=read, write=torch.eye(4, dtype=torch.float64)[:, 1:2]), torch.ones(4))
 
 
 def test_an_edit_cannot_take_out_across_what_it_reads():
@@ -357,7 +502,7 @@ def test_a_head_stays_tied_to_an_embedding_that_is_left_alone(base, tmp_path):
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*EDITS, SCALED, "mixed"])
+@pytest.mark.parametrize("kind", [*FORMS, SCALED, "mixed"])
 def test_the_file_of_an_edit_gives_it_back(kind, tmp_path):
     stream = stream_edit(kind, 3)
     found = edit_file.load(edit_file.save(stream, tmp_path / "edit.safetensors"))

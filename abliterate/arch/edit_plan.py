@@ -1,12 +1,13 @@
 """The plan of an edit as a value: which tensors of a checkpoint change, and what the result is worth."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from abliterate.arch.model_map import ModelMap, Writer
 from abliterate.checkpoint.source import Checkpoint
+from abliterate.method.places import Place, in_words
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 
@@ -27,7 +28,8 @@ class EditPlan:
 
     ``writers`` are the tensors to edit, and ``edits`` what happens to each, by its name; the same value stands for all
     that are edited alike.  ``edits`` is empty, and ``stream`` None, in a plan that was made before a direction was
-    known: it covers what an edit of everything would touch.  ``stream`` is what the edit does to the residual stream.
+    known: it covers what an edit of everything would touch.  ``stream`` is what the edit does to the residual stream,
+    ``mtp`` says whether next-token blocks are edited.
     ``added_head`` is the name of the head tensor that untying adds (a byte copy of the unedited embedding), or None.
     ``sets_untied`` says that ``tie_word_embeddings`` becomes false. ``exactness``: "A", "B" (see ``arch.spec``), or "C"
     when the edit is inexact by request: a shared or kept head, or a partial edit.
@@ -43,6 +45,7 @@ class EditPlan:
     notes: tuple[str, ...]
     edits: Mapping[str, WeightEdit] = field(default_factory=dict)
     stream: StreamEdit | None = None
+    mtp: bool = True
 
     @property
     def claim(self) -> Claim:
@@ -80,17 +83,26 @@ class EditPlan:
         """Writers to be edited against writers that exist, e.g. "57 of 57"."""
         return f"{len(self.writers)} of {self.model_map.expected}"
 
-    def _edit_json(self, edit: WeightEdit) -> dict[str, Any]:
-        """One edit of the stream as plain data: its vectors by their hash."""
+    def _edits_json(self) -> list[dict[str, Any]]:
+        """The edits of the stream that writers get, in its order."""
+        if self.stream is None:
+            return []
+        places: dict[int, list[Place]] = {}
+        for writer in self.writers:
+            places.setdefault(id(self.stream.at(*writer.place)), []).append(writer.place)
+        return [self._edit_json(edit, places[id(edit)]) for edit in self.stream.edits() if id(edit) in places]
+
+    def _edit_json(self, edit: WeightEdit, places: Sequence[Place]) -> dict[str, Any]:
+        """One edit of the stream as plain data, its vectors by their hash; ``places`` has one for each writer."""
         vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
-        at = [] if self.stream is None else [self.stream.at(*writer.place) for writer in self.writers]
         return {
             "directions": edit.rank,
             "strength": edit.strength,
             "column_scale": edit.column_scale,
             "constant": edit.constant is not None,
             "removes": edit.removes,
-            "writers": sum(its is edit for its in at),
+            "writers": len(places),
+            "places": in_words(places),
             "sha256": hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in vectors)).hexdigest(),
         }
 
@@ -110,7 +122,7 @@ class EditPlan:
             "family": self.model_map.family.family,
             "exactness": self.exactness,
             "claim": self.claim,
-            "edits": [] if self.stream is None else [self._edit_json(edit) for edit in self.stream.edits()],
+            "edits": self._edits_json(),
             "d_model": self.model_map.d_model,
             "n_layers": self.model_map.n_layers,
             "coverage": self.coverage,

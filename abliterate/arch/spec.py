@@ -25,14 +25,15 @@ KINDS: Mapping[str, Kind] = {
     "embedding": "embedding", "position embedding": "embedding", "projector": "embedding",
     "stored copy of the tied head": "embedding", DRAFTS: "next-token block",
     "attention out": "attention", "linear attention out": "attention", "state-space out": "attention",
-    "convolution out": "attention",
+    "convolution out": "attention", "MLP out": "MLP", "expert out": "MLP", "shared expert out": "MLP",
+    "experts' latent out": "MLP", "per-layer input": "MLP", "LAuReL": "MLP", "alternating updates": "MLP",
 }  # fmt: skip
-"""Roles by the kind of place where they write; every other role is of an MLP."""
+"""Every role there is, by the kind of place where its writers write."""
 
 
 def kind_of(role: str) -> Kind:
     """The kind of place where writers of a role, or their biases, write."""
-    return KINDS.get(role.removesuffix(" bias"), "MLP")
+    return KINDS[role.removesuffix(" bias")]
 
 
 class WriterSpec(BaseModel):
@@ -69,6 +70,13 @@ class WriterSpec(BaseModel):
         if self.only_with is None:
             return True
         return bool(config.get(self.only_with.removeprefix("not "))) != self.only_with.startswith("not ")
+
+    @field_validator("role")
+    @classmethod
+    def _known_role(cls, role: str) -> str:
+        if role.removesuffix(" bias") not in KINDS:
+            raise ValueError(f"there is no role {role!r}; there are {', '.join(KINDS)}")
+        return role
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -146,7 +154,8 @@ class Family(BaseModel):
     head is tied when ``tie_word_embeddings`` is absent from the configuration.  ``sizes`` maps axis names to its keys
     (alternatives separated by bars; with a question mark where it may be absent).  ``scalars`` are configuration keys
     of factors between a writer and the add: they change nothing.  ``embedding_scale`` says by what the embedding is
-    multiplied on its way into the stream: a configuration key, "sqrt KEY" or "sqrt KEY if KEY";
+    multiplied on its way into the stream: a key of config.json (where it is absent, by 1), "sqrt KEY" or "sqrt KEY if
+    KEY", without the position embedding;
     ``embedding_scales_itself`` that its module does so, and not the model behind it.
     """
 

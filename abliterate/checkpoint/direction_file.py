@@ -26,7 +26,13 @@ FORMAT, NUMBER = "abliterate-direction-", 2
 
 
 def save(directions: DirectionSet, path: Path) -> Path:
-    """Write a direction file.
+    """Write a direction file: ``to_bytes``."""
+    write_atomically(path, to_bytes(directions))
+    return path
+
+
+def to_bytes(directions: DirectionSet) -> bytes:
+    """A direction file.
 
     Tensors, all float32: ``candidates [positions, layers, d]``, where an estimator made a vector for each position and
     layer; the vectors of every other candidate, ``subspace.N [d, k]``; the mean of each class, ``CLASS_mean [positions,
@@ -56,8 +62,7 @@ def save(directions: DirectionSet, path: Path) -> Path:
     }
     stored = {name: tensor.to(torch.float32).contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    write_atomically(path, serialise(stored, metadata={"abliterate": text}))
-    return path
+    return serialise(stored, metadata={"abliterate": text})
 
 
 def save_covariances(path: Path, found: Mapping[str, Moments]) -> Path:
@@ -287,7 +292,7 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
             provenance=one.provenance,
             subspace=subspaces[one.subspace]
             if one.subspace is not None
-            else {layer: subspaces[number] for layer, number in (one.by_layer or {}).items()},
+            else {layer: subspaces[number] for layer, number in sorted((one.by_layer or {}).items())},
         )
         for one in listed
     ]

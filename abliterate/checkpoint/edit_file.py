@@ -7,10 +7,10 @@ scale, and at which place which of the edits stands.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
@@ -23,7 +23,14 @@ from abliterate.method.weight_edit import ColumnScale, WeightEdit
 
 KEY = "abliterate-edit"
 FORMAT = 1
+SHORTEST, LONGEST = 1e-6, 1e6
+"""Lengths that a vector which is read may have; those that are written by an edit have length one."""
+INDEPENDENT = 1e-9
+"""The share of the largest singular value that the smallest of such vectors, at length one, must exceed."""
 HINT = "give the file that an edit left in its folder, under abliterate/"
+
+
+_Number = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Edit(BaseModel):
@@ -31,10 +38,10 @@ class _Edit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    read: int
-    write: int
-    constant: int | None
-    strength: float
+    read: _Number
+    write: _Number
+    constant: _Number | None
+    strength: Annotated[float, Field(strict=True, allow_inf_nan=False)]
     column_scale: ColumnScale
 
 
@@ -43,10 +50,10 @@ class _Document(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int
+    format: Annotated[int, Field(strict=True, ge=1)]
     edits: tuple[_Edit, ...]
-    everywhere: int | None
-    places: tuple[tuple[int | None, Kind, int | None], ...]
+    everywhere: _Number | None
+    places: tuple[tuple[_Number | None, Kind, _Number | None], ...]
 
 
 def save(stream: StreamEdit, path: Path) -> Path:
@@ -92,34 +99,55 @@ def load(path: Path) -> StreamEdit:
         with safe_open(path, "pt") as handle:
             text = (handle.metadata() or {}).get(KEY, "")
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:  # strange dtypes too
         raise SourceError(f"{path}: not a readable edit file ({error})", HINT) from error
     try:
         found: Any = json.loads(text)
         if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
             raise SourceError(f"{path}: is of format {found['format']}, known is {FORMAT}", "update abliterate")
         return _stream_of(_Document.model_validate(found), tensors)
-    except (ValueError, KeyError, IndexError, TypeError, ValidationError) as error:
-        raise SourceError(f"{path}: its parts do not fit together", HINT) from error
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        why = "" if isinstance(error, RecursionError) else f" ({_first_line(error)})"
+        raise SourceError(f"{path}: its parts do not fit together{why}", HINT) from error
 
 
 def _stream_of(document: _Document, tensors: dict[str, Tensor]) -> StreamEdit:
-    edits: list[WeightEdit | None] = []
-    for its in document.edits:
-        read, write = tensors[f"vectors.{its.read}"], tensors[f"vectors.{its.write}"]
-        constant = None if its.constant is None else tensors[f"vectors.{its.constant}"]
-        parts = [part for part in (read, write, constant) if part is not None]
-        if read.ndim != 2 or write.shape != read.shape or not all(map(_usable, parts)):
-            raise ValueError("shapes, dtypes, or values that are not finite")
-        edits.append(
-            WeightEdit(read=read, write=write, strength=its.strength, column_scale=its.column_scale, constant=constant)
-        )
-    at = [*edits, None]
+    edits = [_edit_of(its, tensors) for its in document.edits]
+    if len({edit.d_model for edit in edits}) > 1:
+        raise ValueError("edits of different widths")
     places: dict[Place, WeightEdit | None] = {
-        (layer, kind): at[-1 if number is None else number] for layer, kind, number in document.places
+        (layer, kind): None if number is None else edits[number] for layer, kind, number in document.places
     }
-    return StreamEdit(everywhere=at[-1 if document.everywhere is None else document.everywhere], places=places)
+    if len(places) < len(document.places):
+        raise ValueError("a place has two edits")
+    everywhere = None if document.everywhere is None else edits[document.everywhere]
+    return StreamEdit(everywhere=everywhere, places=places)
 
 
-def _usable(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float64 and bool(torch.isfinite(tensor).all())
+def _edit_of(its: _Edit, tensors: dict[str, Tensor]) -> WeightEdit:
+    read, write = tensors[f"vectors.{its.read}"], tensors[f"vectors.{its.write}"]
+    constant = None if its.constant is None else tensors[f"vectors.{its.constant}"]
+    if read.ndim != 2 or write.shape != read.shape or not 1 <= read.shape[1] <= read.shape[0]:
+        raise ValueError("vectors of other shapes")
+    if constant is not None and constant.shape != read.shape[:1]:
+        raise ValueError("a constant of another length")
+    parts = [read, write] if constant is None else [read, write, constant]
+    if not all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts):
+        raise ValueError("values that are not finite, or no float64")
+    lengths = torch.linalg.vector_norm(read, dim=0)
+    if not bool(((lengths >= SHORTEST) & (lengths <= LONGEST)).all()):
+        raise ValueError("a vector that is zero, or far too long")
+    sizes: Tensor = torch.linalg.svdvals(read / lengths)
+    if float(sizes[-1]) <= INDEPENDENT * float(sizes[0]):
+        raise ValueError("vectors that depend on each other")
+    edit = WeightEdit(read=read, write=write, strength=its.strength, column_scale=its.column_scale, constant=constant)
+    if not bool(torch.isfinite(edit.kept).all()):
+        raise ValueError("numbers too large to be multiplied")
+    return edit
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
+from abliterate.checkpoint.documents import InnerName, Part, check_document
 from abliterate.checkpoint.hub import plain_errors
 from abliterate.checkpoint.source import OTHER_WEIGHTS, OUR_MANIFEST, looks_like_path, read_json
 from abliterate.errors import CheckpointError
@@ -29,6 +32,17 @@ def finished_folder(name: str | Path, *, revision: str | None = None) -> Finishe
     return FinishedFolder(path=_fetch(str(name), revision), from_hub=True)
 
 
+class _Source(Part):
+    shards: dict[InnerName, int] = Field(default_factory=dict)
+
+
+class _Names(Part):
+    """What a manifest says of the files beside it."""
+
+    source: _Source
+    files: dict[InnerName, str] | None = None
+
+
 def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -37,7 +51,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         files = [sibling.rfilename for sibling in info.siblings or []]
         if OUR_MANIFEST not in files:
             raise CheckpointError(f"{name}: has no {OUR_MANIFEST}", "give a repository that abliterate uploaded to")
-        manifest = read_json(Path(hf_hub_download(name, OUR_MANIFEST, revision=info.sha)))
-        named = {*manifest.get("files", ()), *manifest.get("source", {}).get("shards", ())}
+        where = Path(hf_hub_download(name, OUR_MANIFEST, revision=info.sha))
+        manifest = check_document(read_json(where), _Names, where=f"{name}: {OUR_MANIFEST}", hint="edit the base again")
+        named = {*(manifest.get("files") or ()), *manifest["source"].get("shards", ())}
         wanted = [file for file in files if file in named or not file.endswith(OTHER_WEIGHTS)]
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))

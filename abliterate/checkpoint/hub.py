@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.source import (
     INDEX_NAME,
@@ -85,7 +86,7 @@ def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:
         api = HfApi()
         info = api.model_info(name, revision=revision)
         commit = info.sha
-        files = [sibling.rfilename for sibling in info.siblings or []]
+        files = [inner_name(sibling.rfilename, where=name) for sibling in info.siblings or []]
         config = read_json(Path(hf_hub_download(name, "config.json", revision=commit)))
         metadata = api.get_safetensors_metadata(name, revision=commit)
         index = None

@@ -1,10 +1,12 @@
 """Opening a checkpoint by what the user typed: a local folder, or a repository on the Hub."""
 
+import shlex
 from pathlib import Path
 
+from abliterate.checkpoint.gguf import find_gguf
 from abliterate.checkpoint.hub import open_remote
 from abliterate.checkpoint.source import Checkpoint, looks_like_path, open_folder
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, UnsupportedFormatError
 
 
 def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -16,6 +18,12 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
         HubError: the repository cannot be reached.
     """
     folder = Path(name).expanduser()
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        raise UnsupportedFormatError(
+            f"{gguf}: a GGUF file, not a checkpoint folder",
+            f"write it as one first: abliterate import {shlex.quote(str(gguf))} --out {shlex.quote(gguf.stem)}",
+        )
     if folder.is_dir():
         return open_folder(folder, name=str(name), revision=revision)
     if looks_like_path(str(name)):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from abliterate.checkpoint.hub import is_network
 from abliterate.checkpoint.output import flush
@@ -46,7 +47,11 @@ class RemoteFiles:
 
         tree = HfApi().list_repo_tree(repository, recursive=True, revision=commit)
         found = [
-            RemoteFile(name=entry.path, size_bytes=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
+            RemoteFile(
+                name=inner_name(entry.path, where=repository),
+                size_bytes=entry.size,
+                sha256=entry.lfs.sha256 if entry.lfs else None,
+            )
             for entry in tree
             if isinstance(entry, RepoFile)
         ]

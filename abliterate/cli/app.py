@@ -8,6 +8,7 @@ import typer
 
 from abliterate.cli.chat import chat
 from abliterate.cli.evaluate import compare, evaluate
+from abliterate.cli.importing import import_gguf
 from abliterate.cli.inspect import inspect
 from abliterate.cli.look import architectures, diff, plan, recipes
 from abliterate.cli.lora import lora
@@ -53,6 +54,7 @@ for _name, _command in {
     "select": select,
     "edit": edit,
     "dequantize": dequantize,
+    "import": import_gguf,
     "verify": verify,
     "reproduce": reproduce,
     "eval": evaluate,

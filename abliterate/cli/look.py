@@ -82,7 +82,7 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
     plan = replace(plan, checkpoint=fetch(plan.checkpoint))
     found = along(plan, removal(direction_file.load(file).chosen)).edits
     shown = table("behind norms", "block", "writer", "J, predicted error", "|a|", "t", right=(0, 2, 3, 4))
-    for writer in behind:
+    for writer in (writer for writer in behind if writer.tensor.name in found):
         made = found[writer.tensor.name]
         length = f"{float(made.write.norm()):.2f}"
         shown.add_row(str(writer.layer), writer.role, f"{made.predicted_error:.1e}", length, f"{made.ridge:g}")

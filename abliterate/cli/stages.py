@@ -39,8 +39,10 @@ def measure(
     Example: abliterate measure tiny-chat --out candidates.safetensors
     """
     from abliterate.checkpoint.direction_file import save
+    from abliterate.method.directions import measured_on
     from abliterate.workflow import pipeline
 
+    pipeline.check_names(recipe)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
         pipeline.say_cost(session, pipeline.passes_of(recipe, ["measure"]))
@@ -50,9 +52,9 @@ def measure(
     if json:
         show_json({"file": str(out_file), "positions": measured.positions, **dict(measured.metadata)})
         return
-    kept, tokens = measured.metadata["kept"], measured.metadata["refusal_tokens"]["texts"]
+    tokens = measured.metadata["refusal_tokens"]["texts"]
     out.print(f"{len(measured.positions)} positions x {measured.n_layers} layers, width {measured.d_model}")
-    out.print(f"prompts kept: {kept['harmful_train']} harmful, {kept['harmless_train']} harmless")
+    out.print(f"measured on {measured_on(measured.metadata)}")
     out.print(f"refusals begin with: {', '.join(map(repr, tokens))}", markup=False)
     out.print(f"written: {out_file}", markup=False, soft_wrap=True)
 
@@ -207,7 +209,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
         raise UsageError("--position and --layer belong together", "give both, or neither")
     if position is not None and layer is not None:
         directions = directions.choose(position, layer)
-    _ = directions.direction  # fails here, before any work, when nothing is chosen
+    _ = directions.chosen  # fails here, before any work, when nothing is chosen
     return directions
 
 

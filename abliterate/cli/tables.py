@@ -27,6 +27,13 @@ EXACTNESS = {
     "C": "inexact: by request, or because the stream itself is scaled channel by channel",
 }
 
+OF_OTHER_EDITS = {
+    "equal to hooks": "equal to the same edit at inference time",
+    "removes the direction": "edited writers write no r; a norm keeps it from being equal to the hook",
+    "bytes only": "what the equation says of its bytes; no intervention at inference time is equal to it",
+}
+"""By claim, of edits that are not the removal of one subspace from everything."""
+
 
 def table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
     """An empty table in the house style; ``right`` lists the columns of numbers."""
@@ -68,7 +75,7 @@ def show_plan(plan: "EditPlan", needs: "Sequence[Running]" = ()) -> None:
         )
     out.print(writers)
     out.print(f"head: {'tied, ' + plan.tied if model_map.tied else 'its own'}")
-    out.print(f"exactness: [bold]{plan.exactness}[/bold], {EXACTNESS[plan.exactness]}")
+    out.print(f"exactness: [bold]{plan.exactness}[/bold], {_worth(plan)}")
     out.print(f"output: {size(plan.output_bytes)}, {plan.edited_parameters:,} parameters edited")
     for each in needs:
         out.print(
@@ -77,8 +84,27 @@ def show_plan(plan: "EditPlan", needs: "Sequence[Running]" = ()) -> None:
         )
     for note in plan.notes:
         out.print(f"[yellow]note:[/yellow] {escape(note)}")
-    colour = "green" if model_map.complete and len(plan.writers) == model_map.expected else "red"
+    colour = _colour(plan)
     out.print(f"writers [bold {colour}]{plan.coverage}[/bold {colour}]")
+
+
+def _colour(plan: "EditPlan") -> str:
+    """Green where all that shall be edited is, yellow where an option leaves some of it alone, red where it is unknown.
+
+    What the edit itself leaves alone is not counted.
+    """
+    if not plan.model_map.complete:
+        return "red"
+    stream = plan.stream
+    planned = [w for w in plan.model_map.writers if stream is None or stream.at(*w.place) is not None]
+    return "green" if len(plan.writers) >= len(planned) else "yellow"
+
+
+def _worth(plan: "EditPlan") -> str:
+    """What the result is worth, by family and edit together."""
+    if plan.exactness == "C" or plan.stream is None or (plan.stream.removed is not None and plan.claim != "bytes only"):
+        return EXACTNESS[plan.exactness]
+    return OF_OTHER_EDITS[plan.claim]
 
 
 def show_selection(directions: "DirectionSet", top: int = 5) -> None:
@@ -108,12 +134,20 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.verdict,
         )
     out.print(best)
+    from abliterate.method.directions import measured_on
+
+    measured = measured_on(directions.metadata)
+    if measured:
+        out.print(f"measured on {measured}")
     if choice is not None:
         place = (
             f"layer {choice.layer}" if choice.position is None else f"position {choice.position}, layer {choice.layer}"
         )
         which = f"{choice.candidate}, " if several else ""
-        out.print(f"chosen: {which}{place}, by rule {choice.rule}", markup=False)
+        halves = (
+            "" if directions.stability is None else f"; two halves of the prompts agree to {directions.stability:.3f}"
+        )
+        out.print(f"chosen: {which}{place}, by rule {choice.rule}{halves}", markup=False)
 
 
 def _known(value: float, digits: int) -> str:
@@ -125,8 +159,9 @@ def show_verification(report: "VerifyReport") -> None:
     """One line of proof for each promise."""
     on_bytes, behaviour = report.bytes, report.behaviour
     mark = "[green]✓[/green]" if on_bytes.ok else "[red]✗[/red]"
-    equation, what = "W' = W - r rᵀW", "largest residual fraction"
-    if not all(proof.removes for proof in on_bytes.edited):
+    removes = all(proof.removes for proof in on_bytes.edited)
+    equation, what = "their equation, with rᵀW' = 0,", "largest residual fraction"
+    if not removes:
         equation, what = "the equations of their edits", "farthest from what is to be left along the directions"
     out.print(
         f"{mark} {len(on_bytes.edited)} writers satisfy {equation} on the written bytes "
@@ -139,8 +174,9 @@ def show_verification(report: "VerifyReport") -> None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
         share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"
         out.print(
-            f"{mark} against ablation hooks on {behaviour.prompts} held-out prompts: KL {behaviour.kl_nats:.1e} nats "
-            f"(the ablation itself: {behaviour.ablation_kl_nats:.1e}){share}"
+            f"{mark} against {'ablation hooks' if removes else 'the edit as hooks'} on {behaviour.prompts} held-out "
+            f"prompts: KL {behaviour.kl_nats:.1e} nats "
+            f"({'the ablation' if removes else 'that edit'} itself: {behaviour.ablation_kl_nats:.1e}){share}"
         )
     for failure in report.failures:
         out.print(f"[red]✗[/red] {escape(failure)}")

@@ -8,7 +8,7 @@ Quantised writers keep their scales, and with them the grid their values lie on.
 much of the edit: most values move by less than half a step and fall back to where they were.  So the target is first
 pulled along ``read`` until the rounded columns hold as little as the grid allows: of all stored matrices ``Q`` with
 ``read^T Q = 0`` the one closest to ``W'`` is the rounding of ``W' - read m`` for some ``m`` (its Lagrange multipliers),
-found by ``m <- m + read^T Q``.  The feedback rows then take the rest, as everywhere.
+found by ``m <- m + (read^T read)^-1 read^T Q``.  The feedback rows then take the rest, as everywhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from torch import Tensor
 from abliterate.arch.codecs import Codec
 from abliterate.errors import NonFiniteError
 from abliterate.method.edits import column_scale
-from abliterate.method.rounding import feedback_rows, round_tail
+from abliterate.method.rounding import GRAM_TOLERANCE, feedback_rows, round_tail
 from abliterate.method.weight_edit import WeightEdit
 
 Rounding = Literal["direction", "nearest"]
@@ -62,6 +62,8 @@ class TensorEdit:
     read: Float[Tensor, "d k"]
     write: Float[Tensor, "d k"]
     constant: Float[Tensor, " d"] | None
+    inverse: Float[Tensor, "k k"]
+    compute: torch.dtype
     feedback: Tensor
     work: Workspace
 
@@ -74,13 +76,16 @@ class TensorEdit:
         With ``rounding`` "nearest" there are no feedback rows: every element is rounded to nearest.
         """
         rows = feedback_rows(edit.read) if rounding == "direction" else []
+        compute = torch.float64 if edit.scales else codec.compute  # lengths are what large numbers leave
         return cls(
             where=where,
             edit=edit,
             codec=codec,
-            read=edit.read.to(codec.compute),
-            write=edit.write.to(codec.compute),
-            constant=None if edit.constant is None else edit.constant.to(codec.compute),
+            read=edit.read.to(compute),
+            write=edit.write.to(compute),
+            constant=None if edit.constant is None else edit.constant.to(compute),
+            inverse=torch.linalg.pinv(edit.read.T @ edit.read, rtol=GRAM_TOLERANCE, hermitian=True).to(compute),
+            compute=compute,
             feedback=torch.tensor(rows, dtype=torch.long),
             work=work,
         )
@@ -101,12 +106,12 @@ class TensorEdit:
         """
         codec, read = self.codec, self.read
         n, d = len(rows), codec.values
-        held = torch.empty(n, len(self.feedback), dtype=codec.compute)
-        leak = torch.empty(n, read.shape[1], dtype=codec.compute)
+        held = torch.empty(n, len(self.feedback), dtype=self.compute)
+        leak = torch.empty(n, read.shape[1], dtype=self.compute)
         step = self.work.rows(d)
         for start in range(0, n, step):
             part, row = rows[start : start + step], first_row + start
-            wide = self.work.block(len(part), d, codec.compute)
+            wide = self.work.block(len(part), d, self.compute)
             codec.widen(part, row, wide)
             coefficients = wide @ read
             self.check(coefficients, "holds NaN or infinity")
@@ -114,7 +119,8 @@ class TensorEdit:
             places = torch.arange(row, row + len(part))
             for _ in range(codec.pulls):
                 beside = codec.nearest(wide, places) @ read
-                wide.addmm_(beside if expected is None else beside - expected, read.T, alpha=-1)
+                off = beside if expected is None else beside - expected
+                wide.addmm_(off @ self.inverse, read.T, alpha=-1)
             held[start : start + step] = wide[:, self.feedback]
             codec.encode(wide, part, row)
             codec.widen(part, row, wide)
@@ -181,7 +187,7 @@ class ColumnEdit:
     """
 
     def __init__(self, edit: TensorEdit, first_row: int) -> None:
-        k, n, dtype = edit.read.shape[1], edit.codec.values, edit.codec.compute
+        k, n, dtype = edit.read.shape[1], edit.codec.values, edit.compute
         self.edit = edit
         self._first_row = first_row
         self._coefficients = torch.zeros(k, n, dtype=dtype)
@@ -256,7 +262,7 @@ class ColumnEdit:
             self.edit.check(self._coefficients, "holds NaN or infinity")
             self._know()
             self._begun = True
-        self._pull += self._leak
+        self._pull += self.edit.inverse @ self._leak
         self._leak.zero_()
         if self._expected is not None:
             self._leak -= self._expected
@@ -286,7 +292,7 @@ class ColumnEdit:
 
     def _wide(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:
         codec = self.edit.codec
-        wide = self.edit.work.block(len(part), codec.values, codec.compute)
+        wide = self.edit.work.block(len(part), codec.values, self.edit.compute)
         codec.widen(part, self._first_row + row, wide)
         return wide
 

@@ -55,19 +55,33 @@ def along(made: EditPlan, edit: StreamEdit) -> EditPlan:
         NonFiniteError: a norm weight is not finite.
         PlanRefusedError: a norm's gain is zero along a direction, or a constant has no place to go.
     """
+    if not any(True for _ in edit.edits()):
+        raise PlanRefusedError("the edit changes nothing", "give it a direction to change something along")
     if edit.d_model != made.model_map.d_model:
         raise CheckpointError(
             f"the direction has {edit.d_model} components, {made.checkpoint.name} has {made.model_map.d_model}",
             "use a direction measured on this model",
         )
+    layers = {layer for (layer, _), its in edit.places.items() if layer is not None and its is not None}
+    if layers and max(layers) >= made.model_map.n_layers:
+        raise PlanRefusedError(
+            f"{made.checkpoint.name}: the edit names layer {max(layers)}, and there are {made.model_map.n_layers}",
+            "use an edit that was made for this model",
+        )
     writers = tuple(writer for writer in made.writers if edit.at(*writer.place) is not None)
+    if not writers:
+        raise PlanRefusedError(
+            f"{made.checkpoint.name}: the edit changes no writer of this model", "use an edit that was made for it"
+        )
     edits = _Edits(made.checkpoint, made.model_map, edit, writers)
     found = replace(
         made, writers=writers, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in writers}
     )
-    if made.sets_untied and edit.at(None, "embedding") is None:  # the head changes with nothing, and can stay tied
+    if made.model_map.tied and edit.at(None, "embedding") is None:  # whatever was asked for, the head stays as it is
         notes = tuple(note for note in made.notes if note not in _head_notes(made.model_map, made.tied))
-        found = replace(found, added_head=None, sets_untied=False, notes=notes)
+        partial = not made.model_map.complete or bool(made.model_map.reason)
+        exactness = "C" if partial else made.model_map.family.exactness
+        found = replace(found, added_head=None, sets_untied=False, notes=notes, exactness=exactness)
     return found
 
 
@@ -108,7 +122,9 @@ class _Edits:
         return behind_norm(edit, read_gain(self._checkpoint.folder, writer)) if writer.norms else edit
 
     def _check_constant(self, place: Place, writers: Sequence[Writer]) -> None:
-        """Check that one tensor takes the constant; where other modalities enter, each projector takes it as well.
+        """Check that the constant is added once, wherever something enters.
+
+        What other modalities put in place of the embedding must come from one projector with a bias.
 
         Raises:
             PlanRefusedError: it would be added not at all, or more than once.
@@ -116,9 +132,12 @@ class _Edits:
         projectors = [writer for writer in writers if writer.role == "projector"]
         biases = [writer for writer in writers if writer.role == "projector bias"]
         own = [writer for writer in writers if _holds_constant(writer) and writer not in biases]
-        if place[1] == "next-token block" or (
-            len({w.role for w in own}) == len(own) > 0 and len(biases) == len(projectors)
-        ):
+        sites = {writer.role.removesuffix(" bias") for writer in writers}
+        if place[0] is None:
+            once = place[1] == "next-token block" or (bool(own) and len(biases) == len(projectors) <= 1)
+        else:
+            once = len(own) == len(sites) == 1
+        if once:
             return
         where = "the embedding" if place[0] is None else f"the {place[1]} of block {place[0]}"
         raise PlanRefusedError(
@@ -167,6 +186,7 @@ def _covering(
         writers=writers,
         added_head=model_map.head_name if untie and model_map.head is None else None,
         sets_untied=untie,
+        mtp=mtp,
         exactness="C" if inexact else model_map.family.exactness,
         notes=tuple(_notes(checkpoint, model_map, tied, mtp=mtp)),
     )

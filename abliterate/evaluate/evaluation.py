@@ -18,8 +18,7 @@ from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.reply_text import open_thinking, said
 from abliterate.events import OnEvent, ignore
-from abliterate.method.directions import DirectionSet
-from abliterate.method.linalg import unit
+from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
@@ -52,7 +51,7 @@ class Observations:
         kl_tokens_nats: mean KL(base || model) of ``tokens``.
         completion_nats: mean cross-entropy per token on the base's replies to harmless prompts.
         text_nats: mean cross-entropy per token on the text; NaN without a text.
-        along: by kind, the component of every prompt along the unit direction, at its layer and position.
+        along: by kind, how far every prompt reaches along what was chosen, at its layer and position.
         mode: how the model was asked; "" is the template's default.
         opening: the mark that opens the thinking, where the template puts it before the reply.
     """
@@ -183,7 +182,7 @@ def observe(
 ) -> Observations:
     """Have a model reply to every prompt, and compare its distributions with those of ``base`` (None: it is the base).
 
-    With ``directions``, the components of the prompts along the chosen one are measured as well.  ``replies``, by kind
+    With ``directions``, how far prompts reach along the chosen candidate is measured as well.  ``replies``, by kind
     of prompt, are taken as they are where another backend wrote them.
     """
     replies = replies or {
@@ -211,34 +210,39 @@ def observe(
         completion_nats=completion_nats,
         text_nats=on_text(loaded, chat, material.text, batch_size=batch_size),
         along={
-            kind: components(loaded, chat, prompts.texts, directions, batch_size=batch_size)
+            kind: components(loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size)
             for kind, prompts in material.prompts.items()
-            if directions is not None and directions.choice is not None
+            if directions is not None and directions.choice is not None and _read_along(directions.chosen) is not None
         },
     )
 
 
 def components(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], directions: DirectionSet, *, batch_size: int
+    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], candidate: Candidate, *, batch_size: int
 ) -> tuple[float, ...]:
-    """The component of every prompt along the chosen unit direction, at its layer and position (the last one, if none).
+    """How far every prompt reaches along ``candidate``, at its layer and position (the last one, if none).
 
-    Raises:
-        UsageError: nothing was chosen.
+    Along a single vector that is the component, with its sign; of several, the length of the projection on their span.
     """
-    r = unit(directions.direction.double())
-    choice = directions.choice
-    if choice is None:
-        raise AssertionError("a direction was chosen")
+    basis = _read_along(candidate)
+    if basis is None:
+        raise AssertionError("the candidate has a subspace at its layer")
     found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
-        if layer == choice.layer:
-            found[list(rows)] = values[:, 0].double() @ r
+        if layer == candidate.layer:
+            along = values[:, 0].double() @ basis
+            found[list(rows)] = along[:, 0] if basis.shape[1] == 1 else torch.linalg.vector_norm(along, dim=1)
 
-    last = 1 if choice.position is None else -choice.position
+    last = 1 if candidate.position is None else -candidate.position
     see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size)
     return tuple(found.tolist())
+
+
+def _read_along(candidate: Candidate) -> Float[Tensor, "d rank"] | None:
+    """An orthonormal basis of what is removed where the candidate was read; None where it has nothing at that layer."""
+    subspace = candidate.at(candidate.layer)
+    return None if subspace is None or not subspace.usable else subspace.basis
 
 
 def report(

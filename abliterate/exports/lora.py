@@ -24,7 +24,7 @@ from abliterate.editing.reading import read_along
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.weight_edit import WeightEdit
-from abliterate.publishing.wording import summary
+from abliterate.publishing import wording
 
 TASK = "adapter"
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -141,6 +141,7 @@ def _config(plan: EditPlan, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _card(plan: EditPlan, left_out: Mapping[str, str]) -> str:
+    edit = plan.to_json()
     lines = [
         "---",
         "library_name: peft",
@@ -151,13 +152,12 @@ def _card(plan: EditPlan, left_out: Mapping[str, str]) -> str:
         "",
         f"# {plan.checkpoint.name}, abliterated, as an adapter",
         "",
-        f"The base with {summary(plan.to_json())},",
-        "as a LoRA adapter made with `abliterate lora export`: it will comply with many requests that the original",
-        "declines. The licence and the",
-        "terms of the base apply.",
+        f"The base with {wording.summary(edit)},",
+        f"as a LoRA adapter made with `abliterate lora export`: it {wording.effect(edit, complete=not left_out)}.",
+        "The licence and the terms of the base apply.",
     ]
     if left_out:
-        lines += ["", "Not expressed, so that these still write the direction:", ""]
+        lines += ["", "Not expressed, so that these write what they write in the base:", ""]
         lines += [f"- `{name}`: {why}" for name, why in left_out.items()]
     if plan.model_map.tied:
         lines += ["", "The head is tied to the embedding: do not merge this adapter, or the head is edited as well."]

@@ -5,7 +5,7 @@ Layer ``l`` is always the residual *entering* block ``l`` (``resid_pre``, ``hidd
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,10 @@ class Subspace:
         """What activation addition adds: the vector itself; of several, their mean."""
         return self.vectors[:, 0] if self.k == 1 else self.vectors.mean(1)
 
+    def to(self, dtype: torch.dtype) -> "Subspace":
+        """With its vectors in ``dtype``: itself, where they are that already."""
+        return self if self.vectors.dtype == dtype else Subspace(vectors=self.vectors.to(dtype))
+
     @property
     def usable(self) -> bool:
         """Whether all vectors are finite, and one of them is not zero."""
@@ -80,8 +84,22 @@ class Candidate:
 
     @property
     def subspaces(self) -> tuple[Subspace, ...]:
-        """The one subspace, or those of the layers."""
-        return (self.subspace,) if isinstance(self.subspace, Subspace) else tuple(self.subspace.values())
+        """The one subspace, or those of the layers, from the first layer on."""
+        if isinstance(self.subspace, Subspace):
+            return (self.subspace,)
+        return tuple(self.subspace[layer] for layer in sorted(self.subspace))
+
+    def with_subspaces(self, change: Callable[[Subspace], Subspace]) -> "Candidate":
+        """The same with other subspaces: ``change`` is called once for each, though several layers share it."""
+        if isinstance(self.subspace, Subspace):
+            return replace(self, subspace=change(self.subspace))
+        different = {id(its): its for its in self.subspaces}
+        changed = {known: change(its) for known, its in different.items()}
+        return replace(self, subspace={layer: changed[id(its)] for layer, its in self.subspace.items()})
+
+    def at(self, layer: int) -> Subspace | None:
+        """The subspace of one layer; None where the layer has none."""
+        return self.subspace if isinstance(self.subspace, Subspace) else self.subspace.get(layer)
 
     @property
     def everywhere(self) -> Subspace:
@@ -253,9 +271,16 @@ class DirectionSet:
         return self.chosen.vector
 
     @property
+    def stability(self) -> float | None:
+        """How far two random halves of the prompts agree on what was chosen; None where that is not known."""
+        return None if self.choice is None else self.metadata.get("stability", {}).get(self.choice.candidate)
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the bytes of the chosen vectors, as hexadecimal: of ``direction``, where it is a single one."""
-        found = hashlib.sha256()
+        found, subspace = hashlib.sha256(), self.chosen.subspace
+        if not isinstance(subspace, Subspace):
+            found.update(repr(sorted(subspace)).encode())
         for subspace in self.chosen.subspaces:
             found.update(subspace.vectors.contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -268,6 +293,18 @@ class DirectionSet:
         """A copy with the candidate of this id chosen."""
         one = self.named(candidate)
         return replace(self, choice=Choice(candidate=one.id, layer=one.layer, position=one.position, rule=rule))
+
+
+def measured_on(measurement: Mapping[str, Any]) -> str:
+    """How many prompts of each class a direction was measured on; empty where that is not known."""
+    kept, before = measurement.get("kept"), measurement.get("of")
+    if not kept:
+        return ""
+    parts = []
+    for kind in ("harmful", "harmless"):
+        of = f" of {before[f'{kind}_train']}" if before else ""
+        parts.append(f"{kept[f'{kind}_train']}{of} {kind}")
+    return f"{' and '.join(parts)} prompts"
 
 
 def grid(

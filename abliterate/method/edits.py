@@ -21,7 +21,7 @@ from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.stream_edit import StreamEdit
-from abliterate.method.weight_edit import ColumnScale, WeightEdit
+from abliterate.method.weight_edit import NOTHING_LEFT, ColumnScale, WeightEdit
 
 RIDGE_GRID = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e9)
 """Weights of the median squared gain tried by ``behind_norm``: 0 is purely oblique, infinity orthogonal to ``g *
@@ -88,9 +88,10 @@ def behind_norm(edit: WeightEdit, gain: Float[Tensor, " d"]) -> WeightEdit:
     best: WeightEdit | None = None
     for ridge in RIDGE_GRID:
         raw = taken / (g * g + ridge * median)[:, None]
-        if not torch.isfinite(raw).all():
+        inverse, singular = torch.linalg.inv_ex(read.T @ raw)
+        if singular.any() or not torch.isfinite(inverse).all():
             continue
-        write = raw @ torch.linalg.inv(read.T @ raw)
+        write = raw @ inverse
         write = write if between is None else write @ between
         size = write.square().sum(0)
         turn = ((g[:, None] * (write - ideal)).square().sum(0) / g.square().sum()).mean()
@@ -127,19 +128,36 @@ def removal(candidate: Candidate) -> StreamEdit:
     return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
 
 
-EDITS: Mapping[str, Callable[[DirectionSet], StreamEdit]] = {"removal": lambda directions: removal(directions.chosen)}
-"""What a recipe may do with a chosen candidate, by name.  How to add one stands in ``docs/design.md``."""
+EDITS: Mapping[str, Callable[[DirectionSet, int], StreamEdit]] = {
+    "removal": lambda directions, _: removal(directions.chosen),
+}
+"""What a recipe may do with a chosen candidate in a model of so many layers, by name.
+
+How to add one stands in ``docs/design.md``.
+"""
 
 
-def stream_edit(name: str, directions: DirectionSet) -> StreamEdit:
-    """What the edit of this name does to the stream along what was chosen.
+def check_edit(name: str) -> None:
+    """Check that there is an edit of this name.
 
     Raises:
-        UsageError: there is no such edit, or nothing was chosen.
+        UsageError: there is none.
     """
     if name not in EDITS:
         raise UsageError(f"there is no edit {name!r}", f"edits are: {', '.join(EDITS)}")
-    return EDITS[name](directions)
+
+
+def stream_edit(name: str, directions: DirectionSet, n_layers: int) -> StreamEdit:
+    """What the edit of this name does to the stream of a model along what was chosen.
+
+    Raises:
+        UsageError: there is no such edit, nothing was chosen, or the edit cannot be made of it.
+    """
+    check_edit(name)
+    try:
+        return EDITS[name](directions, n_layers)
+    except ValueError as error:
+        raise UsageError(f"edit {name!r}: {error}", "choose another candidate, or another edit") from error
 
 
 def apply(w: Float[Tensor, "d n"], edit: WeightEdit) -> Float[Tensor, "d n"]:
@@ -152,6 +170,9 @@ def apply(w: Float[Tensor, "d n"], edit: WeightEdit) -> Float[Tensor, "d n"]:
 
 
 def column_scale(before: Float[Tensor, " n"], after: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """What gives columns of squared length ``after`` their squared length ``before`` back; 1 where nothing is left."""
-    kept = after > before * torch.finfo(before.dtype).eps ** 2
+    """What gives columns of squared length ``after`` their squared length ``before`` back; 1 where nothing is left.
+
+    In float64, as ``after`` may be the difference of nearly equal numbers.
+    """
+    kept = after > before * NOTHING_LEFT
     return torch.where(kept, (before / torch.where(kept, after, torch.ones_like(after))).sqrt(), torch.ones_like(after))

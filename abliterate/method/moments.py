@@ -6,6 +6,7 @@ difference cancels most digits: sums are kept in float64 whatever the model comp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,12 +32,14 @@ class ActivationStats:
     ``moments``: of each class the mean ``[positions, layers, d]`` and, where it was asked for, the covariance
     ``[layers, d, d]`` at the last position.  ``samples``: of each class, where asked for, the residuals at the last
     position, ``[prompts, layers, d]``.  ``positions`` are negative token offsets; layer ``l`` is what enters block
-    ``l``.
+    ``l``.  ``halves``: of each class the means over a random half of its prompts and over the other half, where there
+    are at least two.
     """
 
     positions: tuple[int, ...]
     moments: Mapping[str, Moments]
     samples: Mapping[str, Float[Tensor, "n layers d"]] = field(default_factory=dict)
+    halves: Mapping[str, tuple[Moments, Moments]] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -44,9 +47,17 @@ class ActivationStats:
         return next(iter(self.moments.values())).mean.shape[1]
 
     def means_alone(self) -> "ActivationStats":
-        """Without covariances and samples, which only estimators need."""
-        moments = {kind: Moments(count=its.count, mean=its.mean) for kind, its in self.moments.items()}
+        """As a file keeps them: the means in float32, without what only estimators need."""
+        moments = {kind: Moments(count=its.count, mean=its.mean.float()) for kind, its in self.moments.items()}
         return ActivationStats(positions=self.positions, moments=moments)
+
+    def half(self, which: Literal[0, 1]) -> "ActivationStats | None":
+        """The means over one half of the prompts of every class; None where a class was too small to be halved."""
+        if self.halves.keys() != self.moments.keys():
+            return None
+        return ActivationStats(
+            positions=self.positions, moments={kind: its[which] for kind, its in self.halves.items()}
+        )
 
     def mean(self, kind: str) -> Float[Tensor, "positions layers d"]:
         """The mean of one class."""

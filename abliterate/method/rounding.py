@@ -23,8 +23,19 @@ def feedback_rows(read: Float[Tensor, "d k"]) -> list[int]:
     ``FINE_RATIO`` each then resolve what is left, as the digits of a number do.  A row that is more than
     ``1 / STEEPEST_STEP`` times finer than the one before would have to move by many units in its last place, so the
     list ends there.  Any ``d`` gives at least one row.
+
+    Of several directions the rows are picked by all together; a direction that stands in other channels than these gets
+    rows of its own.
     """
-    size, order = torch.linalg.vector_norm(read, dim=1).sort(descending=True)
+    picked = _steps_of(torch.linalg.vector_norm(read, dim=1))
+    for column in read.abs().unbind(1):
+        if column[picked].max() < 0.5 * column.max():
+            picked += [row for row in _steps_of(column) if row not in picked]
+    return picked
+
+
+def _steps_of(sizes: Float[Tensor, " d"]) -> list[int]:
+    size, order = sizes.sort(descending=True)
     picked = [0]
     for step in range(1, COARSE_ROWS + FINE_ROWS):
         position = picked[-1] + 1

@@ -5,6 +5,7 @@ The operator stands in the coordinates of the stream: what a writer adds, ``s``,
 of every writer's matrix, where the gain of a norm behind the writer has to be taken into account.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.method.linalg import orthonormal_basis
-from abliterate.method.places import Kind, Place
+from abliterate.method.places import KINDS, Kind, Place
 from abliterate.method.weight_edit import WeightEdit
 
 SAME_SUBSPACE = 1e-6
@@ -21,10 +22,19 @@ SAME_SUBSPACE = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StreamEdit:
-    """``everywhere`` but at ``places``, which have an edit of their own; None leaves a place alone."""
+    """``everywhere`` but at ``places``, which have an edit of their own; None leaves a place alone.
+
+    Raises:
+        ValueError: a place is of no kind that there is.
+    """
 
     everywhere: WeightEdit | None = None
     places: Mapping[Place, WeightEdit | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [kind for _, kind in self.places if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"there is no kind of place {unknown[0]!r}; there are {', '.join(KINDS)}")
 
     def at(self, layer: int | None, kind: Kind) -> WeightEdit | None:
         """The edit at one place."""
@@ -42,6 +52,19 @@ class StreamEdit:
     def d_model(self) -> int:
         """Width of the stream, 0 where nothing is edited."""
         return next((edit.d_model for edit in self.edits()), 0)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of every edit and of where it stands, as hexadecimal."""
+        numbers = {id(edit): number for number, edit in enumerate(self.edits())} | {id(None): None}
+        places = sorted((str(layer), kind, str(numbers[id(edit)])) for (layer, kind), edit in self.places.items())
+        found = hashlib.sha256(repr((numbers[id(self.everywhere)], places)).encode())
+        for edit in self.edits():
+            found.update(repr((edit.rank, edit.strength, edit.column_scale, edit.constant is None)).encode())
+            for vectors in (edit.read, edit.write, edit.constant):
+                if vectors is not None:
+                    found.update(vectors.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def removed(self) -> Float[Tensor, "d k"] | None:

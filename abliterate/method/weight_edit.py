@@ -24,7 +24,11 @@ ColumnScale = Literal["none", "kept norms"]
 """What ``diag(column_scale)`` is: the identity, or what gives every column the length it had before the edit."""
 
 ROUNDING = 1e-9
-"""Entries of ``kept`` below this are the rounding of float64 arithmetic, for vectors of length one."""
+"""Entries of ``kept`` below this are the rounding of float64 arithmetic."""
+
+NOTHING_LEFT = 2.0**-20
+"""Share of a column's squared length: a column of which less is left keeps the length it is left with, as the rest is
+mostly rounding and would be blown up with it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +39,8 @@ class WeightEdit:
         read: what is taken from a column, one unit vector for each direction.
         write: what it is taken out along.  ``read is write`` for an orthogonal edit.
         strength: 1 takes it out, 0 leaves the writer alone.
-        column_scale: "kept norms" gives every column its length back, which leaves what is zero along ``read`` zero.
+        column_scale: "kept norms" gives every column its length back, which leaves what is zero along ``read`` zero;
+            but for columns of which hardly anything is left (``NOTHING_LEFT``).
         constant: what every column gains; None for nothing.
         predicted_error: relative distance to hook ablation that an isotropic write would see (0 when exact).
         ridge: the weight of the regularisation chosen by ``edits.behind_norm``.
@@ -62,9 +67,8 @@ class WeightEdit:
     @cached_property
     def kept(self) -> Float[Tensor, "k k"]:
         """What the edit leaves of ``read^T W``: ``I - strength read^T write``, exact zeros where only rounding is."""
-        size = torch.linalg.vector_norm(self.read, dim=0)[:, None] * torch.linalg.vector_norm(self.write, dim=0)
         left = torch.eye(self.rank, dtype=torch.float64) - self.strength * (self.read.T @ self.write)
-        return torch.where(left.abs() <= ROUNDING * size.clamp_min(1.0), torch.zeros_like(left), left)
+        return torch.where(left.abs() <= ROUNDING, torch.zeros_like(left), left)
 
     @property
     def removes(self) -> bool:

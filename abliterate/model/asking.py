@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.method.directions import Candidate
+from abliterate.method.directions import Candidate, Subspace
 from abliterate.method.few_scores import Figure, Question, Seen
 from abliterate.method.statistics import LEAST_REFUSAL, least_kl_nats
 from abliterate.model.scores import Scores
@@ -24,7 +24,12 @@ AT_ONCE: Mapping[Figure, Sequence[float]] = {"bypass": (1,), "kl_nats": (1,), "i
 ROUNDING = 1e-9
 """Sums in another order differ by less, relative to what is summed."""
 UNUSABLE = Seen(mean=math.nan, least=math.nan, whole=True)
-"""A candidate that is zero or not finite is not run."""
+"""A candidate that cannot be scored is not run."""
+
+
+def can_be_scored(candidate: Candidate) -> bool:
+    """Whether it can be ablated, and added at its layer."""
+    return candidate.at(candidate.layer) is not None and all(subspace.usable for subspace in candidate.subspaces)
 
 
 class Asked:
@@ -43,7 +48,7 @@ class Asked:
         done: Callable[[Job, int], None],
     ) -> None:
         self.scorer, self.candidates, self.scores, self.parts, self.done = scorer, candidates, scores, parts, done
-        self._usable = [one.everywhere.usable for one in candidates]
+        self._usable = [can_be_scored(one) for one in candidates]
         self._known: dict[Question, Seen] = {}
 
     def seen(self, figure: Figure, candidate: int) -> Seen:
@@ -90,7 +95,10 @@ class Asked:
         }
 
     def _jobs(self, questions: Sequence[Question]) -> Iterator[Job]:
-        """The work of ``questions``: candidates of which the same prompts are ablated, and those added at one layer."""
+        """The work of ``questions``: candidates that are ablated on the same prompts, and those added at one layer.
+
+        A candidate that has another subspace in each layer is ablated by itself.
+        """
         ablated: dict[int, tuple[int, ...]] = {}
         added: dict[int, list[int]] = {}
         for figure, n in questions:
@@ -99,12 +107,19 @@ class Asked:
             else:
                 ablated[n] = tuple(sorted({*ablated.get(n, ()), *self._next(figure, n)}))
         for prompts in sorted(set(ablated.values())):
-            yield self._job([n for n, its in ablated.items() if its == prompts], Job(kind="ablated", prompts=prompts))
+            some = [n for n, its in ablated.items() if its == prompts]
+            layered = [n for n in some if not isinstance(self.candidates[n].subspace, Subspace)]
+            if alike := [n for n in some if n not in layered]:
+                yield self._job(alike, Job(kind="ablated", prompts=prompts))
+            for n in layered:
+                yield Job(kind="ablated", candidates=(n,), prompts=prompts, alone=self.candidates[n])
         for layer, some in sorted(added.items()):
             yield self._job(some, Job(kind="added", layer=layer))
 
     def _job(self, some: Sequence[int], job: Job) -> Job:
-        return job.of(tuple(some), tuple(self.candidates[n].everywhere for n in some))
+        """``job`` with the subspaces that ``some`` have at their own layers: those that are added."""
+        subspaces = (self.candidates[n].at(self.candidates[n].layer) for n in some)
+        return job.of(tuple(some), tuple(its for its in subspaces if its is not None))
 
     def _next(self, figure: Figure, candidate: int) -> list[int]:
         """The prompts of the first part of which some are missing: places among all prompts."""

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.edits import removal
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
@@ -73,6 +75,17 @@ def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
     finally:
         for undo in undoing:
             undo()
+
+
+@contextmanager
+def without(loaded: LoadedModel, candidate: Candidate) -> Iterator[None]:
+    """Run with what ``candidate`` holds taken out: everywhere, or, where each layer has its own, of what that adds."""
+    subspace = candidate.subspace
+    taken_out = (
+        ablated(loaded, subspace.vectors) if isinstance(subspace, Subspace) else edited(loaded, removal(candidate))
+    )
+    with taken_out:
+        yield
 
 
 def operator(edit: WeightEdit, *, constant_factor: float = 1.0) -> Change:

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import PromptError
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
-from abliterate.method.directions import Candidate, CandidateScore, Choice
+from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
+from abliterate.method.directions import Candidate, CandidateScore, Choice, Subspace
 from abliterate.method.estimators import Need
 from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
 from abliterate.method.moments import RunningCovariance, RunningMoments
 from abliterate.method.selection import SelectionRule, choose, is_late
 from abliterate.method.statistics import refusal_metric
-from abliterate.model.asking import AT_ONCE, STOPPING, Asked
+from abliterate.model.asking import AT_ONCE, STOPPING, Asked, can_be_scored
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
@@ -92,13 +92,15 @@ def measure_class(
     prompts: Sequence[str],
     needs: Collection[Need] = ("means",),
     *,
+    half: Collection[int] = (),
     batch_size: int,
     task: str,
     on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
     """What ``needs`` names, of the residual that enters each block after the prompts of one class.
 
-    "mean" ``[positions, layers, d]`` in float64, always; at the last position "covariance" ``[layers, d, d]`` and
+    "mean" ``[positions, layers, d]`` in float64, always, and "half", the same over the prompts whose numbers are in
+    ``half``, if there are any; at the last position "covariance" ``[layers, d, d]`` and
     "samples" ``[prompts, layers, d]`` in float32, where they are needed.
 
     Raises:
@@ -109,12 +111,15 @@ def measure_class(
         raise PromptError(f"{loaded.name}: {task}: one is left, and a covariance takes two", "give more prompts")
     n, d = loaded.n_layers, loaded.d_model
     means = [RunningMoments((len(chat.positions), d)) for _ in range(n)]
+    halves = [RunningMoments((len(chat.positions), d)) for _ in range(n)] if half else []
     spread = [RunningCovariance((d,)) for _ in range(n)] if "covariance" in needs else []
     samples = torch.empty(len(prompts), n, d, dtype=torch.float32) if "samples" in needs else None
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
         check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")
         means[layer].update(values)
+        if halves:
+            halves[layer].update(values[[place for place, row in enumerate(rows) if row in half]])
         if spread:
             spread[layer].update(values[:, -1])
         if samples is not None:
@@ -127,6 +132,8 @@ def measure_class(
     )  # fmt: skip
     on_event(Finished(task=task))
     found = {"mean": torch.stack([layer.finish().mean for layer in means], dim=1)}
+    if halves:
+        found["half"] = torch.stack([layer.finish().mean for layer in halves], dim=1)
     if spread:
         found["covariance"] = _covariances(spread)
     return found if samples is None else {**found, "samples": samples}
@@ -159,11 +166,9 @@ def score_candidates(
 
     A candidate that breaks the model gets NaN scores and is dropped by the selection.  ``max_tokens`` bounds a forward
     pass (None: found from the free memory).  ``store`` keeps what is finished: the same work, begun again, goes on.
-
-    Raises:
-        UsageError: a candidate has another subspace in each layer, which cannot be scored.
+    Where a candidate has another subspace in each layer, that of its own layer is the one that is added.
     """
-    usable = [place for place, candidate in enumerate(candidates) if candidate.everywhere.usable]
+    usable = _usable(candidates, on_event)
     scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
     todo = [place for place in usable if not scores.complete(place)]
     on_event(Started(task=TASK, total=len(candidates), unit="candidates"))
@@ -229,12 +234,11 @@ def choose_candidate(
     It is what ``score_candidates`` and ``choose`` give, up to the rounding of forward passes of another size.
 
     Raises:
-        UsageError: a candidate has another subspace in each layer, which cannot be scored.
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
     scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
     each = _each(prompts)
-    usable = [one for one in candidates if one.everywhere.usable]
+    usable = [candidates[place] for place in _usable(candidates, on_event)]
     most = each * sum(not is_late(one.layer, loaded.n_layers, rule) for one in usable)
     advance = partial(Advanced, task=TASK)
     on_event(Started(task=TASK, total=most, unit="prompt passes"))
@@ -269,14 +273,22 @@ def choose_from_all(
     """The same from the scores of every candidate (``score_candidates``).
 
     Raises:
-        UsageError: a candidate has another subspace in each layer, which cannot be scored.
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
     options = {"batch_size": batch_size, "store": store, "on_event": on_event}
     scores = score_candidates(loaded, chat, candidates, prompts, refusal_ids, **options)
     choice, judged = choose(scores, loaded.n_layers, rule)
-    passes = _each(prompts) * sum(one.everywhere.usable for one in candidates)
+    passes = _each(prompts) * sum(map(can_be_scored, candidates))
     return Chosen(choice=choice, scores=judged, prompt_passes=passes, of=passes)
+
+
+def _usable(candidates: Sequence[Candidate], on_event: OnEvent) -> list[int]:
+    """The places of those that can be scored; says which layer by layer ones cannot."""
+    layered = (one for one in candidates if not isinstance(one.subspace, Subspace) and not can_be_scored(one))
+    if odd := [candidate.id for candidate in layered]:
+        what = "have a zero vector in some layer, or nothing at their own"
+        on_event(Noted(text=f"not scored, as they {what}: {len(odd)} candidates, {odd[0]} the first"))
+    return [place for place, candidate in enumerate(candidates) if can_be_scored(candidate)]
 
 
 def _each(prompts: Filtered) -> int:
@@ -313,9 +325,16 @@ def _work_key(
     refusal_ids: Sequence[int],
 ) -> str:
     """What tells this work from any other."""
-    places = [(candidate.id, candidate.layer, candidate.everywhere.k) for candidate in candidates]
+    places = [(candidate.id, candidate.layer, _shape(candidate)) for candidate in candidates]
     parts = [loaded.name, chat.template_sha256, chat.system, places, prompts.harmful, prompts.harmless]
     digest = hashlib.sha256(json.dumps([*parts, list(refusal_ids)]).encode())
     for candidate in candidates:
-        digest.update(candidate.everywhere.vectors.contiguous().numpy().tobytes())
+        for subspace in candidate.subspaces:
+            digest.update(subspace.vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _shape(candidate: Candidate) -> int | list[tuple[int, int]]:
+    """How many vectors it has: the same in all layers, or layer by layer."""
+    its = candidate.subspace
+    return its.k if isinstance(its, Subspace) else [(layer, its[layer].k) for layer in sorted(its)]

@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abliterate.method.directions import Subspace
+from abliterate.method.directions import Candidate, Subspace
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch
-from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart
+from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart, without
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
@@ -58,7 +58,8 @@ class Group:
 class Job:
     """Work for some candidates: to ablate each on ``prompts``, or to add each on the harmless ones at ``layer``.
 
-    ``candidates`` are their numbers, by which results are told apart; ``subspaces`` what is ablated or added.
+    ``candidates`` are their numbers, by which results are told apart; ``subspaces`` what is ablated or added.  A
+    candidate that has another subspace in each layer is ablated by itself: it is ``alone``, and ``subspaces`` is empty.
     ``prompts`` are places among all prompts; none stands for all.
     """
 
@@ -67,6 +68,7 @@ class Job:
     subspaces: tuple[Subspace, ...] = ()
     layer: int = 0
     prompts: tuple[int, ...] = ()
+    alone: Candidate | None = None
 
     def of(self, candidates: tuple[int, ...], subspaces: tuple[Subspace, ...]) -> "Job":
         """The same work for other candidates."""
@@ -219,6 +221,8 @@ class CandidateScorer:
 
     def _intervening(self, job: Job, state: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """The hooks of a job.  ``state`` gives what enters its layer in the base run, where the pass begins there."""
+        if job.alone is not None:
+            return without(self.loaded, job.alone)
         if job.kind == "ablated":
             if len(job.candidates) == 1:  # for models whose rows cannot be told apart as well
                 return ablated(self.loaded, job.subspaces[0].vectors)

@@ -7,6 +7,7 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.checkpoint.source import Checkpoint
+from abliterate.method.directions import measured_on
 from abliterate.publishing import wording
 
 EXACTNESS = {
@@ -14,6 +15,12 @@ EXACTNESS = {
     "B": "free of the direction; not equal to inference-time ablation, because norms stand behind the writers",
     "C": "**inexact by request**: see the notes below",
 }
+OF_OTHER_EDITS = {
+    "A": "equal to the same edit made at inference time, up to rounding",
+    "B": "the edited writers write nothing along the direction; not equal to the same edit made at inference time, "
+    "because norms stand behind the writers",
+}
+"""The same of edits that are no directional ablation."""
 
 GATED = "extra_gated_"
 """Fields of a card with these names hold the terms of a gated repository; they are carried over with its licence."""
@@ -44,10 +51,15 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         base=base.name.rstrip("/").rsplit("/", 1)[-1] if name is None else base.name,
         m=manifest,
         exactness=worth(manifest["edit"]),
+        measured=measured_on(manifest["direction"].get("measurement", {})),
         summary=wording.summary(manifest["edit"]),
         details=wording.details(manifest["edit"]),
         equation=wording.equation(manifest["edit"]),
-        removes=all(its["removes"] for its in wording.edits_of(manifest["edit"])),
+        none_left=all(its["removes"] for its in wording.edits_of(manifest["edit"])),
+        removes=wording.removes(manifest["edit"]),
+        ablation=wording.is_ablation(manifest["edit"]),
+        method=wording.method(manifest["edit"]),
+        effect=wording.effect(manifest["edit"]),
         percent=percent,
         nats=nats,
         task=task,
@@ -60,6 +72,8 @@ def worth(edit: Mapping[str, Any]) -> str:
     """What the result is, by exactness class and claim; manifests of version 1 claim nothing of their own."""
     if edit["exactness"] != "C" and edit.get("claim") == "bytes only":
         return "what the equation says of its bytes; no intervention at inference time is equal to it"
+    if not wording.is_ablation(edit) and edit["exactness"] in OF_OTHER_EDITS:
+        return OF_OTHER_EDITS[edit["exactness"]]
     return EXACTNESS[edit["exactness"]]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file, edit_file
+from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import Checkpoint
@@ -57,13 +58,16 @@ class FinishedEdit:
     @cached_property
     def directions(self) -> DirectionSet:
         """The direction file."""
-        return direction_file.load(self.folder / self.document["direction"]["file"])
+        return direction_file.load(self._file(self.document["direction"]["file"]))
 
     @cached_property
     def stream(self) -> StreamEdit:
         """What the edit did to the residual stream; manifests of version 1 name a direction alone."""
         name = self.document["edit"].get("file")
-        return removal(self.directions.chosen) if name is None else edit_file.load(self.folder / name)
+        return removal(self.directions.chosen) if name is None else edit_file.load(self._file(name))
+
+    def _file(self, name: object) -> Path:
+        return self.folder / inner_name(name, where=self.folder / manifest.FILE_NAME)
 
     @property
     def base_name(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint.documents import check_document
 from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.output import JOURNAL, OutputFolder, write_json
@@ -22,6 +23,7 @@ from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
 from abliterate.publishing.card import write_card
+from abliterate.publishing.manifest_keys import Manifest, Manifest1
 from abliterate.recipe import OF_A_MACHINE, Recipe, in_tables
 from abliterate.verification.report import VerifyReport
 from abliterate.version import __version__
@@ -91,9 +93,10 @@ def build(
             "norm": _length(directions),
             "choice": asdict(directions.choice) if directions.choice else None,
             "scores": [asdict(score) for score in directions.scores[:5]],
+            "stability": directions.stability,
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", "kept", "scored", "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", "kept", "of", "scored", "template_sha256")
                 if key in directions.metadata
             },
         },
@@ -196,13 +199,15 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``.
 
     Raises:
-        CheckpointError: there is none, or not one of ours.
+        CheckpointError: there is none, or not one of ours, or it is damaged.
     """
     if not (folder / FILE_NAME).is_file():
         raise CheckpointError(f"{folder}: has no {FILE_NAME}", "give a folder that abliterate wrote (and finished)")
-    document = read_json(folder / FILE_NAME)
-    check_format(document.get("format"), FORMAT, FORMAT_NUMBER, where=folder / FILE_NAME)
-    return document
+    where = folder / FILE_NAME
+    document = read_json(where)
+    number = check_format(document.get("format"), FORMAT, FORMAT_NUMBER, where=where)
+    keys = Manifest1 if number == 1 else Manifest
+    return check_document(document, keys, where=where, hint="fetch this file again, or edit the base again")
 
 
 def recipe_of(document: Mapping[str, Any], *, where: Path) -> Recipe:
@@ -215,7 +220,7 @@ def recipe_of(document: Mapping[str, Any], *, where: Path) -> Recipe:
     """
     try:
         return Recipe.model_validate(in_tables(document["recipe"], without=OF_A_MACHINE))
-    except (ValidationError, KeyError, TypeError) as error:
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{where}: holds a recipe that cannot be read ({first_line(error)})", "fetch this file again"
         ) from error

@@ -109,7 +109,7 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
-    made = along(made, stream_edit(recipe.edit.change, direction))
+    made = along(made, stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

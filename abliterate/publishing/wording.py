@@ -14,35 +14,93 @@ def edits_of(edit: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return edit.get("edits") or [REMOVAL]
 
 
+def is_whole(edit: Mapping[str, Any]) -> bool:
+    """Whether every writer that there is was edited."""
+    done, there = _coverage(edit)
+    return done >= there
+
+
+def removes(edit: Mapping[str, Any]) -> bool:
+    """Whether nothing writes along what was chosen any more."""
+    edits = edits_of(edit)
+    return is_whole(edit) and len(edits) == 1 and bool(edits[0]["removes"])
+
+
+def is_ablation(edit: Mapping[str, Any]) -> bool:
+    """Whether it is directional ablation by weights: whatever writes is orthogonalized, and nothing else done to it."""
+    return removes(edit) and edits_of(edit)[0]["column_scale"] == "none"
+
+
 def summary(edit: Mapping[str, Any]) -> str:
     """What was done to the checkpoint, to follow the word "with"."""
     edits = edits_of(edit)
-    done = "removed from" if all(its["removes"] for its in edits) else "edited in"
-    where = "everything that writes to its residual stream"
     if len(edits) > 1:
         return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream"
-    count = edits[0]["directions"]
-    return f"{'one direction' if count == 1 else f'{count} directions'} {done} {where}"
+    word = "removed from" if edits[0]["removes"] else "edited in"
+    done, there = _coverage(edit)
+    writers = "everything that writes" if is_whole(edit) else f"{done} of the {there} writers"
+    return f"{_directions(edits[0], one='one direction')} {word} {writers} to its residual stream"
+
+
+def method(edit: Mapping[str, Any]) -> str:
+    """What such an edit is called, to come before the paper."""
+    if is_ablation(edit):
+        return "directional ablation as weight orthogonalization"
+    return "an edit of weights along directions of the residual stream, after weight orthogonalization"
+
+
+def effect(edit: Mapping[str, Any], *, complete: bool = True) -> str:
+    """What to expect of the replies, to follow the word "it"; not ``complete`` is what expresses a part of the edit."""
+    if removes(edit) and complete:
+        return "will comply with many requests that the original declines"
+    return "may comply with requests that the original declines, or reply otherwise than the original"
 
 
 def details(edit: Mapping[str, Any]) -> list[str]:
-    """A line for each edit that is more than the removal of one direction."""
-    lines = []
-    for its in edits_of(edit):
-        if {key: its[key] for key in REMOVAL} == REMOVAL:
-            continue
-        parts = [f"{its['directions']} direction{'s' if its['directions'] > 1 else ''}"]
-        parts.append("removed" if its["removes"] else f"strength {its['strength']:g}")
-        if its["column_scale"] != "none":
-            parts.append("columns keep their lengths")
-        if its["constant"]:
-            parts.append("a constant added")
-        lines.append(f"{its['writers']} writers: {', '.join(parts)}")
+    """A line for each edit, where there is more to say than that one direction was removed from everything."""
+    edits = edits_of(edit)
+    lines = [] if len(edits) == 1 and is_whole(edit) and _is_plain(edits[0]) else [_line(its) for its in edits]
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more edits, which stand in `abliterate.json`"]
+    if edit.get("given"):
+        lines.append("the edit was given as it is: direction and recipe do not make it again, its file does")
     return lines
 
 
 def equation(edit: Mapping[str, Any]) -> str:
     """The equation that the edited tensors satisfy."""
-    if all({key: its[key] for key in REMOVAL} == REMOVAL for its in edits_of(edit)):
+    if all(map(_is_plain, edits_of(edit))):
         return "W' = W − r̂r̂ᵀW"
     return "W' = (W − strength · write (readᵀW) + constant) · scale"
+
+
+MOST_LINES = 8
+"""Edits that are told one by one."""
+
+
+def _line(its: Mapping[str, Any]) -> str:
+    parts = [f"{_directions(its, one='1 direction')} {'removed' if its['removes'] else 'edited'}"]
+    if its["strength"] != 1:
+        parts.append(f"strength {its['strength']:g}")
+    if its["column_scale"] != "none":
+        parts.append("columns keep their lengths")
+    if its["constant"]:
+        parts.append("a constant added")
+    count = its.get("writers", 0)
+    writers = f"{count} writer{'' if count == 1 else 's'}"
+    where = " ".join(filter(None, [its.get("places", ""), f"({writers})" if "places" in its else writers]))
+    return f"{where if count else 'these'}: {', '.join(parts)}"
+
+
+def _directions(its: Mapping[str, Any], *, one: str) -> str:
+    return one if its["directions"] == 1 else f"{its['directions']} directions"
+
+
+def _is_plain(its: Mapping[str, Any]) -> bool:
+    return {key: its[key] for key in REMOVAL} == REMOVAL
+
+
+def _coverage(edit: Mapping[str, Any]) -> tuple[int, int]:
+    """Writers that were edited, and writers that there are."""
+    done, _, there = str(edit["coverage"]).partition(" of ")
+    return int(done), int(there)

@@ -13,6 +13,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.gains import read_gain
 from abliterate.arch.model_map import Writer
 from abliterate.arch.packed import text_config
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 
 TAKE_A_CONSTANT = ("embedding", "stored copy of the tied head", "projector bias")
@@ -25,10 +26,10 @@ def check_declared(plan: EditPlan) -> list[str]:
     """What is wrong with the declared edits of a plan, as sentences."""
     if plan.stream is None:
         return ["the plan has no edit: nothing was checked"]
-    failures, known = [], set()
+    failures, known = _not_planned(plan, plan.stream), set()
     for writer in plan.writers:
         wanted, edit = plan.stream.at(*writer.place), plan.edits.get(writer.tensor.name)
-        key = (id(wanted), id(edit), writer.norms)
+        key = (id(wanted), id(edit), writer.norms, writer.role, writer.drafts, len(writer.tensor.shape))
         if key in known:
             continue
         known.add(key)
@@ -46,9 +47,45 @@ def _agree(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit)
     same_scale = wanted.column_scale == edit.column_scale
     if not (same_read and same_rank and same_scale and _same_constant(plan, writer, wanted, edit)):
         return False
-    if writer.norms:  # which ``write`` is closest to the hook is a choice; that ``read^T write`` stays is not
-        return torch.dist(wanted.kept.diagonal(), edit.kept.diagonal()).item() < AGREEMENT
+    if writer.norms:
+        return _agree_behind(gain, wanted, edit)
     return torch.dist(_operator(wanted), _operator(edit)).item() < AGREEMENT * (1 + float(wanted.write.norm()))
+
+
+def _not_planned(plan: EditPlan, stream: StreamEdit) -> list[str]:
+    """Writers that the edit of the stream reaches, and the plan leaves out without its options saying so."""
+    planned = {writer.tensor.name for writer in plan.writers}
+    kept = plan.tied == "keep" and plan.model_map.tied
+    wanted = [
+        writer.tensor.name
+        for writer in plan.model_map.writers
+        if stream.at(*writer.place) is not None
+        and not (kept and writer.role == "embedding")
+        and (plan.mtp or not writer.drafts)
+    ]
+    return [f"writer '{name}' is not in the plan, and should be" for name in wanted if name not in planned]
+
+
+def _agree_behind(gain: Float[Tensor, " d"], wanted: WeightEdit, edit: WeightEdit) -> bool:
+    """Behind a norm ``read^T write`` must stay what it is in the stream; which ``write`` gives it is a choice.
+
+    No choice is farther from the hook than the one orthogonal to ``g * r``.
+    """
+    lengths = torch.linalg.vector_norm(gain[:, None] * wanted.read, dim=0)
+    kept = lengths[:, None] * edit.kept / lengths
+    taken = gain[:, None] * wanted.write / lengths
+    farthest = taken @ torch.linalg.pinv(edit.read.T @ taken) @ (edit.read.T @ edit.write)
+    safe = torch.where(gain == 0, torch.full_like(gain, 1e-12), gain)
+    ideal = wanted.write / safe[:, None] * lengths
+    ours, most = (_distance_to_hook(gain, write, ideal) for write in (edit.write, farthest))
+    return torch.dist(kept, wanted.kept).item() < AGREEMENT and ours <= most * (1 + AGREEMENT) + AGREEMENT
+
+
+def _distance_to_hook(gain: Float[Tensor, " d"], write: Float[Tensor, "d k"], ideal: Float[Tensor, "d k"]) -> float:
+    """``J^2`` of docs/post-norm.md, for an isotropic write."""
+    size, d = write.square().sum(0), len(gain)
+    turn = (gain[:, None] * (write - ideal)).square().sum(0) / gain.square().sum()
+    return float((turn + ((size - 2) / (2 * d)).square() + 2 * (size / (2 * d)).square()).mean())
 
 
 def _same_constant(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit) -> bool:

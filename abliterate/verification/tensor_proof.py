@@ -28,7 +28,7 @@ from torch import Tensor
 from abliterate.arch.codecs import Codec
 from abliterate.arch.formats import FORMATS
 from abliterate.arch.model_map import Writer
-from abliterate.method.weight_edit import WeightEdit
+from abliterate.method.weight_edit import NOTHING_LEFT, WeightEdit
 
 KEPT = 2.0**-7
 """Share of what was there along ``u`` that may be left in a quantised matrix.  Measured: 1e-5 to 1e-4, in matrices 32
@@ -108,7 +108,7 @@ class Prover:
         """
         if not self.edit.scales:
             return None
-        nothing = after <= 2.0**-100 * before
+        nothing = after <= NOTHING_LEFT * before
         return torch.where(nothing, 1.0, (before / torch.where(nothing, 1.0, after)).sqrt())
 
     def left_along(self, c: Float[Tensor, "k n"], scale: Float[Tensor, " n"] | None) -> Float[Tensor, "k n"]:
@@ -171,6 +171,10 @@ class Prover:
         wrong = c_new - expected
         slack = self._half_step * self._u.shape[0] ** 0.5
         arithmetic = self._format.arithmetic_roundoff * (size + size_new)
+        if scale is not None:
+            arithmetic = arithmetic * scale.square().clamp_min(
+                1.0
+            )  # what is left of a column, and its rounding with it
         allowed = self._format.unit_roundoff * size_new + arithmetic + slack
         d, k = self._u.shape
         feedback = 1 + FEEDBACK_STEPS * k * min(1.0, FEEDBACK_ROWS / d) ** 0.5

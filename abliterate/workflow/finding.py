@@ -15,11 +15,11 @@ from torch import Tensor
 
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
-from abliterate.errors import UsageError
+from abliterate.errors import NonFiniteError, TooFewPromptsError, UsageError
 from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.events import Noted
-from abliterate.method.directions import DirectionSet
-from abliterate.method.estimators import Need, estimate, needs_of
+from abliterate.method.directions import Candidate, DirectionSet
+from abliterate.method.estimators import Need, estimate, needs_of, stability
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import PARETO_FALLBACK, SelectionRule
 from abliterate.model import measuring
@@ -29,6 +29,9 @@ from abliterate.publishing import manifest
 from abliterate.recipe import NOT_IN_NUMBERS
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
+
+FEW, HANDFUL = 32, 8
+"""Of a class: below the first the user is warned, below the second a direction is not measured unless asked for."""
 
 
 def measure(
@@ -45,7 +48,7 @@ def measure(
     Raises:
         UsageError: there is no such estimator, or no memory for the statistics that are needed.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
-        NonFiniteError: an activation is NaN or infinite.
+        NonFiniteError: an activation, or every candidate, is NaN or infinite.
     """
     contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
     needs = needs_of(recipe.find.estimators) | (
@@ -59,6 +62,9 @@ def measure(
     )
     if recipe.find.filter_prompts:
         kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
+    warning = few_kept(session.loaded.name, kept, allow_few=recipe.find.allow_few)
+    if warning:
+        session.on_event(Noted(text=warning))
     statistics = _statistics(session, kept, needs, steps, options)
     if covariance is not None:
         direction_files.save_covariances(covariance, statistics.moments)
@@ -70,13 +76,32 @@ def measure(
         "system": recipe.model.system,
         "prompts": contrast.hashes(),
         "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
+        "of": {"harmful_train": kept.harmful_before, "harmless_train": kept.harmless_before},
+        "stability": {name: round(its, 4) for name, its in stability(statistics, recipe.find.estimators).items()},
         "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
         "versions": manifest.versions(),
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    return DirectionSet(
-        candidates=estimate(statistics, recipe.find.estimators), statistics=statistics.means_alone(), metadata=metadata
-    )
+    candidates = _finite(session, estimate(statistics, recipe.find.estimators))
+    return DirectionSet(candidates=candidates, statistics=statistics.means_alone(), metadata=metadata)
+
+
+def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """``candidates`` without those that hold NaN or infinity, which no file of directions takes.
+
+    Raises:
+        NonFiniteError: none is left.
+    """
+    broken = [one.id for one in candidates if not all(bool(its.vectors.isfinite().all()) for its in one.subspaces)]
+    left_out = frozenset(broken)
+    finite = tuple(one for one in candidates if one.id not in left_out)
+    if not finite:
+        made = "all candidates hold NaN or infinity" if broken else "the estimators made no candidate"
+        raise NonFiniteError(f"{session.checkpoint.name}: {made}", "choose another estimator, or give more prompts")
+    if broken:
+        text = f"left out, as they hold NaN or infinity: {len(broken)} candidates, {broken[0]} the first"
+        session.on_event(Noted(text=text))
+    return finite
 
 
 def _statistics(
@@ -86,10 +111,12 @@ def _statistics(
     _check_room(session, kept, needs)
     step = "-and-".join(["mean", *sorted(needs - {"means"})])
     found: dict[str, dict[str, Tensor]] = {}
+    drawn = {}
     for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
+        drawn[kind] = half_of(len(prompts), seed=session.recipe.find.seed)
         work = partial(
-            measuring.measure_class, session.loaded, session.chat, prompts, needs, task=f"measure {kind} prompts",
-            **options,
+            measuring.measure_class, session.loaded, session.chat, prompts, needs, half=drawn[kind],
+            task=f"measure {kind} prompts", **options,
         )  # fmt: skip
         found[kind] = steps.tensors(f"{step}-{kind}", work)
     counts = {"harmful": len(kept.harmful), "harmless": len(kept.harmless)}
@@ -100,7 +127,45 @@ def _statistics(
             for kind, its in found.items()
         },
         samples={kind: its["samples"] for kind, its in found.items() if "samples" in its},
+        halves={
+            kind: halves_of(its["mean"], its["half"], counts[kind], len(drawn[kind]))
+            for kind, its in found.items()
+            if "half" in its
+        },
     )
+
+
+def half_of(count: int, *, seed: int) -> frozenset[int]:
+    """A random half of the numbers below ``count``; none where there are fewer than two."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return frozenset(order[: count // 2].tolist())
+
+
+def halves_of(mean: Tensor, half: Tensor, count: int, drawn: int) -> tuple[Moments, Moments]:
+    """The means over ``drawn`` of ``count`` prompts and over the others, given those over the first and over all."""
+    other = (count * mean - drawn * half) / (count - drawn)
+    return Moments(count=drawn, mean=half), Moments(count=count - drawn, mean=other)
+
+
+def few_kept(model: str, kept: measuring.Filtered, *, allow_few: bool) -> str:
+    """What to say where few prompts were left to measure on; empty where they are enough.
+
+    Whoever brings fewer than ``HANDFUL`` prompts has asked for few.
+
+    Raises:
+        TooFewPromptsError: fewer than ``HANDFUL`` of a class are left, of more; and the recipe does not allow few.
+    """
+    classes = {
+        "harmful": (len(kept.harmful), kept.harmful_before), "harmless": (len(kept.harmless), kept.harmless_before)
+    }  # fmt: skip
+    counts = " and ".join(f"{left} of {before} {kind}" for kind, (left, before) in classes.items())
+    hint = "give more prompts, or a set that this model declines (harmful) and answers (harmless)"
+    if any(left < min(HANDFUL, before) for left, before in classes.values()) and not allow_few:
+        raise TooFewPromptsError(
+            f"{model}: behaves as their class says on {counts} prompts only", f"{hint}, or --allow-few"
+        )
+    few = any(left < FEW for left, _ in classes.values())
+    return f"the direction is measured on few prompts: {counts}; {hint}" if few else ""
 
 
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:

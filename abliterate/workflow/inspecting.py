@@ -37,8 +37,13 @@ def inspect(
     With ``suffix``, harmful prompts are measured with it behind them as well, and with a random text of as many tokens.
 
     Raises:
-        UsageError: the direction does not fit the model.
+        UsageError: several directions are chosen, or the direction does not fit the model.
     """
+    if not directions.chosen.is_vector:
+        raise UsageError(
+            f"candidate {directions.chosen.id} is a subspace, and a single direction can be inspected",
+            "choose a candidate of one vector, the same in all layers",
+        )
     loaded, chat, batch_size = session.loaded, session.chat, session.recipe.model.batch_size
     if directions.d_model != loaded.d_model:
         raise UsageError(

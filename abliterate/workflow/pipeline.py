@@ -17,7 +17,8 @@ from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import stream_edit
+from abliterate.method.edits import check_edit, stream_edit
+from abliterate.method.estimators import needs_of
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
@@ -86,6 +87,16 @@ def verify(
     return VerifyReport(bytes=on_bytes, behaviour=compared)
 
 
+def check_names(recipe: Recipe) -> None:
+    """Find out before hours of work that the estimators and the edit of a recipe can be had.
+
+    Raises:
+        UsageError: there is no such estimator or edit, or an estimator is named more than once.
+    """
+    needs_of(recipe.find.estimators)
+    check_edit(recipe.edit.change)
+
+
 def check_evaluation(recipe: Recipe) -> None:
     """Find out before hours of work what an evaluation would stop at after them.
 
@@ -138,6 +149,7 @@ def run(
     Raises:
         AbliterateError: see ``errors`` for everything that can go wrong.
     """
+    check_names(recipe)
     if with_evaluation:
         check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
@@ -147,7 +159,7 @@ def run(
     known = direction or _resume_direction(output)
     passes = _passes(session.recipe, measuring=known is None, with_evaluation=with_evaluation)
     directions = known or find(session, output, passes)
-    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions))
+    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions, edit_plan.model_map.n_layers))
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)
@@ -198,12 +210,12 @@ def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> Dire
     say_cost(session, passes)
     try:
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-            directions = select(session, measure(session, steps=steps), steps=steps)
-            direction_files.save(directions, output.private / DIRECTION_FILE)
+            chosen = select(session, measure(session, steps=steps), steps=steps)
+            file = direction_files.save(chosen, output.private / DIRECTION_FILE)
     except AbliterateError:
         output.discard()
         raise
-    return directions
+    return direction_files.load(file)  # what a run that is stopped after this goes on with
 
 
 def say_cost(session: Session, passes: dict[str, int]) -> None:
@@ -216,8 +228,8 @@ def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet 
     """What makes two runs the same: tool, source files, recipe, direction, edit.  Memory and device may differ."""
     options = recipe.flat(without=NOT_IN_WORK)
     given = None if direction is None else direction.sha256
-    edits = [] if edit_plan.stream is None else edit_plan.to_json()["edits"]
-    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given, "edits": edits})
+    edit = None if edit_plan.stream is None else edit_plan.stream.sha256
+    return fingerprint({**edit_plan.checkpoint.identity(), "recipe": options, "direction": given, "edit": edit})
 
 
 def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: DirectionSet | None) -> OutputFolder:

@@ -6,17 +6,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.planning import plan
+from abliterate.editing.planning import along, plan
+from abliterate.errors import UsageError
 from abliterate.events import OnEvent, ignore
+from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
 from abliterate.workflow import pipeline
-from abliterate.workflow.session import open_session
+from abliterate.workflow.session import Session, open_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +66,18 @@ def reproduce(
 
     Raises:
         CheckpointError: not a folder that abliterate finished.
+        UsageError: with ``measure``, the edit was given as a value, so that no measurement makes it.
         NotEnoughDiskError: a second copy does not fit on the disk.
     """
     finished = FinishedEdit.open(folder).with_changes({"trust_remote_code": trust_remote_code})
     document, recipe = finished.document, finished.recipe
+    if measure and document["edit"].get("given"):
+        raise UsageError(
+            f"{folder}: its edit was given, and not made of the direction, so measuring again does not make it again",
+            "leave out --measure: the edit is then read from its file",
+        )
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
-    if measure:
-        directions = pipeline.select(session, pipeline.measure(session))
-        made = plan(session.checkpoint, edit=stream_edit(recipe.edit.change, directions), **recipe.plan_options)
-    else:
-        directions, made = finished.directions, finished.plan(session.checkpoint)
+    directions, made = _measured(session) if measure else (finished.directions, finished.plan(session.checkpoint))
     ours = open_folder(folder, name=str(folder))
     expected = (document["verification"] or {}).get("sha256") or {}
     found = {shard.name: sha256_file(folder / shard.name) for shard in ours.shards}
@@ -101,6 +106,14 @@ def reproduce(
         recorded=bool(expected),
         differences=_differences(document),
     )
+
+
+def _measured(session: Session) -> tuple[DirectionSet, EditPlan]:
+    """The direction, measured again, and the plan of the recipe's edit along it."""
+    recipe = session.recipe
+    directions = pipeline.select(session, pipeline.measure(session))
+    made = plan(session.checkpoint, **recipe.plan_options)
+    return directions, along(made, stream_edit(recipe.edit.change, directions, made.model_map.n_layers))
 
 
 def _other_tensors(again: Checkpoint, ours: Checkpoint, shards: list[str], document: Mapping[str, Any]) -> list[str]:

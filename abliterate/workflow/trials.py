@@ -1,13 +1,12 @@
 """Models tried on the test prompts, one after the other, never two in memory: the base, controls, and others."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.source import Checkpoint
@@ -18,12 +17,13 @@ from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
 from abliterate.events import OnEvent
-from abliterate.method.directions import DirectionSet
+from abliterate.method.directions import Candidate, DirectionSet, Subspace
+from abliterate.method.linalg import project_out
 from abliterate.method.statistics import Rate
 from abliterate.model import equivalence
 from abliterate.model.chat import ChatFormat
 from abliterate.model.harness import TaskRequest, run_tasks, version
-from abliterate.model.interventions import ablated
+from abliterate.model.interventions import without
 from abliterate.model.judges import load_judge
 from abliterate.model.prompts import load_prompts
 from abliterate.model.thinking import Mode
@@ -148,7 +148,7 @@ def side_by_side(
 
     With ``proof``, the plan it came from, the first of them is compared with the base under hooks; ``with_replies``
     evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with
-    others ablated that should change nothing (``control_directions``); these are spared the tasks.
+    others ablated that should change nothing (``control_candidates``); these are spared the tasks.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
@@ -161,8 +161,8 @@ def side_by_side(
         )
     if bench is not None:
         bench.look(BASE, session)
-        for name, vector in control_directions(directions if controls else None, seed=recipe.find.seed):
-            with ablated(session.loaded, vector[:, None]):
+        for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed):
+            with without(session.loaded, control):
                 bench.look_at_control(name, session)
     session.release()
     for place, (name, checkpoint) in enumerate(others):
@@ -236,16 +236,26 @@ def material_of(session: Session) -> Material:
     return Material(prompts=prompts, text=read_text(recipe.evaluate.text) if recipe.evaluate.text else "")
 
 
-def control_directions(directions: DirectionSet | None, *, seed: int) -> Iterator[tuple[str, Float[Tensor, " d"]]]:
-    """Directions that should do nothing: a random one, and a random one orthogonal to the chosen."""
+def control_candidates(directions: DirectionSet | None, *, seed: int) -> Iterator[tuple[str, Candidate]]:
+    """Candidates that should do nothing: random vectors, and random ones orthogonal to the chosen.
+
+    They have as many vectors as the chosen candidate, of the same lengths, in the same layers.
+    """
     if directions is None:
         return
-    r = directions.direction.double()
-    generator = torch.Generator().manual_seed(seed)
-    drawn, other = (torch.randn(r.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    yield "control: random", (drawn / drawn.norm() * r.norm()).float()
-    other -= r * (r @ other) / (r @ r)
-    yield "control: orthogonal", (other / other.norm() * r.norm()).float()
+    for kind in ("random", "orthogonal"):
+        generator = torch.Generator().manual_seed(seed)
+        made = directions.chosen.with_subspaces(partial(_random_like, generator, orthogonal=kind == "orthogonal"))
+        yield f"control: {kind}", replace(made, id=f"control: {kind}")
+
+
+def _random_like(generator: torch.Generator, subspace: Subspace, *, orthogonal: bool) -> Subspace:
+    """Random vectors as long as those of ``subspace``, or others that are orthogonal to it."""
+    shape = subspace.vectors.T.shape
+    drawn, other = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows = project_out(other, subspace.basis) if orthogonal else drawn
+    lengths = torch.linalg.vector_norm(subspace.vectors.double(), dim=0)
+    return Subspace(vectors=(rows.T / torch.linalg.vector_norm(rows, dim=1) * lengths).float())
 
 
 def held_out_prompts(session: Session) -> list[str]:

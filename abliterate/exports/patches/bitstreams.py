@@ -38,12 +38,19 @@ class Sparse:
     """Few places of a long sequence, each with a difference; written or read in order."""
 
     def __init__(self, data: bytes | None = None) -> None:
+        """Read ``data``, or begin to write.
+
+        Raises:
+            ValueError: the places are in no order.
+        """
         self._end = 0
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.int64]] = []
         if data is not None:
             parts = np.frombuffer(lzma.decompress(data), dtype="<i8").reshape(2, -1)
             self._places, self._values = [np.cumsum(parts[0])], [parts[1]]
+            if (np.diff(self._places[0], prepend=0) < 0).any():
+                raise ValueError("places that are in no order")
 
     @property
     def count(self) -> int:

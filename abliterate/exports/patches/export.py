@@ -15,6 +15,7 @@ from abliterate.arch.codecs import Plain, as_rows
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
+from abliterate.checkpoint import direction_file
 from abliterate.checkpoint.budget import COPY_BYTES
 from abliterate.checkpoint.directio import Slab, SourceFile, view_of
 from abliterate.checkpoint.hashes import sha256_file
@@ -26,8 +27,9 @@ from abliterate.editing.reading import READ_BYTES, read_along, rows_of_block
 from abliterate.errors import OutputError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.bitstreams import PRESET
-from abliterate.exports.patches.file import EDIT_PARTS, FORMAT, FORMAT_NUMBER, PatchFile, PatchWriter
+from abliterate.exports.patches.file import CHOSEN, EDIT_PARTS, FORMAT, FORMAT_NUMBER, PatchFile, PatchWriter
 from abliterate.exports.patches.replay import Recorder, StoredEdit, TensorReplay
+from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import column_scale
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
@@ -95,7 +97,7 @@ def export(
         on_event=on_event,
     )
     try:
-        writer.add("direction", finished.directions.direction.to(torch.float32))
+        writer.add(*_chosen(finished.directions))
         document = exporter.run(finished.recipe)
     except BaseException:
         writer.discard()
@@ -342,6 +344,14 @@ def _blocks(
         ]
         for row in range(0, count, step):
             yield start + row, torch.stack([part[row : row + step] for part in parts])
+
+
+def _chosen(directions: DirectionSet) -> tuple[str, Tensor | bytes]:
+    """What was chosen, under its name in the patch: a vector, or else a direction file that holds nothing more."""
+    chosen = directions.chosen
+    if chosen.is_vector:
+        return "direction", directions.direction.to(torch.float32)
+    return CHOSEN, direction_file.to_bytes(DirectionSet(candidates=(chosen,), choice=directions.choice))
 
 
 def _files_of(folder: Path) -> Iterator[str]:

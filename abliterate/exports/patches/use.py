@@ -6,7 +6,8 @@ Both stream as the edit does, and a shard counts as written only when its hash i
 import hashlib
 import lzma
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from abliterate.arch.codecs import Codec, Plain
+from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.model_map import Writer
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.budget import DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.directio import SourceFile
+from abliterate.checkpoint.file_names import inside
 from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.header import Shard
 from abliterate.checkpoint.hub import fetch
@@ -32,7 +35,7 @@ from abliterate.editing.writing import plain_failures, write_checkpoint, write_s
 from abliterate.errors import UsageError, VerificationError
 from abliterate.events import Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.export import DIRECTION_FILE, Purpose
-from abliterate.exports.patches.file import PatchFile
+from abliterate.exports.patches.file import CHOSEN, PatchFile
 from abliterate.exports.patches.replay import Replay, TensorReplay
 from abliterate.method.directions import given
 from abliterate.publishing import manifest
@@ -58,11 +61,9 @@ def apply(
     """
     file = _open(patch, "apply")
     made = plan(fetch(open_model(base)), **manifest.recipe_of(file.document, where=patch).plan_options)
-    names = [writer.tensor.name for writer in made.writers if writer.tensor.numel]
     source = Source(file=file, checkpoint=made.checkpoint, side="base")
     source.check()
-    if names != [entry["name"] for entry in file.document["tensors"]]:
-        raise _other_checkpoint(made.checkpoint, file, "its writers are others")
+    made = source.narrowed(made)
     output = prepare(out, source=made.checkpoint.folder, fingerprint=source.fingerprint, needed_bytes=made.output_bytes)
     write_checkpoint(made, source.edit_of, output, memory_bytes=memory_bytes, on_event=on_event, check=source.accept)
     source.write_files(output)
@@ -106,8 +107,7 @@ def revert(
     )
 
     def write(shard: Shard, target: Path) -> None:
-        name = f"header.{shard.name}"
-        header = file.text(name) if file.has(name) else None
+        header = _header(file, shard)
         data = shards[shard.name]["size"] - (len(header) if header is not None else shard.data_start)
         editor.write_shard(_first(shard, data), target, header=header)
         source.accept(shard.name, target)
@@ -133,6 +133,11 @@ class Source:
         """What must be the same for unfinished work to be continued."""
         parts = (__version__, self.side, repr(self.checkpoint.identity()), sha256_file(self.file.path))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The place of every tensor in the patch, by its name."""
+        return {entry["name"]: number for number, entry in enumerate(self.file.document["tensors"])}
 
     @property
     def writers(self) -> Mapping[str, Writer]:
@@ -161,19 +166,40 @@ class Source:
         if expected != found:
             raise _other_checkpoint(self.checkpoint, self.file, "its shards have other names or sizes")
         for entry in self.file.document["tensors"]:
-            if entry["name"] not in self.checkpoint.tensors:
+            tensor = self.checkpoint.tensors.get(entry["name"])
+            if tensor is None:
                 raise _other_checkpoint(self.checkpoint, self.file, f"it has no '{entry['name']}'")
+            if not entry["axis"] < len(tensor.shape) or (entry["coded"] == "replay" and tensor.dtype not in DTYPES):
+                raise _other_checkpoint(self.checkpoint, self.file, f"'{tensor.name}' has another shape or dtype")
+
+    def narrowed(self, made: EditPlan) -> EditPlan:
+        """The plan of an edit of everything as that of the edit in the patch, which may leave writers alone.
+
+        A head was added if the header of the shard that gets it changed.  What the configuration says of it is in the
+        patch, as all files are.
+
+        Raises:
+            VerificationError: the patch changes what is no writer here, or one that lies another way.
+        """
+        axes = {entry["name"]: entry["axis"] for entry in self.file.document["tensors"]}
+        writers = tuple(writer for writer in made.writers if axes.get(writer.tensor.name) == writer.axis)
+        if len(writers) != len(axes):
+            raise _other_checkpoint(self.checkpoint, self.file, "its writers are others")
+        grown = self.file.has(f"header.{made.model_map.embedding.tensor.shard}")
+        return replace(made, writers=writers, added_head=made.added_head if grown else None)
 
     def edit_of(self, writer: Writer) -> InPlace:
         """The change of one tensor."""
-        entries = self.file.document["tensors"]
-        number = next(place for place, entry in enumerate(entries) if entry["name"] == writer.tensor.name)
+        number = self.numbers[writer.tensor.name]
         side = 1 if self.side == "base" else 0
-        if entries[number]["coded"] == "codes":
+        if self.file.document["tensors"][number]["coded"] == "codes":
             return Codes(self.file, f"tensor.{number}.codes", writer.row_elements, 1 if side else -1)
         settle = self.file.forwards if side else self.file.backwards
         codec: Codec = Plain(DTYPES[writer.tensor.dtype], writer.row_elements)
-        return Replay(tensor=Once(lambda: self.file.replay(number, settle)), codec=codec, side=side)
+        width = writer.tensor.shape[writer.axis]
+        columns = writer.tensor.numel // width
+        make = Once(lambda: self.file.replay(number, settle, width=width, columns=columns))
+        return Replay(tensor=make, codec=codec, side=side)
 
     def accept(self, name: str, path: Path) -> None:
         """Compare a written shard with its hash.
@@ -202,7 +228,7 @@ class Source:
         wanted = "edited" if self.side == "base" else "base"
         for entry in self.file.document["files"]:
             name = entry["name"]
-            target = output.path / name
+            target = inside(output.path, name, where=self.file.path)
             if entry[wanted] is None or name == DIRECTION_FILE:
                 if wanted == "base" or name != DIRECTION_FILE:
                     target.unlink(missing_ok=True)
@@ -306,6 +332,15 @@ def _other_checkpoint(checkpoint: Checkpoint, file: PatchFile, why: str) -> Veri
     )
 
 
+def _header(file: PatchFile, shard: Shard) -> bytes | None:
+    """The header that a shard of the base had, where it had another."""
+    name = f"header.{shard.name}"
+    header = file.text(name) if file.has(name) else None
+    if header is not None and not 8 <= len(header) <= file.document["shards"][shard.name]["size"]:
+        raise file.damaged(ValueError(f"'{name}' is no header"))
+    return header
+
+
 def _first(shard: Shard, data_bytes: int) -> Shard:
     """The shard without what was added to its end."""
     end = shard.data_start + data_bytes
@@ -314,5 +349,13 @@ def _first(shard: Shard, data_bytes: int) -> Shard:
 
 
 def _write_direction(file: PatchFile, output: OutputFolder) -> None:
-    """The direction file with the vector alone: the candidates of the measurement are not in a patch."""
-    direction_files.save(given(file.tensor("direction")), output.path / DIRECTION_FILE)
+    """The direction file with what was chosen alone: the candidates of the measurement are not in a patch."""
+    target = output.path / DIRECTION_FILE
+    if file.has(CHOSEN):
+        write_atomically(target, file.blob(CHOSEN))
+    else:
+        vector = file.tensor("direction")
+        if vector.ndim != 1 or not len(vector) or vector.dtype != torch.float32:
+            raise file.damaged(ValueError("'direction' is no vector"))
+        direction_files.save(given(vector), target)
+    direction_files.load(target)
