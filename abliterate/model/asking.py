@@ -15,12 +15,12 @@ from abliterate.model.scores import Scores
 from abliterate.model.scoring import CandidateScorer, Job
 
 STOPPING: Mapping[Figure, Sequence[float]] = {
-    "bypass": (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1),
-    "kl_nats": (1 / 8, 1 / 4, 1 / 2, 1),
-    "induce": (1,),
+    "bypass": (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1.0),
+    "kl_nats": (1 / 8, 1 / 4, 1 / 2, 1.0),
+    "induce": (1.0,),
 }
 """Where a score may be stopped.  A bypass is rarely out before half of it is known, a bad KL at once."""
-AT_ONCE: Mapping[Figure, Sequence[float]] = {"bypass": (1,), "kl_nats": (1,), "induce": (1,)}
+AT_ONCE: Mapping[Figure, Sequence[float]] = {"bypass": (1.0,), "kl_nats": (1.0,), "induce": (1.0,)}
 ROUNDING = 1e-9
 """Sums in another order differ by less, relative to what is summed."""
 UNUSABLE = Seen(mean=math.nan, least=math.nan, whole=True)
