@@ -10,13 +10,12 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
-from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.data.bundled import is_bundled, open_model
 from abliterate.editing.planning import along, plan
-from abliterate.errors import AbliterateError, UsageError
+from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
-from abliterate.events import Noted, OnEvent, ignore
+from abliterate.events import OnEvent, ignore
 from abliterate.exports.dequantising import dequantise
 from abliterate.exports.importing import Half, ImportReport
 from abliterate.exports.importing import import_gguf as _import_gguf
@@ -34,7 +33,7 @@ from abliterate.model.forward import generate_ids
 from abliterate.model.interventions import added, edited
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
-from abliterate.publishing.finished import FinishedEdit
+from abliterate.publishing.finished import FinishedEdit, planned_edits
 from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.verification.comparison import Diff
@@ -143,14 +142,9 @@ def diff(base: str | Path, edited: str | Path, *, revision: str | None = None, o
     Raises:
         SourceError: one of them cannot be read, or the manifest of ``edited``.
     """
-    planned = None
-    if (Path(edited) / OUR_MANIFEST).is_file():
-        finished = FinishedEdit.open(edited)
-        try:
-            planned = finished.plan(finished.open_base(base)).edits
-        except AbliterateError as error:
-            on_event(Noted(text=f"not held against the plan of {edited}: {error.message}"))
-    return _diff(base, edited, revision=revision, planned=planned, on_event=on_event)
+    return _diff(
+        base, edited, revision=revision, planned=planned_edits(edited, base, on_event=on_event), on_event=on_event
+    )
 
 
 def dequantize(model: str | Path, out: str | Path, *, revision: str | None = None, on_event: OnEvent = ignore) -> Path:

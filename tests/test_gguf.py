@@ -384,6 +384,7 @@ def test_a_stopped_import_has_no_final_name_and_the_same_command_does_it_again(t
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 def test_a_file_of_that_name_in_the_current_folder_is_another(tmp_path, monkeypatch):

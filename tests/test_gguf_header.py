@@ -235,7 +235,7 @@ def test_without_the_library(file, tmp_path, monkeypatch):
 
 
 def test_another_dtype_is_usage(file, tmp_path):
-    two_lines(run("import", file, "--out", tmp_path / "out", "--dtype", "float8"), 2, "--dtype float8")
+    two_lines(run("import", file, "--out", tmp_path / "out", "--as", "float8"), 2, "--as float8")
 
 
 # --- where a checkpoint is expected -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def import_gguf(
     ] = None,
     half: Annotated[
         str | None,
-        typer.Option("--dtype", help="bfloat16 or float16. Default: float16 for a file of F16, else bfloat16."),
+        typer.Option("--as", help="bfloat16 or float16. Default: float16 for a file of F16, else bfloat16."),
     ] = None,
     json: opt.Json = False,
 ) -> None:
@@ -30,7 +30,7 @@ def import_gguf(
     Example: abliterate import qwen2.5-0.5b-instruct-q4_k_m.gguf --out qwen2.5-0.5b
     """
     if half is not None and half not in DTYPES:
-        raise UsageError(f"--dtype {half}: not a dtype to import in", f"choose one of: {', '.join(DTYPES)}")
+        raise UsageError(f"--as {half}: not a dtype to import in", f"choose one of: {', '.join(DTYPES)}")
     from abliterate import api
     from abliterate.exports.importing import loss
 

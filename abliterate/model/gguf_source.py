@@ -52,6 +52,8 @@ class ImportedModel:
         with _quiet():
             self.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
             self.tokenizer.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files for their owner alone
         again = load_tokenizer(folder, local_files_only=True)
         same = again.get_vocab() == self.tokenizer.get_vocab()
         if not same or again(SAMPLE).input_ids != self.tokenizer(SAMPLE).input_ids:
@@ -220,7 +222,7 @@ def _check_finite(file: GgufFile, model: Any, dtype: torch.dtype) -> None:  # no
     """Raises: NonFiniteError: a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            hint = "choose --dtype bfloat16" if dtype == torch.float16 else "the file is damaged: fetch it again"
+            hint = "choose --as bfloat16" if dtype == torch.float16 else "the file is damaged: fetch it again"
             raise NonFiniteError(f"{file.path}: '{name}' holds NaN, or values too large for {dtype}", hint)
 
 

@@ -11,12 +11,15 @@ from abliterate.checkpoint import direction_file, edit_file
 from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
-from abliterate.checkpoint.source import Checkpoint
+from abliterate.checkpoint.source import OUR_MANIFEST, Checkpoint
 from abliterate.data.bundled import open_model
 from abliterate.editing.planning import plan
+from abliterate.errors import AbliterateError
+from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import removal
 from abliterate.method.stream_edit import StreamEdit
+from abliterate.method.weight_edit import WeightEdit
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 
@@ -85,3 +88,21 @@ class FinishedEdit:
     def plan(self, base: Checkpoint) -> EditPlan:
         """The plan of the edit, on ``base``."""
         return plan(base, edit=self.stream, **self.recipe.plan_options)
+
+
+def planned_edits(
+    edited: str | Path, base: str | Path, *, on_event: OnEvent = ignore
+) -> Mapping[str, WeightEdit] | None:
+    """The edits that the folder ``edited`` was planned with, on ``base``; None where abliterate did not finish it.
+
+    Raises:
+        CheckpointError: its manifest cannot be read.
+    """
+    if not (Path(edited) / OUR_MANIFEST).is_file():
+        return None
+    finished = FinishedEdit.open(edited)
+    try:
+        return finished.plan(finished.open_base(base)).edits
+    except AbliterateError as error:
+        on_event(Noted(text=f"not held against the plan of {edited}: {error.message}"))
+        return None
