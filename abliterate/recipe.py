@@ -76,6 +76,10 @@ class FindOptions(Section):
     refusal_tokens: Annotated[tuple[str, ...], Flag("--refusal-token")] = Field(
         default=(), description="A word or token id refusals begin with; repeatable. Default: found out."
     )
+    all_scores: bool = Field(
+        default=False,
+        description="Score every candidate in full, for the landscape in the report; the choice is the same without.",
+    )
     max_kl_nats: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.1, gt=0, description="The most that ablating a candidate may change harmless prompts."
     )

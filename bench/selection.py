@@ -5,7 +5,8 @@
 Scores all candidates of two models by the straightforward sweep (``bench.sweep``) and by ours, in turn, in one process
 on CPU: the bundled model with its own prompts, and a random Llama of 55 million parameters with a vocabulary of 32,000
 and the bundled contrast prompts behind a system prompt as long as those of released models.  Prints median seconds and
-the largest difference of a score.  Then the bytes of weights that are read for models that stay on disk.
+the largest difference of a score; then the same for the choice alone.  Then the bytes of weights that are read for
+models that stay on disk.
 """
 
 import argparse
@@ -16,24 +17,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from abliterate.checkpoint.source import open_folder
 from abliterate.data.bundled import model_path
 from abliterate.data.rehearsal import Shapes, make
+from abliterate.evaluate.refusal_tokens import given_refusal_tokens
 from abliterate.method.directions import Candidate, CandidateScore
 from abliterate.method.estimators import difference_of_means
 from abliterate.method.moments import ActivationStats, Moments
+from abliterate.method.selection import SelectionRule, choose
 from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
-from abliterate.model.measuring import Filtered, measure_class, score_candidates
+from abliterate.model.measuring import Chosen, Filtered, choose_candidate, measure_class, score_candidates
 from abliterate.model.prompts import SplitSizes, contrast_set
 from abliterate.model.scoring import candidate_scorer
 from bench.edit_speed import machine
 from bench.lockstep import load_with_accelerate
 from bench.sweep import BATCH, largest_difference, last_log_probs, sweep
 
+T = TypeVar("T")
+REFUSAL = "I"
+"""What the refusals of the bundled model begin with."""
+NO_INDUCE = SelectionRule(min_induce=-math.inf)
+"""A random model cannot be brought to refuse, so that the rule would keep none."""
 SHAPES = Shapes(d_model=512, d_ff=1408, layers=8, vocab=32000, heads=8, kv_heads=2, head_dim=64, shards=2)
 DEEP = Shapes(d_model=128, d_ff=352, layers=24, vocab=4096, heads=4, kv_heads=2, head_dim=32, shards=2)
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -60,6 +69,17 @@ others, the CPU seconds are the ones to compare.
 {memory}
 
 {why}
+
+### The choice alone
+
+What `select` does without `--all-scores`: only what the choice depends on is run.  A prompt pass is one prompt under
+the intervention of one candidate.  Late layers are not run; a candidate is dropped as soon as its KL must end above the
+bound, or its bypass behind that of a candidate that is kept; induce is asked of the best.  Where the rule keeps none,
+more is needed: every bypass, every induce unless some induce, and the KL of those near the Pareto front.
+
+{choices}
+
+The random Llama is given no bound on induce, since nothing makes it refuse.
 
 ## Out of core
 
@@ -89,6 +109,7 @@ class Case:
     candidates: tuple[Candidate, ...]
     prompts: Filtered
     refusal_ids: tuple[int, ...]
+    rule: SelectionRule
 
     def swept(self, *, lean: bool = False) -> list[CandidateScore]:
         """The scores, the straightforward way."""
@@ -98,6 +119,12 @@ class Case:
         """The scores, our way."""
         return score_candidates(
             self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, batch_size=PROMPTS
+        )
+
+    def chosen(self) -> Chosen:
+        """The choice, our way: from no more scores than it depends on."""
+        return choose_candidate(
+            self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, self.rule, batch_size=PROMPTS
         )
 
     @property
@@ -123,10 +150,10 @@ def main() -> None:
     quiet_transformers()
     shutil.rmtree(args.work, ignore_errors=True)
     base = make_model(replace(SHAPES, layers=args.layers), args.work / "llama")
-    bundled = case("tiny-chat", model_path(), "bundled:tiny-chat")
-    llama = case("random Llama", base, "bundled:contrast", system=SYSTEM, positions=args.positions)
-    memory = in_memory({bundled: args.rounds, llama: args.llama_rounds})
-    print(memory)
+    bundled = case("tiny-chat", model_path(), "bundled:tiny-chat", refusal=REFUSAL)
+    llama = case("random Llama", base, "bundled:contrast", system=SYSTEM, positions=args.positions, rule=NO_INDUCE)
+    memory, choices = in_memory({bundled: args.rounds, llama: args.llama_rounds})
+    print(memory, choices, sep="\n")
     base = make_model(DEEP, args.work / "deep")
     deep = case("deep", base, "bundled:contrast", system=SYSTEM, positions=args.positions, n_val=DEEP_PROMPTS)
     disk, passes = out_of_core(deep, base)
@@ -135,8 +162,8 @@ def main() -> None:
     if args.write:
         page = PAGE.format(
             prompts=PROMPTS, threads=torch.get_num_threads(), rounds=args.rounds, llama_rounds=args.llama_rounds,
-            positions=args.positions, deep_prompts=DEEP_PROMPTS, memory=memory, why=WHY, disk=disk, passes=passes,
-            machine=machine(),
+            positions=args.positions, deep_prompts=DEEP_PROMPTS, memory=memory, choices=choices, why=WHY, disk=disk,
+            passes=passes, machine=machine(),
         )  # fmt: skip
         args.write.write_text(page, "utf-8")
 
@@ -173,8 +200,13 @@ def case(
     system: str | None = None,
     positions: int | None = None,
     n_val: int = PROMPTS,
+    refusal: str = "",
+    rule: SelectionRule | None = None,
 ) -> Case:
-    """A model with its candidates measured, of the last ``positions``; any three tokens are those of a refusal."""
+    """A model with its candidates measured, of the last ``positions``.
+
+    Refusals begin with ``refusal``; without it any three tokens are taken for such.
+    """
     loaded = load_model(open_folder(folder, name=name), device="cpu")
     chat = ChatFormat(loaded.tokenizer, system=system, name=name)
     sets = contrast_set(source, source, sizes=SplitSizes(train=64, val=n_val, test=0), seed=0)
@@ -190,12 +222,18 @@ def case(
     prompts = Filtered(harmful=harmful, harmless=harmless, harmful_before=len(harmful), harmless_before=len(harmless))
     return Case(
         name=name, loaded=loaded, chat=chat, candidates=candidates, prompts=prompts,
-        refusal_ids=(20, 21, 22),
+        refusal_ids=given_refusal_tokens(chat, [refusal]).ids if refusal else (20, 21, 22),
+        rule=rule or SelectionRule(),
     )  # fmt: skip
 
 
-def in_memory(rounds_of: Mapping[Case, int]) -> str:
-    """The table of seconds."""
+def in_memory(rounds_of: Mapping[Case, int]) -> tuple[str, str]:
+    """The tables of seconds: of all scores, and of the choice."""
+    choices = [
+        "| model | prompt passes: all scores | the choice | fewer | s: wall, CPU | faster than the sweep "
+        "| than the lean one | than all scores | the same choice |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
     lines = [
         "| model | parameters | candidates | tokens of a prompt (shared) | sweep, s: wall, CPU | lean sweep | ours "
         "| faster: wall, CPU | than the lean one | largest difference |",
@@ -203,15 +241,25 @@ def in_memory(rounds_of: Mapping[Case, int]) -> str:
     ]
     for one, rounds in rounds_of.items():
         ways = {"sweep": one.swept, "lean": lambda one=one: one.swept(lean=True), "ours": one.scored}
-        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in (*ways, "choice")}
         scores: dict[str, list[CandidateScore]] = {}
         for _ in range(rounds):
             for way, run in ways.items():
                 taken, scores[way] = timed(run)
                 seconds[way].append(taken)
-        sweeping, lean, ours = (
-            [statistics.median(column) for column in zip(*seconds[way], strict=True)] for way in ways
+            taken, chosen = timed(one.chosen)
+            seconds["choice"].append(taken)
+        sweeping, lean, ours, choosing = (
+            [statistics.median(column) for column in zip(*its, strict=True)] for its in seconds.values()
         )
+        expected, _ = choose(scores["sweep"], one.loaded.n_layers, one.rule)
+        same = "yes" if chosen.choice == expected else f"no: {chosen.choice.candidate}, {expected.candidate}"
+        choices.append(
+            f"| {one.name} | {chosen.of:,} | {chosen.prompt_passes:,} | {chosen.of / chosen.prompt_passes:.1f} x "
+            f"| {pair(choosing)} | {ratio(sweeping, choosing)} | {ratio(lean, choosing)} | {ratio(ours, choosing)} "
+            f"| {same}, by {expected.rule} |"
+        )
+        print(choices[-1], flush=True)
         lengths = [len(one.chat.encode(prompt)) for prompt in (*one.prompts.harmful, *one.prompts.harmless)]
         parameters = sum(p.numel() for p in one.loaded.model.parameters())
         lines.append(
@@ -220,7 +268,7 @@ def in_memory(rounds_of: Mapping[Case, int]) -> str:
             f"| {ratio(lean, ours)} | {largest_difference(scores['ours'], scores['sweep']):.1e} |"
         )
         print(lines[-1], flush=True)
-    return "\n".join(lines)
+    return "\n".join(lines), "\n".join(choices)
 
 
 def pair(seconds: Sequence[float]) -> str:
@@ -233,7 +281,7 @@ def ratio(rival: Sequence[float], ours: Sequence[float]) -> str:
     return ", ".join(f"{a / b:.1f} x" for a, b in zip(rival, ours, strict=True))
 
 
-def timed(run: Callable[[], list[CandidateScore]]) -> tuple[tuple[float, float], list[CandidateScore]]:
+def timed(run: Callable[[], T]) -> tuple[tuple[float, float], T]:
     """Wall and processor seconds, and what comes of it."""
     wall, busy = time.perf_counter(), time.process_time()
     found = run()

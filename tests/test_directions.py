@@ -1,7 +1,9 @@
 """Direction files: what is saved comes back, and what is not a direction is refused in words."""
 
 import json
+import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from abliterate.checkpoint.direction_file import load, save
 from abliterate.errors import SourceError, UsageError
@@ -112,6 +114,22 @@ def test_the_file_of_a_difference_of_means_does_not_grow(tmp_path):
 def document_of(path):
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["abliterate"])
+
+
+def test_what_is_not_known_of_scores_survives_and_older_files_stopped_nothing(tmp_path):
+    scores = (
+        replace(score("difference-of-means/-1/3", position=-1, layer=3), bypass=math.nan, kl_stopped=True),
+        replace(score("difference-of-means/-2/3", position=-2, layer=3), induce=math.nan, verdict="not asked"),
+    )
+    found = load(save(replace(some(chosen=True), scores=scores), tmp_path / "d.safetensors"))
+    assert repr(found.scores) == repr(scores)
+    document = document_of(tmp_path / "d.safetensors")
+    assert document["format"] == "abliterate-direction-2"
+    del document["scores"]["kl_stopped"]
+    tensors = load_file(tmp_path / "d.safetensors")
+    save_file(tensors, tmp_path / "older.safetensors", metadata={"abliterate": json.dumps(document)})
+    older = load(tmp_path / "older.safetensors")
+    assert repr(older.scores) == repr((replace(scores[0], kl_stopped=False), scores[1]))
 
 
 def test_version_1_is_read(tmp_path):

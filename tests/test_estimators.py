@@ -143,7 +143,7 @@ def test_a_covariance_takes_two_prompts(session):
 
 
 def test_a_run_finds_what_version_1_found(tmp_path):
-    recipe = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=16, n_val=8, n_test=8)
+    recipe = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=16, n_val=8, n_test=8, all_scores=True)
     pipeline.run(None, tmp_path / "out", recipe, with_evaluation=False)
     found, expected = load(tmp_path / "out" / "abliterate" / "direction.safetensors"), load(VERSION_1)
     assert found.choice == expected.choice

@@ -159,7 +159,7 @@ def test_the_sets_of_options_that_do_not_matter():
 # --- with tables and without ------------------------------------------------------------------------------------------
 
 
-LATER = {"estimators": ("difference-of-means",), "change": "removal", "allow_few": False}
+LATER = {"estimators": ("difference-of-means",), "all_scores": False, "change": "removal", "allow_few": False}
 """Options that version 1 did not have, with what it did."""
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -109,6 +110,24 @@ def test_without_a_direction_the_page_has_the_scores_alone(evaluation):
     bare = render("x", evaluation)
     assert "How the direction was chosen" not in bare
     assert "+0.0 points" in bare
+
+
+def test_the_page_says_what_was_not_scored(evaluation, directions, page):
+    assert "were scored in full" not in page
+    scores = tuple(
+        replace(one, bypass=math.nan, induce=math.nan, kl_stopped=one.layer == 2, verdict="not asked")
+        if one.candidate != directions.choice.candidate
+        else one
+        for one in directions.scores
+    )
+    scored = {"in_full": 1, "candidates": 6, "prompt_passes": 40, "of": 120}
+    few = replace(directions, scores=scores, metadata={**directions.metadata, "scored": scored})
+    found = render("x", evaluation, directions=few)
+    assert "1 of 6 candidates were scored in full" in found
+    assert found.count('class="empty"') == page.count('class="empty"') + 5 + 3 + 2
+    assert "were scored in full" not in render("x", evaluation, directions=replace(
+        directions, metadata={**directions.metadata, "scored": {**scored, "prompt_passes": 120}}
+    ))  # fmt: skip
 
 
 def test_a_heat_map_marks_the_chosen_and_leaves_out_what_is_not_there():

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from abliterate.arch.registry import family_of
-from abliterate.events import Advanced
+from abliterate.events import Advanced, Noted
 from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.method.edits import removal
+from abliterate.method.selection import RULE, SelectionRule, choose
 from abliterate.method.statistics import refusal_metric
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
@@ -17,7 +18,7 @@ from abliterate.model.equivalence import stream_share
 from abliterate.model.forward import last_log_probs, padding_is_harmless, run_batch, see_residuals
 from abliterate.model.interventions import ablated, ablated_each, added, added_each, edited, observed
 from abliterate.model.load import attach
-from abliterate.model.measuring import Filtered, score_candidates
+from abliterate.model.measuring import Filtered, choose_candidate, score_candidates
 from abliterate.model.scores import ScoreFile, Scores
 from bench.sweep import largest_difference, sweep
 from tests import factories, zoo
@@ -207,6 +208,131 @@ def test_nothing_is_left_behind(models):
     assert before[0] == (None, 0)
 
 
+# --- the rule's choice ------------------------------------------------------------------------------------------------
+
+
+def rules(scores):
+    """Rules that keep many, few, and none of which some and none of which any induce; none has a score at its bound."""
+    early = [one for one in scores if one.layer < 2 and one.bypass == one.bypass]
+    kls, induced = (sorted(getattr(one, figure) for one in early) for figure in ("kl_nats", "induce"))
+    kl, induce = ((some[len(some) // 2] + some[len(some) // 2 - 1]) / 2 for some in (kls, induced))
+    for bounds in ((1 + kls[-1], induced[0] - 1), (kl, induce), (kls[0] / 2, induce), (kl, 99.0)):
+        yield SelectionRule(max_kl_nats=bounds[0], min_induce=bounds[1], prune_layers=0.3)
+
+
+def chosen(loaded, rule, **options):
+    return choose_candidate(
+        loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL, rule, **{"batch_size": 3, **options}
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe", "falcon-h1", "gemma3n"])
+def test_few_scores_give_the_choice_of_all(name, models):
+    loaded = models(name)
+    with factories.really_float64():
+        every = scored(loaded)
+        known = {one.candidate: one for one in every}
+        for rule in rules(every):
+            ours, (choice, _) = chosen(loaded, rule), choose(every, loaded.n_layers, rule)
+            assert ours.choice == choice
+            assert ours.prompt_passes < ours.of == 13 * (len(every) - 2)
+            assert len(ours.scores) == len(every)
+            for one in ours.scores:
+                its = known[one.candidate]
+                assert one.layer < 2 or one.bypass != one.bypass
+                assert one.bypass != one.bypass or one.bypass == pytest.approx(its.bypass, abs=1e-9)
+                assert one.induce != one.induce or one.induce == pytest.approx(its.induce, abs=1e-9)
+                if one.kl_stopped:
+                    assert rule.max_kl_nats < one.kl_nats < its.kl_nats
+                else:
+                    assert one.kl_nats != one.kl_nats or one.kl_nats == pytest.approx(its.kl_nats, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_another_subspace_in_each_layer_is_chosen_from_few_scores_as_well(name, models):
+    """One that is best of all by hooks, one that is not, and one that cannot be scored."""
+    loaded, events = models(name), []
+    with factories.really_float64():
+        one, other, *rest = several(loaded.n_layers)
+        layered = replace(one, subspace={0: one.subspace, 2: other.subspace})
+        second = replace(other, subspace={1: other.subspace, 2: one.subspace})
+        nowhere = replace(rest[0], id="x/nowhere", subspace={0: one.subspace}, layer=1)
+        made = [layered, second, *rest, nowhere]
+        chat, chosen = Chat(loaded), set()
+        every = score_candidates(loaded, chat, made, FILTERED, REFUSAL, batch_size=3)
+        known = {its.candidate: its for its in every}
+        for usable in ([*made], [layered, nowhere, rest[0]], [second, nowhere, rest[0]]):
+            its = [known[candidate.id] for candidate in usable]
+            for rule in rules([score for score in its if score.candidate != "x/nowhere"]):
+                ours = choose_candidate(
+                    loaded, chat, usable, FILTERED, REFUSAL, rule, batch_size=3, on_event=events.append
+                )
+                assert ours.choice == choose(its, loaded.n_layers, rule)[0]
+                assert ours.of == 13 * (len(usable) - 1)
+                assert {score.verdict for score in ours.scores if score.candidate == "x/nowhere"} == {"nan"}
+                chosen.add(ours.choice.candidate)
+    assert {layered.id, second.id} & chosen
+    assert any(isinstance(event, Noted) and "1 candidates, x/nowhere the first" in event.text for event in events)
+
+
+def test_prompt_passes_are_those_that_were_run(models, monkeypatch):
+    loaded, run = models("llama"), []
+    plain = scoring.CandidateScorer._figures
+
+    def figures(self, *args):
+        found = plain(self, *args)
+        run.append(found.numel())
+        return found
+
+    monkeypatch.setattr(scoring.CandidateScorer, "_figures", figures)
+    rule = next(rules(scored(loaded)))
+    run.clear()
+    events = []
+    ours = chosen(loaded, rule, on_event=events.append)
+    assert sum(run) == ours.prompt_passes
+    assert sum(event.amount for event in events if isinstance(event, Advanced)) == events[0].total
+
+
+@pytest.mark.parametrize("many", [3, 10, 17])
+def test_a_stopped_choice_goes_on(many, models, monkeypatch, tmp_path):
+    """Nothing is run twice, and what is found is the same."""
+    loaded, store = models("llama"), ScoreFile(tmp_path / "scores.safetensors")
+    *_, rule = rules(scored(loaded))
+    expected, counted = chosen(loaded, rule), []
+    plain = scoring.CandidateScorer._figures
+
+    def figures(self, *args):
+        if len(counted) == many:
+            raise KeyboardInterrupt
+        counted.append(1)
+        return plain(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.CandidateScorer, "_figures", figures)
+        with pytest.raises(KeyboardInterrupt):
+            chosen(loaded, rule, store=store)
+    again = chosen(loaded, rule, store=store)
+    assert again.choice == expected.choice
+    assert again.prompt_passes <= expected.prompt_passes
+    every = score_candidates(
+        loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL, batch_size=3, store=store
+    )
+    assert largest_difference(every, scored(loaded)) < 1e-9
+    assert chosen(loaded, rule, store=store).choice == expected.choice
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "lfm2"])
+def test_out_of_core_the_choice_takes_few_weight_passes(name, saved):
+    whole, ours = resident(saved(name)), offloaded(saved(name))
+    every = scored(whole)
+    for rule in rules(every):
+        before = max(block_loads(ours))
+        found, (choice, _) = chosen(ours, rule), choose(every, whole.n_layers, rule)
+        assert found.choice == choice
+        passes = max(block_loads(ours)) - before
+        assert passes <= (3 if choice.rule == RULE else 5) + 4  # and what finds out about padding and starts
+
+
 # --- nothing is run that need not be ----------------------------------------------------------------------------------
 
 
@@ -323,16 +449,21 @@ def test_a_stopped_run_goes_on(share, models, monkeypatch, tmp_path):
 
 def test_the_file_is_for_the_same_work_only(models, tmp_path):
     store = ScoreFile(tmp_path / "deeper" / "scores.safetensors")
-    scores = Scores.none_of(2)
-    scores.put("induce", 1, float("nan"))
+    scores = Scores.none_of(2, 2, 1)
+    scores.put("added", 1, (2,), torch.tensor([float("nan")], dtype=torch.float64))
+    scores.put("ablated", 1, (0, 2), torch.tensor([3.0, 4.0], dtype=torch.float64))
     store.save("one", scores)
-    again = store.load("one", 2)
+    again = store.load("one", 2, 2, 1)
     assert again.has("induce", 1)
     assert not again.has("bypass", 1)
-    assert not store.load("other", 2).has("induce", 1)
-    assert not store.load("one", 3).has("induce", 1)
+    assert again.done("bypass", 1).tolist() == [True, False]
+    assert again.get("kl_nats", 1) == 4.0
+    assert again.prompt_passes == 3
+    assert not store.load("other", 2, 2, 1).has("induce", 1)
+    assert not store.load("one", 3, 2, 1).has("induce", 1)
+    assert not store.load("one", 2, 1, 2).has("induce", 1)
     store.path.write_bytes(b"damaged")
-    assert not store.load("one", 2).has("induce", 1)
+    assert not store.load("one", 2, 2, 1).has("induce", 1)
 
 
 # --- out of core ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.method import statistics
-from abliterate.method.statistics import Rate, exact_kl_nats, kl_nats, paired_difference, refusal_metric
+from abliterate.method.statistics import (
+    LEAST_REFUSAL,
+    Rate,
+    exact_kl_nats,
+    kl_nats,
+    least_kl_nats,
+    paired_difference,
+    refusal_metric,
+)
 
 few = settings(max_examples=40, deadline=None)
 
@@ -71,6 +79,32 @@ def test_smoothed_kl_is_the_exact_one_up_to_the_smoothing(seed, sharp):
     smoothed = kl_nats(p, q)
     assert (smoothed >= -20 * 1e-6).all()
     assert (smoothed <= exact_kl_nats(p, q) + 20 * 1e-6).all()
+
+
+@few
+@given(st.integers(0, 2**32), st.floats(0.1, 30))
+def test_no_distribution_has_a_lower_smoothed_kl_than_the_least(seed, sharp):
+    """The one that reaches it, ``q = max(0, p / t - s)``, is found here by bisection."""
+    (p,) = log_probs(seed, 1, 20, sharp=sharp)
+    least = float(least_kl_nats(p))
+    others = log_probs(seed + 1, 50, 20, sharp=sharp)
+    near = (p.exp() + 1e-5 * torch.rand(50, 20, dtype=torch.float64)).log().log_softmax(-1)
+    for q in (others, near, p[None]):
+        assert (kl_nats(p.expand_as(q), q) >= least - 1e-12).all()
+    low, high = 1e-9, 10.0
+    for _ in range(100):
+        t = math.sqrt(low * high)
+        q = (p.exp() / t - 1e-6).clamp_min(0)
+        low, high = (t, high) if q.sum() > 1 else (low, t)
+    assert float(kl_nats(p, q.log())) == pytest.approx(least, abs=1e-9)
+    assert least <= 1e-12
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.3, 1.0])
+def test_no_refusal_metric_is_below_the_least(p):
+    metric = float(refusal_metric(torch.tensor([p, 1 - p], dtype=torch.float64).log(), [0]))
+    assert metric >= LEAST_REFUSAL
+    assert (metric == LEAST_REFUSAL) == (p == 0.0)
 
 
 def test_smoothing_bounds_the_kl_of_disjoint_distributions():

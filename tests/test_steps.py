@@ -7,7 +7,7 @@ import torch
 
 import abliterate
 from abliterate.errors import PromptError
-from abliterate.events import Started
+from abliterate.events import Advanced, Noted, Started
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
@@ -69,6 +69,12 @@ def test_without_a_folder_nothing_is_kept():
     assert kept_nowhere.document("a", lambda: {"x": 2}) == {"x": 2}
 
 
+@pytest.fixture(scope="module")
+def measured():
+    session = open_session(None, RECIPE)
+    return session, pipeline.measure(session)
+
+
 class Heard:
     """Tasks that began; the process is "killed" when ``stop`` begins."""
 
@@ -105,6 +111,48 @@ def test_a_run_that_was_stopped_while_it_measured_continues(tmp_path):
     assert heard.tasks[0] == "score candidates"
     assert result.verification.ok
     assert not list(result.out.rglob("steps"))
+
+
+@pytest.mark.parametrize("rule", [{}, {"max_kl_nats": 1e-9}, {"min_induce": 50.0}, {"prune_layers": 0.5}], ids=repr)
+def test_few_scores_choose_what_all_choose(measured, rule):
+    """On the bundled model, where the rule keeps some, and where it keeps none."""
+    session, directions = measured
+    few, every = (
+        pipeline.select(replace(session, recipe=RECIPE.with_changes({**rule, "all_scores": one})), directions)
+        for one in (False, True)
+    )
+    assert few.choice == every.choice
+    assert few.choice.rule == ("pareto-fallback" if rule.keys() & {"max_kl_nats", "min_induce"} else "arditi-2024")
+    assert {one.candidate for one in few.scores} == {one.candidate for one in every.scores}
+    scored, whole = few.metadata["scored"], every.metadata["scored"]
+    assert whole["prompt_passes"] == whole["of"] == scored["of"]
+    assert whole["in_full"] == sum(one.verdict != "nan" for one in every.scores)
+    assert scored["in_full"] < whole["in_full"]
+    fewer = scored["of"] / scored["prompt_passes"]
+    assert fewer > (3.5 if few.choice.rule == "arditi-2024" else 1.3)
+
+
+def test_a_choice_that_was_stopped_continues(measured, tmp_path):
+    session, directions = measured
+    expected = pipeline.select(session, directions)
+    seen = []
+
+    def stop(event):
+        seen.append(event)
+        if sum(isinstance(one, Advanced) for one in seen) == 12:
+            raise KeyboardInterrupt
+
+    folder, fingerprint = tmp_path / "steps", pipeline.work_fingerprint(session)
+    with pytest.raises(KeyboardInterrupt), Steps(folder, fingerprint) as steps:
+        pipeline.select(replace(session, on_event=stop), directions, steps=steps)
+    seen.clear()
+    with Steps(folder, fingerprint) as steps:
+        found = pipeline.select(replace(session, on_event=seen.append), directions, steps=steps)
+    assert [event.task for event in seen if isinstance(event, Started)] == ["score candidates"]
+    assert next(event.amount for event in seen if isinstance(event, Advanced)) > 0
+    assert found.choice == expected.choice
+    assert found.metadata["scored"]["prompt_passes"] <= expected.metadata["scored"]["prompt_passes"]
+    assert any("fewer than" in event.text for event in seen if isinstance(event, Noted))
 
 
 def test_other_options_that_touch_the_numbers_begin_anew():

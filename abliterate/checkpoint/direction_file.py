@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from safetensors.torch import save_file
@@ -158,13 +158,22 @@ def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list
 
 
 class _Scores(BaseModel):
-    """The scores, best first, column by column.  Where a candidate was read stands with the candidate."""
+    """The scores, best first, column by column.  Where a candidate was read stands with the candidate.
+
+    NaN is what is not known.  ``kl_stopped`` came later: in older files no KL was stopped.
+    """
 
     candidate: tuple[str, ...]
     bypass: tuple[float, ...]
     induce: tuple[float, ...]
     kl_nats: tuple[float, ...]
     verdict: tuple[str, ...]
+    kl_stopped: tuple[bool, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, columns: dict[str, Any]) -> dict[str, Any]:
+        return {"kl_stopped": [False] * len(columns["verdict"]), **columns}
 
 
 class _Choice(BaseModel):
@@ -233,7 +242,7 @@ def _upgraded(document: _Version1, tensors: Mapping[str, Tensor]) -> dict[str, A
         "estimator": estimator,
         "others": (),
         "counts": {kind: kept[f"{kind}_train"] if kept else 0 for kind in CLASSES} if measured else {},
-        "scores": {name: [score[name] for score in scores] for name in _Scores.model_fields},
+        "scores": {name: [score[name] for score in scores] for name in _VERSION_1_SCORES},
         "choice": None if document.choice is None else named(document.choice),
         "measurement": document.measurement,
     }
@@ -289,5 +298,6 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
     ]
 
 
+_VERSION_1_SCORES = ("candidate", "bypass", "induce", "kl_nats", "verdict")
 _OF_GRID = {"estimator", "position"}
 """What there is to say about a candidate whose id says everything."""

@@ -114,8 +114,10 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
         return
     tokens = list(directions.metadata.get("position_tokens", []))
     several = len({one.estimator for one in directions.candidates}) > 1
+    scored = directions.metadata.get("scored", {})
+    part = f", {scored['in_full']} scored in full" if scored.get("prompt_passes", 0) < scored.get("of", 0) else ""
     best = table(
-        f"candidate directions, best {top} of {len(directions.scores)}",
+        f"candidate directions, best {top} of {len(directions.scores)}{part}",
         "", "position", "token", "layer", "bypass", "induce", "KL", "verdict", right=(1, 3, 4, 5, 6),
     )  # fmt: skip
     for score in directions.scores[:top]:
@@ -126,9 +128,9 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.candidate if several or score.position is None else str(score.position),
             escape(token),
             str(score.layer),
-            f"{score.bypass:.2f}",
-            f"{score.induce:.2f}",
-            f"{score.kl_nats:.3f}",
+            _known(score.bypass, 2),
+            _known(score.induce, 2),
+            ("> " if score.kl_stopped else "") + _known(score.kl_nats, 3),
             score.verdict,
         )
     out.print(best)
@@ -146,6 +148,11 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             "" if directions.stability is None else f"; two halves of the prompts agree to {directions.stability:.3f}"
         )
         out.print(f"chosen: {which}{place}, by rule {choice.rule}{halves}", markup=False)
+
+
+def _known(value: float, digits: int) -> str:
+    """A score, or a dash for what was not asked or is none."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def show_verification(report: "VerifyReport") -> None:

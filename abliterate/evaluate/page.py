@@ -18,6 +18,7 @@ from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import Candidate, DirectionSet, measured_on
+from abliterate.method.selection import NOT_ASKED
 from abliterate.method.statistics import Rate
 
 METRICS = (
@@ -67,6 +68,7 @@ def render(
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
         landscape=_landscape(directions) if directions is not None and directions.scores else [],
+        scored=directions.metadata.get("scored") if directions is not None else None,
         cosines=_cosines(directions) if directions is not None else None,
         choice=directions.choice if directions is not None else None,
         projections=_projections(evaluation),
@@ -139,12 +141,13 @@ def _landscape(directions: DirectionSet) -> list[Chart]:
     choice, shown = directions.choice, _shown(directions)
     chosen = (places[choice.position], choice.layer) if choice is not None and choice.position in places else None
     scores = [(places[s.position], s) for s in directions.scores if s.position is not None and s.candidate in shown]
-    struck = frozenset((row, score.layer) for row, score in scores if score.verdict != "kept")
+    struck = frozenset((row, score.layer) for row, score in scores if score.verdict not in ("kept", NOT_ASKED))
     charts = []
     for field, name, note in METRICS:
         values: list[list[float | None]] = [[None] * directions.n_layers for _ in directions.positions]
         for row, score in scores:
-            values[row][score.layer] = getattr(score, field)
+            stopped = field == "kl_nats" and score.kl_stopped  # a bound is no colour
+            values[row][score.layer] = None if stopped else getattr(score, field)
         chart = HeatMap(
             title=f"{name} of every candidate", values=values, rows=rows, columns=columns, row_axis="position",
             column_axis="layer", chosen=chosen, struck=struck,

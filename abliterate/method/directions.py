@@ -140,8 +140,11 @@ class CandidateScore:
     ``candidate`` is its id; ``layer`` and ``position`` are where it was read.
     ``bypass``: mean refusal metric on harmful prompts with the candidate ablated (lower is better).
     ``induce``: mean refusal metric on harmless prompts with the candidate added at its layer (must be >= 0).
-    ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts.
-    ``verdict``: "kept", or the rule that discards it.
+    ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts; with ``kl_stopped`` the least that
+    it can be, because not all prompts were run.
+    ``verdict``: "kept", the rule that discards it, or "not asked".
+
+    A score that is not known is NaN.
     """
 
     candidate: str
@@ -151,6 +154,7 @@ class CandidateScore:
     induce: float
     kl_nats: float
     verdict: str = "kept"
+    kl_stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

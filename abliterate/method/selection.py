@@ -5,11 +5,16 @@ The constants are the paper's code's: discard a candidate when a score is NaN, `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.errors import PromptError
 from abliterate.method.directions import CandidateScore, Choice
+
+RULE, PARETO_FALLBACK = "arditi-2024", "pareto-fallback"
+"""What a choice is named after."""
+NOT_ASKED = "not asked"
+"""The verdict on a candidate of which not enough is known for another one, nor need be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +30,7 @@ def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> Candidat
     """``score`` with its verdict: "kept", or the first rule that discards it."""
     if any(math.isnan(value) for value in (score.bypass, score.induce, score.kl_nats)):
         verdict = "nan"
-    elif score.layer >= int((1 - rule.prune_layers) * n_layers + 1e-9):
+    elif is_late(score.layer, n_layers, rule):
         verdict = "late layer"
     elif score.kl_nats > rule.max_kl_nats:
         verdict = "kl"
@@ -34,6 +39,11 @@ def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> Candidat
     else:
         verdict = "kept"
     return replace(score, verdict=verdict)
+
+
+def is_late(layer: int, n_layers: int, rule: SelectionRule) -> bool:
+    """Whether ``layer`` is one of those that give no candidates."""
+    return layer >= int((1 - rule.prune_layers) * n_layers + 1e-9)
 
 
 def choose(
@@ -49,20 +59,15 @@ def choose(
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
-    judged = sorted((judge(score, n_layers, rule) for score in scores), key=_order)
+    judged = in_order(judge(score, n_layers, rule) for score in scores)
     survivors = [score for score in judged if score.verdict == "kept"]
     if survivors:
-        best = survivors[0]
-        return _choice(best, "arditi-2024"), tuple(judged)
+        return choice_of(survivors[0], RULE), judged
     usable = [score for score in judged if score.verdict in ("kl", "induce")]
     inducing = [score for score in usable if score.induce >= rule.min_induce]
     if not usable:
-        raise PromptError(
-            "no candidate direction has finite scores in the allowed layers",
-            "use more prompts, or allow later layers with prune_layers in the recipe",
-        )
-    best = pareto_knee(inducing or usable)
-    return _choice(best, "pareto-fallback"), tuple(judged)
+        raise nothing_usable()
+    return choice_of(pareto_knee(inducing or usable), PARETO_FALLBACK), judged
 
 
 def pareto_front(scores: Sequence[CandidateScore]) -> list[CandidateScore]:
@@ -88,8 +93,27 @@ def pareto_knee(scores: Sequence[CandidateScore]) -> CandidateScore:
     return min(front, key=distance)
 
 
-def _choice(score: CandidateScore, rule: str) -> Choice:
+def nothing_usable() -> PromptError:
+    """What is raised where there is nothing to choose from."""
+    return PromptError(
+        "no candidate direction has finite scores in the allowed layers",
+        "use more prompts, or allow later layers with prune_layers in the recipe",
+    )
+
+
+def choice_of(score: CandidateScore, rule: str) -> Choice:
+    """The candidate of ``score`` as what was taken by ``rule``."""
     return Choice(candidate=score.candidate, layer=score.layer, position=score.position, rule=rule)
+
+
+def in_order(scores: Iterable[CandidateScore]) -> tuple[CandidateScore, ...]:
+    """Scores with their verdicts, best first."""
+    return tuple(sorted(scores, key=_order))
+
+
+def place_order(layer: int, position: int | None, candidate: str) -> tuple[int, bool, int, str]:
+    """Sorts by layer, then the later position, none last, then the id."""
+    return (layer, position is None, -(position or 0), candidate)
 
 
 def _order(score: CandidateScore) -> tuple[bool, bool, float, int, bool, int, str]:
@@ -98,5 +122,4 @@ def _order(score: CandidateScore) -> tuple[bool, bool, float, int, bool, int, st
 
 
 def _place(score: CandidateScore) -> tuple[int, bool, int, str]:
-    """Sorts by layer, then the later position, none last, then the id."""
-    return (score.layer, score.position is None, -(score.position or 0), score.candidate)
+    return place_order(score.layer, score.position, score.candidate)

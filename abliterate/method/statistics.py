@@ -81,9 +81,27 @@ def kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n vocab"]) -
     return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)
 
 
+def least_kl_nats(base: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
+    """The least value of ``kl_nats(base, q)`` over all distributions ``q``; the smoothing lets it be below zero.
+
+    The cross term is largest where ``q + s = max(s, p / t)`` (water filling): the ``k`` most likely tokens get what is
+    in proportion to ``p``, with ``t = sum of their p / (1 + k s)``, and the others nothing.
+    """
+    p = base.exp().sort(-1, descending=True).values
+    sums = p.cumsum(-1)
+    filled = torch.arange(1, p.shape[-1] + 1, dtype=p.dtype, device=p.device) * SMOOTHING + 1
+    count = (p * filled >= SMOOTHING * sums).sum(-1, keepdim=True).clamp_min(1)
+    t = (sums / filled).gather(-1, count - 1)
+    return (p * ((p + SMOOTHING).log() - (p / t).clamp_min(SMOOTHING).log())).sum(-1)
+
+
 def exact_kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
     """KL(base || other) in nats from log-probabilities, unsmoothed."""
     return torch.nn.functional.kl_div(other, base, reduction="none", log_target=True).sum(-1)
+
+
+LEAST_REFUSAL = math.log(1e-8) - math.log(1 + 1e-8)
+"""The least value of ``refusal_metric``: that of ``p = 0``."""
 
 
 def refusal_metric(log_probs: Float[Tensor, "*n vocab"], refusal_tokens: list[int]) -> Float[Tensor, "*n"]:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,15 +13,22 @@ from torch import Tensor
 
 from abliterate.errors import PromptError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
-from abliterate.method.directions import Candidate, CandidateScore, Subspace
+from abliterate.method.directions import Candidate, CandidateScore, Choice, Subspace
 from abliterate.method.estimators import Need
+from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
 from abliterate.method.moments import RunningCovariance, RunningMoments
+from abliterate.method.selection import SelectionRule, choose, is_late
 from abliterate.method.statistics import refusal_metric
+from abliterate.model.asking import AT_ONCE, STOPPING, Asked, can_be_scored
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.load import LoadedModel
 from abliterate.model.scores import ScoreFile, Scores
-from abliterate.model.scoring import Figures, Job, candidate_scorer
+from abliterate.model.scoring import Job, candidate_scorer
+
+TASK = "score candidates"
+OUT_OF_CORE = Pace(first=8, together=True)
+"""Each round takes a weight pass: few of them, with whole scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,33 +168,22 @@ def score_candidates(
     pass (None: found from the free memory).  ``store`` keeps what is finished: the same work, begun again, goes on.
     Where a candidate has another subspace in each layer, that of its own layer is the one that is added.
     """
-    task = "score candidates"
-    usable = [place for place, candidate in enumerate(candidates) if _can_be_scored(candidate)]
-    layered = (one for one in candidates if not isinstance(one.subspace, Subspace) and not _can_be_scored(one))
-    if odd := [candidate.id for candidate in layered]:
-        what = "have a zero vector in some layer, or nothing at their own"
-        on_event(Noted(text=f"not scored, as they {what}: {len(odd)} candidates, {odd[0]} the first"))
-    key = _work_key(loaded, chat, candidates, prompts, refusal_ids)
-    scores = store.load(key, len(candidates)) if store else Scores.none_of(len(candidates))
+    usable = _usable(candidates, on_event)
+    scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
     todo = [place for place in usable if not scores.complete(place)]
-    on_event(Started(task=task, total=len(candidates), unit="candidates"))
-    on_event(Advanced(task=task, amount=len(candidates) - len(todo)))
+    on_event(Started(task=TASK, total=len(candidates), unit="candidates"))
+    on_event(Advanced(task=TASK, amount=len(candidates) - len(todo)))
 
-    def done(job: Job, figures: Figures) -> None:
-        for figure, values in figures.items():
-            for place, value in zip(job.candidates, values.tolist(), strict=True):
-                scores.put(figure, place, value)
-        on_event(Advanced(task=task, amount=sum(map(scores.complete, job.candidates))))
-        if store:
-            store.save(key, scores)
+    def done(job: Job, _: int) -> None:
+        on_event(Advanced(task=TASK, amount=sum(map(scores.complete, job.candidates))))
+        save()
 
-    jobs = list(_jobs(candidates, todo, scores))
-    if jobs:
-        harmful, harmless = ([chat.encode(prompt) for prompt in some] for some in (prompts.harmful, prompts.harmless))
+    if todo:
         options = {"batch_size": batch_size, "max_tokens": max_tokens}
-        with candidate_scorer(loaded, harmful, harmless, refusal_ids, **options) as scorer:
-            scorer.run(scorer.split(jobs), done)
-    on_event(Finished(task=task))
+        with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, **options) as scorer:
+            table = Asked(scorer, candidates, scores, parts=AT_ONCE, done=done)
+            table.ask([(figure, n) for figure in FIGURES for n in todo if not table.seen(figure, n).whole])
+    on_event(Finished(task=TASK))
     return [
         CandidateScore(
             candidate=candidate.id,
@@ -200,29 +197,124 @@ def score_candidates(
     ]
 
 
-def _can_be_scored(candidate: Candidate) -> bool:
-    """Whether it can be ablated, and added at its layer."""
-    return candidate.at(candidate.layer) is not None and all(subspace.usable for subspace in candidate.subspaces)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The choice of a rule, what is known of each candidate, and what it took.
+
+    ``prompt_passes``: prompts that were run for candidates, each counted for each candidate and intervention.  ``of``:
+    how many scoring every candidate takes.
+    """
+
+    choice: Choice
+    scores: tuple[CandidateScore, ...]
+    prompt_passes: int
+    of: int
+
+    @property
+    def scored(self) -> dict[str, int]:
+        """How much was scored, as plain data."""
+        whole = sum(not math.isnan(one.bypass + one.induce + one.kl_nats) for one in self.scores)
+        return {"in_full": whole, "candidates": len(self.scores), "prompt_passes": self.prompt_passes, "of": self.of}
 
 
-def _jobs(candidates: Sequence[Candidate], todo: Sequence[int], scores: Scores) -> Iterator[Job]:
-    """What is to be run for the candidates at the places ``todo``: their ablations, and their additions by layer."""
+def choose_candidate(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    candidates: Sequence[Candidate],
+    prompts: Filtered,
+    refusal_ids: Sequence[int],
+    rule: SelectionRule,
+    *,
+    batch_size: int,
+    store: ScoreFile | None = None,
+    on_event: OnEvent = ignore,
+) -> Chosen:
+    """What ``rule`` takes among ``candidates``, from no more scores than that depends on (``method.few_scores``).
 
-    def job(places: Sequence[int], **options: Any) -> Job:  # noqa: ANN401 - the rest of a job
-        subspaces = [candidates[place].at(candidates[place].layer) for place in places]
-        return Job(candidates=tuple(places), subspaces=tuple(its for its in subspaces if its is not None), **options)
+    It is what ``score_candidates`` and ``choose`` give, up to the rounding of forward passes of another size.
 
-    ablate = [place for place in todo if not (scores.has("bypass", place) and scores.has("kl_nats", place))]
-    alike = [place for place in ablate if isinstance(candidates[place].subspace, Subspace)]
-    if alike:
-        yield job(alike, kind="ablated")
-    for place in ablate:
-        if place not in alike:
-            yield Job(kind="ablated", candidates=(place,), subspaces=(), alone=candidates[place])
-    for layer in sorted({candidate.layer for candidate in candidates}):
-        add = [place for place in todo if candidates[place].layer == layer and not scores.has("induce", place)]
-        if add:
-            yield job(add, kind="added", layer=layer)
+    Raises:
+        PromptError: every candidate has a NaN score or lies in a pruned layer.
+    """
+    scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
+    each = _each(prompts)
+    usable = [candidates[place] for place in _usable(candidates, on_event)]
+    most = each * sum(not is_late(one.layer, loaded.n_layers, rule) for one in usable)
+    advance = partial(Advanced, task=TASK)
+    on_event(Started(task=TASK, total=most, unit="prompt passes"))
+    before = min(most, scores.prompt_passes)
+    on_event(advance(amount=before))
+
+    def done(_: Job, amount: int) -> None:
+        on_event(advance(amount=amount))
+        save()
+
+    with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, batch_size=batch_size) as scorer:
+        pace, parts = (Pace(), STOPPING) if loaded.offload is None else (OUT_OF_CORE, AT_ONCE)
+        table = Asked(scorer, candidates, scores, parts=parts, done=done)
+        choice, judged = choose_from_few(candidates, table, loaded.n_layers, rule, pace)
+    on_event(advance(amount=max(0, most - scores.prompt_passes)))
+    on_event(Finished(task=TASK))
+    return Chosen(choice=choice, scores=judged, prompt_passes=scores.prompt_passes, of=each * len(usable))
+
+
+def choose_from_all(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    candidates: Sequence[Candidate],
+    prompts: Filtered,
+    refusal_ids: Sequence[int],
+    rule: SelectionRule,
+    *,
+    batch_size: int,
+    store: ScoreFile | None = None,
+    on_event: OnEvent = ignore,
+) -> Chosen:
+    """The same from the scores of every candidate (``score_candidates``).
+
+    Raises:
+        PromptError: every candidate has a NaN score or lies in a pruned layer.
+    """
+    options = {"batch_size": batch_size, "store": store, "on_event": on_event}
+    scores = score_candidates(loaded, chat, candidates, prompts, refusal_ids, **options)
+    choice, judged = choose(scores, loaded.n_layers, rule)
+    passes = _each(prompts) * sum(map(can_be_scored, candidates))
+    return Chosen(choice=choice, scores=judged, prompt_passes=passes, of=passes)
+
+
+def _usable(candidates: Sequence[Candidate], on_event: OnEvent) -> list[int]:
+    """The places of those that can be scored; says which layer by layer ones cannot."""
+    layered = (one for one in candidates if not isinstance(one.subspace, Subspace) and not can_be_scored(one))
+    if odd := [candidate.id for candidate in layered]:
+        what = "have a zero vector in some layer, or nothing at their own"
+        on_event(Noted(text=f"not scored, as they {what}: {len(odd)} candidates, {odd[0]} the first"))
+    return [place for place, candidate in enumerate(candidates) if can_be_scored(candidate)]
+
+
+def _each(prompts: Filtered) -> int:
+    """Prompt passes that all scores of a candidate take."""
+    return len(prompts.harmful) + 2 * len(prompts.harmless)
+
+
+def _encoded(chat: ChatFormat, prompts: Filtered) -> tuple[list[list[int]], list[list[int]]]:
+    return [chat.encode(prompt) for prompt in prompts.harmful], [chat.encode(prompt) for prompt in prompts.harmless]
+
+
+def _kept(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    candidates: Sequence[Candidate],
+    prompts: Filtered,
+    refusal_ids: Sequence[int],
+    store: ScoreFile | None,
+) -> tuple[Scores, Callable[[], None]]:
+    """What is known of this work already, and how to keep what follows."""
+    shape = len(candidates), len(prompts.harmful), len(prompts.harmless)
+    key = _work_key(loaded, chat, candidates, prompts, refusal_ids)
+    if store is None:
+        return Scores.none_of(*shape), lambda: None
+    scores = store.load(key, *shape)
+    return scores, partial(store.save, key, scores)
 
 
 def _work_key(

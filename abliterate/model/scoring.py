@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
 from abliterate.model.rowwise import subspaces_ablated
+from abliterate.model.scores import Kind
 from abliterate.model.shortened import Shortened, shortened
 
 ROUNDING_NATS = {2: 3e-2, 4: 3e-6, 8: 3e-6}
@@ -55,23 +56,29 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """Work for some candidates: to ablate each on all prompts, or to add each on the harmless ones at ``layer``.
+    """Work for some candidates: to ablate each on ``prompts``, or to add each on the harmless ones at ``layer``.
 
     ``candidates`` are their numbers, by which results are told apart; ``subspaces`` what is ablated or added.  A
     candidate that has another subspace in each layer is ablated by itself: it is ``alone``, and ``subspaces`` is empty.
+    ``prompts`` are places among all prompts; none stands for all.
     """
 
-    kind: Literal["ablated", "added"]
-    candidates: tuple[int, ...]
-    subspaces: tuple[Subspace, ...]
+    kind: Kind
+    candidates: tuple[int, ...] = ()
+    subspaces: tuple[Subspace, ...] = ()
     layer: int = 0
+    prompts: tuple[int, ...] = ()
     alone: Candidate | None = None
+
+    def of(self, candidates: tuple[int, ...], subspaces: tuple[Subspace, ...]) -> "Job":
+        """The same work for other candidates."""
+        return replace(self, candidates=candidates, subspaces=subspaces)
 
     def split(self, most: int) -> "Iterator[Job]":
         """The same work in jobs of at most ``most`` candidates."""
         for first in range(0, len(self.candidates), most):
             part = slice(first, first + most)
-            yield replace(self, candidates=self.candidates[part], subspaces=self.subspaces[part])
+            yield self.of(self.candidates[part], self.subspaces[part])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -90,8 +97,8 @@ class Base:
     starts: set[int] = field(default_factory=set)
 
 
-Figures = dict[str, Float[Tensor, " candidates"]]
-"""Scores by name ("bypass", "kl_nats", "induce"), in the order of a job's candidates."""
+Figures = Float[Tensor, "candidates prompts"]
+"""What a job gives: the KL where a candidate is ablated and the prompt is harmless, else the refusal metric."""
 
 
 class CandidateScorer:
@@ -117,16 +124,23 @@ class CandidateScorer:
         self.short = short
         self.refusal_ids = list(refusal_ids)
         self.n_harmful = len(harmful)
+        self.n_prompts = len(harmful) + len(harmless)
         encoded = [*harmful, *harmless]
-        self.groups = list(_groups(encoded, range(len(encoded)), batch_size))
-        self.harmless = list(_groups(encoded, range(len(harmful), len(encoded)), batch_size))
-        self.n_prompts = len(encoded)
+        self._cut = cache(lambda prompts: list(_groups(encoded, prompts, batch_size)))
+        self.groups = self._cut(tuple(range(self.n_prompts)))
+        self.harmless = self._cut(tuple(range(self.n_harmful, self.n_prompts)))
         self.room = loaded.offload.working_bytes // 2 if loaded.offload else 0
         self.prefix = 0
         self.base = self._base_run()
         self._share_prefix(shared_tokens(encoded))
         self._check_starts()
         self.max_tokens = max_tokens or pass_tokens(loaded, self.prefix, min(map(len, encoded)))
+
+    def prompts_of(self, job: Job) -> tuple[int, ...]:
+        """The prompts that a job is run on: places among all, where harmful ones come first."""
+        if job.kind == "added":
+            return tuple(range(self.n_harmful, self.n_prompts))
+        return job.prompts or tuple(range(self.n_prompts))
 
     def split(self, jobs: Sequence[Job]) -> list[Job]:
         """``jobs`` cut into parts that each fit into one forward pass for each group."""
@@ -166,38 +180,34 @@ class CandidateScorer:
     # --- one job ------------------------------------------------------------------------------------------------------
 
     def _groups_of(self, job: Job) -> list[Group]:
-        return self.groups if job.kind == "ablated" else self.harmless
+        return self._cut(self.prompts_of(job))
 
     def _thunks(self, job: Job) -> list[Callable[[], Tensor]]:
         """A forward pass for each group of prompts; the first one runs the prefix as well."""
         prefix = cache(partial(self._prefix_of, job))
         return [partial(self._figures, job, place, prefix) for place in range(len(self._groups_of(job)))]
 
-    def _figures(self, job: Job, place: int, prefix: Callable[[], Any]) -> Float[Tensor, "candidates prompts"]:
-        """The figure of each candidate on each prompt of a group.
-
-        It is the KL where a candidate is ablated and the prompt is harmless, else the refusal metric.
-        """
+    def _figures(self, job: Job, place: int, prefix: Callable[[], Any]) -> Figures:
+        """The figure of each candidate on each prompt of a group."""
         group, k = self._groups_of(job)[place], len(job.candidates)
         n = len(group.places)
         past = repeated(prefix(), n) if self.prefix else None
         with self._intervening(job, partial(self._state, place, job.layer)):
             log_probs = self._last(group.ids[:, self.prefix :].repeat(k, 1), past)
         found = refusal_metric(log_probs, self.refusal_ids).view(k, n)
-        if job.kind == "added":
-            return found
         harmless = [row for row, prompt in enumerate(group.places) if prompt >= self.n_harmful]
+        if job.kind == "added" or not harmless:
+            return found
         base = self.base.log_probs[[group.places[row] - self.n_harmful for row in harmless]]
         found[:, harmless] = kl_nats(base.expand(k, -1, -1), log_probs.view(k, n, -1)[:, harmless])
         return found
 
     def _gather(self, job: Job, found: list[Tensor]) -> Figures:
-        """Means over the prompts, from the figures of every group."""
+        """The figures of every group, in the order of the prompts."""
         values = torch.empty(len(job.candidates), self.n_prompts, dtype=torch.float64)
         for group, figures in zip(self._groups_of(job), found, strict=True):
             values[:, list(group.places)] = figures
-        harmful, harmless = values[:, : self.n_harmful].mean(1), values[:, self.n_harmful :].mean(1)
-        return {"induce": harmless} if job.kind == "added" else {"bypass": harmful, "kl_nats": harmless}
+        return values[:, list(self.prompts_of(job))]
 
     def _prefix_of(self, job: Job) -> Any:  # noqa: ANN401 - a cache of transformers
         """The attention cache of the prefix under each candidate of ``job``."""

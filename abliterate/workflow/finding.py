@@ -21,7 +21,7 @@ from abliterate.events import Noted
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
 from abliterate.method.moments import ActivationStats, Moments
-from abliterate.method.selection import SelectionRule, choose
+from abliterate.method.selection import PARETO_FALLBACK, SelectionRule
 from abliterate.model import measuring
 from abliterate.model.memory import available_bytes
 from abliterate.model.scores import ScoreFile
@@ -169,8 +169,9 @@ def few_kept(model: str, kept: measuring.Filtered, *, allow_few: bool) -> str:
 
 
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
-    """Score every candidate on the validation prompts and choose one by the paper's rule.
+    """Choose a candidate by the paper's rule, from its scores on the validation prompts.
 
+    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
 
     Raises:
@@ -193,16 +194,23 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     prompts = _typical(session, harmful, harmless, ids, steps, step, options)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
-    scores = measuring.score_candidates(loaded, chat, directions.candidates, prompts, ids, store=store, **options)
     rule = SelectionRule(
         max_kl_nats=recipe.find.max_kl_nats, min_induce=recipe.find.min_induce, prune_layers=recipe.find.prune_layers
     )
-    choice, judged = choose(scores, directions.n_layers, rule)
-    if choice.rule == "pareto-fallback":
+    choosing = measuring.choose_from_all if recipe.find.all_scores else measuring.choose_candidate
+    chosen = choosing(loaded, chat, directions.candidates, prompts, ids, rule, store=store, **options)
+    if chosen.choice.rule == PARETO_FALLBACK:
         session.on_event(
             Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL")
         )
-    return replace(directions, scores=judged, choice=choice)
+    if chosen.prompt_passes < chosen.of:
+        text = (
+            f"candidates took {chosen.prompt_passes:,} prompt passes, {chosen.of / chosen.prompt_passes:.1f} x fewer "
+            f"than the {chosen.of:,} of scoring each in full (--all-scores), which gives the same choice"
+        )
+        session.on_event(Noted(text=text))
+    metadata = {**directions.metadata, "scored": chosen.scored}
+    return replace(directions, scores=chosen.scores, choice=chosen.choice, metadata=metadata)
 
 
 def _check_room(session: Session, kept: measuring.Filtered, needs: frozenset[Need]) -> None:

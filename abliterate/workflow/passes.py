@@ -17,8 +17,9 @@ from abliterate.recipe import Recipe
 
 MEASURING = 4
 """Passes: one filters the training prompts, two give the means of the classes, one filters the validation prompts."""
-SELECTING = 2
-"""Passes: the base, and all candidates together.  More where the candidates' states do not fit into memory at once."""
+SELECTING = 3
+"""Passes: the base, the bypass of all candidates together, KL and induce of the best; with all scores they share one.
+More where the candidates' states do not fit into memory at once, and where the best ones are not kept."""
 VERIFYING = 4
 """Passes: the base, the base under hooks, the edited model's distributions, and its residual stream."""
 SCORING = 3
@@ -38,7 +39,7 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
         "measure": probing + MEASURING,
-        "select": SELECTING,
+        "select": SELECTING - recipe.find.all_scores,
         "verify": VERIFYING,
         "replies": models * (written + SCORING),
     }
