@@ -174,7 +174,7 @@ def test_controls_of_one_direction_stay_what_they_were():
 # --- the same numbers before and after a file -------------------------------------------------------------------------
 
 
-def affine_edit(directions):
+def affine_edit(directions, _):
     """The component of everything is set to that of the mean of harmless prompts, at the embedding alone."""
     place = affine(directions.chosen.subspaces[0].basis, directions.statistics.mean("harmless")[-1, 3])
     return StreamEdit(places={(None, "embedding"): place})
