@@ -215,7 +215,7 @@ def rules(scores):
     """Rules that keep many, few, and none of which some and none of which any induce; none has a score at its bound."""
     early = [one for one in scores if one.layer < 2 and one.bypass == one.bypass]
     kls, induced = (sorted(getattr(one, figure) for one in early) for figure in ("kl_nats", "induce"))
-    kl, induce = ((some[len(some) // 2] + some[len(some) // 2 - 1]) / 2 for some in (kls, induced))
+    kl, induce = ((some[len(some) // 2] + some[len(some) // 2 - 1]) / 2 + 1e-6 for some in (kls, induced))
     for bounds in ((1 + kls[-1], induced[0] - 1), (kl, induce), (kls[0] / 2, induce), (kl, 99.0)):
         yield SelectionRule(max_kl_nats=bounds[0], min_induce=bounds[1], prune_layers=0.3)
 

@@ -53,7 +53,7 @@ def sources(tmp_path_factory):
 def plan_of_all_layouts(source):
     made = plan(source, allow_partial=True)
     writers = [
-        Writer(tensor=made.checkpoint.tensors[name], axis=axis, role="test", layer=None, norms=(), gain="w")
+        Writer(tensor=made.checkpoint.tensors[name], axis=axis, role="embedding", layer=None, norms=(), gain="w")
         for name, (_, axis) in CASES.items()
     ]
     return dataclasses.replace(made, writers=tuple(writers))

@@ -93,6 +93,8 @@ def behind_norm(edit: WeightEdit, gain: Float[Tensor, " d"]) -> WeightEdit:
             continue
         write = raw @ inverse
         write = write if between is None else write @ between
+        if not torch.isfinite(write).all():  # a gain whose square is zero, and no ridge
+            continue
         size = write.square().sum(0)
         turn = ((g[:, None] * (write - ideal)).square().sum(0) / g.square().sum()).mean()
         gain_error = (((size - 2) / (2 * d)).square() + 2 * (size / (2 * d)).square()).mean()
