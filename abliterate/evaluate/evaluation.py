@@ -17,7 +17,7 @@ from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.reply_text import open_thinking, said
-from abliterate.events import OnEvent, ignore
+from abliterate.events import OnEvent, ignore, working
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.model.chat import ChatFormat
@@ -196,8 +196,10 @@ def observe(
     }  # fmt: skip
     harmless = material.prompts[HARMLESS].texts
     spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
-    completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size)
-    first = last_log_probs(loaded, chat, harmless, batch_size=batch_size)
+    with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
+        completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
+    with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
+        first = last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
     return Observations(
         name=name,
         mode=mode,
@@ -208,17 +210,30 @@ def observe(
         kl_nats=divergence_nats(base.first if base else first, first),
         kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
         completion_nats=completion_nats,
-        text_nats=on_text(loaded, chat, material.text, batch_size=batch_size),
+        text_nats=on_text(
+            loaded, chat, material.text, batch_size=batch_size, on_event=on_event,
+            task=f"{name}: likelihood of the text",
+        ),
         along={
-            kind: components(loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size)
+            kind: components(
+                loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size, on_event=on_event,
+                task=f"{name}: {kind} prompts along the direction",
+            )
             for kind, prompts in material.prompts.items()
             if directions is not None and directions.choice is not None and _read_along(directions.chosen) is not None
         },
-    )
+    )  # fmt: skip
 
 
 def components(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], candidate: Candidate, *, batch_size: int
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    candidate: Candidate,
+    *,
+    batch_size: int,
+    on_event: OnEvent = ignore,
+    task: str = "prompts along the direction",
 ) -> tuple[float, ...]:
     """How far every prompt reaches along ``candidate``, at its layer and position (the last one, if none).
 
@@ -235,7 +250,8 @@ def components(
             found[list(rows)] = along[:, 0] if basis.shape[1] == 1 else torch.linalg.vector_norm(along, dim=1)
 
     last = 1 if candidate.position is None else -candidate.position
-    see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size)
+    with working(on_event, task, len(prompts), "prompts") as advance:
+        see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size, advance=advance)
     return tuple(found.tolist())
 
 
