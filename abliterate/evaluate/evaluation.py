@@ -125,11 +125,12 @@ class ModelScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt with every model's reply, in the order of the models."""
+    """One prompt with every model's reply, in the order of the models, and whether each refuses."""
 
     kind: str
     prompt: str
     replies: tuple[str, ...]
+    refused: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +165,11 @@ class EvalReport:
     def kinds(self) -> tuple[str, ...]:
         """Kinds of prompts, in order."""
         return tuple(self.base.scores)
+
+    def changed(self, sample: Sample) -> tuple[str, ...]:
+        """The models that refuse this prompt where their base answers it, or answer it where their base refuses."""
+        refused = dict(zip((model.name for model in self.models), sample.refused, strict=True))
+        return tuple(m.name for m in self.models if m.against and refused[m.name] != refused[m.against])
 
 
 def observe(
@@ -301,12 +307,21 @@ def report(
         benchmarks=benchmarks,
         modes=dict(modes),
         samples=tuple(
-            Sample(kind=kind, prompt=prompt, replies=tuple(model.replies[kind][place] for model in observed))
+            _sample(kind, place, prompt, observed, scorer)
             for kind, prompts in material.prompts.items()
             for place, prompt in enumerate(prompts.texts)
         ),
         max_new_tokens=max_new_tokens,
         scorer=scorer.name,
+    )
+
+
+def _sample(kind: str, place: int, prompt: str, observed: Sequence[Observations], scorer: Scorer) -> Sample:
+    return Sample(
+        kind=kind,
+        prompt=prompt,
+        replies=tuple(model.replies[kind][place] for model in observed),
+        refused=tuple(is_refusal(prompt, model.opening + model.replies[kind][place], scorer) for model in observed),
     )
 
 

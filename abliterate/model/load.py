@@ -104,14 +104,10 @@ def load_model(
     with _explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
         if budget is None and not decoded:
-            model = _auto_class(checkpoint).from_pretrained(
-                checkpoint.folder,
-                dtype="auto" if widened else wanted,
-                device_map={"": place} if place.type == "mps" else where.device_map,
-                max_memory=where.max_memory,
-                use_safetensors=True,
-                **options,
-            )
+            at = {"": place} if place.type == "mps" else where.device_map
+            options |= {"device_map": at, "max_memory": where.max_memory, "use_safetensors": True}
+            held_as = "auto" if widened else wanted
+            model = _auto_class(checkpoint).from_pretrained(checkpoint.folder, dtype=held_as, **options)
         else:
             model = empty_model(checkpoint, wanted, **options)
     if widened and budget is None and isinstance(wanted, torch.dtype):

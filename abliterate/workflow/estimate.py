@@ -74,7 +74,7 @@ class Counts:
 class Amount:
     """What a stage does.  A step writes the next token of all replies of a batch."""
 
-    prompt_tokens: float = 0
+    prompt_tokens: float = 0.0
     steps: int = 0
     moved_bytes: int = 0
     loads: int = 0
@@ -86,7 +86,7 @@ class Speed:
 
     prompt_tokens_per_s: float
     step_s: float
-    load_s: float = 0
+    load_s: float = 0.0
     bytes_per_s: float | None = None
 
 
@@ -192,7 +192,7 @@ def not_counted(recipe: Recipe, stages: Collection[str]) -> list[str]:
     return found + (["the judge"] if recipe.evaluate.judge else [])
 
 
-def speed_of(session: Session, *, load_s: float = 0, bytes_per_s: float | None = None) -> Speed:
+def speed_of(session: Session, *, load_s: float = 0.0, bytes_per_s: float | None = None) -> Speed:
     """Time the model of ``session``, which is held, on few of its prompts."""
     contrast, most = session.contrast, session.recipe.model.batch_size
     pairs = zip(contrast.harmful_train.texts, contrast.harmless_train.texts, strict=False)
