@@ -134,7 +134,7 @@ def sentence(counts: Counts, stages: Collection[str], speed: Speed, *, left_out:
         paces.append(f"{counts.batch_size / speed.step_s:,.0f} tokens of replies/s")
     if speed.bytes_per_s is not None:
         paces.append(f"{speed.bytes_per_s / 1e6:,.0f} MB/s written")
-    whole = f"this will take about {_about(sum(each.values()))}: {parts}" if len(each) > 1 else f"about {parts}"
+    whole = f"this will take about {_about(sum(each.values()))}: {parts}"
     without = f"; not counted: {', '.join(left_out)}" if left_out else ""
     return f"{whole}; by a short trial: {', '.join(paces)}{without}"
 

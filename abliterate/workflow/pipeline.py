@@ -248,6 +248,8 @@ def say_cost(
         session.on_event(Noted(text=cost(weights.size_bytes, passes, bytes_per_s=reading_speed(session))))
         return
     written = None if output is None else writing_speed(output.path, output_bytes)
+    if written:
+        load_s = min(load_s, output_bytes / written)  # the first time, libraries were imported meanwhile
     counts = counts_of(session, stages, models=models, output_bytes=output_bytes)
     speed = speed_of(session, load_s=load_s, bytes_per_s=written)
     session.on_event(Noted(text=sentence(counts, stages, speed, left_out=not_counted(session.recipe, stages))))
