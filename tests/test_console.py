@@ -124,7 +124,7 @@ def test_silence_between_tasks_is_broken_as_well(lines, clock, said):
     lines.listen(Finished(task="filter"))
     said.clear()
     pass_time(lines, clock, 61)
-    assert said == ["still at work; nothing was reported for 30 s, since the end of “filter”"] * 2
+    assert said == ["still at work; nothing was reported for 30 s, since the end of 'filter'"] * 2
 
 
 def test_the_clock_is_looked_at_though_no_event_comes():

@@ -59,7 +59,7 @@ class Lines:
             elif isinstance(event, Finished):
                 task = self.tasks.pop(event.task)
                 self.say(f"{event.task}: {_amount(task.start)} in {now - task.begun:.1f} s")
-                self.last, self.heard = f"the end of “{event.task}”", now
+                self.last, self.heard = f"the end of {event.task!r}", now
             elif isinstance(event, Noted):
                 self.say(f"note: {event.text}")
                 self.heard = now
