@@ -5,7 +5,8 @@ sentence the user should read, and ``WeightsRead`` tells how far a weight pass o
 default, ``ignore``, makes every stage silent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -56,3 +57,21 @@ OnEvent = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """Drop ``event``: the default listener."""
+
+
+@contextmanager
+def working(on_event: OnEvent, task: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Report a task while it is worked on; what is given tells how much more is done."""
+    on_event(Started(task=task, total=total, unit=unit))
+    yield lambda amount: on_event(Advanced(task=task, amount=amount))
+    on_event(Finished(task=task))
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, to the minute where there are many."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 2 * 3600:
+        return f"{round(whole / 60)} min"
+    return f"{round(whole / 3600)} h" if whole >= 10 * 3600 else f"{whole / 3600:.1f} h"

@@ -1,5 +1,6 @@
 """The report: what it draws, that it is alone with its reader, and that a real browser shows it."""
 
+import io
 import json
 import math
 import re
@@ -10,7 +11,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rich.console import Console
 
+from abliterate.cli import tables
 from abliterate.evaluate.charts import Bar, HeatMap, colour, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import (
     HARMFUL,
@@ -101,9 +104,74 @@ def test_the_page_is_alone_and_what_it_quotes_is_text(page):
     assert not re.search(r"url\(|@import|https?://", page)
     assert "&lt;script&gt;alert" in page
     assert "A model &lt;b&gt;" in page
-    assert "<details open" not in page
+    assert not re.search(r"<details[^>]+open", page)
     assert page.count("<svg") == 1 + 3 + 1 + 3
     assert "&lt;|a|&gt;" in page
+
+
+def test_replies_stand_folded_in_the_page_and_nowhere_else(page):
+    """Nothing of what models said is seen before one opens it twice: the kind, then the prompt."""
+    seen, depth = [], 0
+    for tag, text in re.findall(r"(<[^>]+>)|([^<]+)", page):
+        depth += tag.startswith("<details") - tag.startswith("</details")
+        seen.append((depth, text))
+    said = [depth for depth, text in seen if REFUSAL in text or "Here it is." in text or "Fine, it is" in text]
+    assert len(said) > 6
+    assert set(said) == {2}
+    assert "harmful: 2 prompts, 2 changed" in page
+    assert "harmless: 2 prompts, 0 changed" in page
+    assert page.count("<b>changed</b>") == 2
+
+
+def test_a_label_changes_where_one_refuses_and_the_base_does_not(evaluation):
+    changed = {sample.prompt: evaluation.changed(sample) for sample in evaluation.samples}
+    assert changed == {NASTY: ("edited",), "b": ("edited",), "c": (), "d": (), "e": (), "f": ()}
+    assert evaluation.samples[0].refused == (True, False, True)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the command line shows of an evaluation."""
+
+    def show(found, **options):
+        text = io.StringIO()
+        monkeypatch.setattr(tables, "out", Console(file=text, width=200))
+        tables.show_evaluation(found, **options)
+        return text.getvalue()
+
+    return show
+
+
+def test_replies_to_harmful_prompts_are_shown_on_request(evaluation, shown):
+    hidden, asked = shown(evaluation), shown(evaluation, show_replies=True)
+    counted = "labels (refused or not) that changed, edited against base: 2 of 6 (harmful 2)"
+    for text in (hidden, asked):
+        assert counted in text
+        assert "control: random against base: 0 of 6\n" in text
+        assert "Fine, it is" not in text  # of harmless prompts no label changed
+    assert "Here it is." not in hidden
+    assert REFUSAL not in hidden
+    assert "not shown here: --show-replies" in hidden
+    assert "Here it is." in asked
+    assert "--show-replies" not in asked
+    assert "of these prompts" not in shown(evaluation, show_replies=True, samples=0)
+
+
+def test_replies_to_harmless_prompts_come_first(evaluation, shown):
+    samples = tuple(
+        replace(sample, refused=(True, False, True)) if sample.kind == LOOK_ALIKE else sample
+        for sample in evaluation.samples
+    )
+    found = replace(evaluation, samples=samples)
+    text = shown(found)
+    assert "edited against base: 4 of 6 (harmful 2, look-alike 2)" in text
+    assert "Fine, it is green." in text
+    assert "Here it is." not in text
+    assert "not shown here" in text
+    two = shown(found, samples=2, show_replies=True)
+    assert "Fine, it is green." in two
+    assert "Here it is." not in two
+    assert "Here it is." in shown(found, samples=3, show_replies=True)
 
 
 def test_without_a_direction_the_page_has_the_scores_alone(evaluation):

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ PRIVATE_FOLDER = "abliterate"
 """The private folder, in the output: the direction, the recipe, the base's own README."""
 
 DISK_RESERVE_BYTES = 64 * 2**20
+TRIAL_BYTES = 32 * 2**20
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,6 +130,20 @@ def check_space(final: Path, needed_bytes: int) -> None:
             f"{final}: needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free",
             "free some space or choose an output folder on another disk",
         )
+
+
+def writing_speed(folder: Path, most_bytes: int) -> float | None:
+    """Bytes a second that the disk of ``folder`` takes, by a file that is gone at once; None where there are none."""
+    size = min(TRIAL_BYTES, most_bytes)
+    if size <= 0:
+        return None
+    data = os.urandom(size)  # what compresses would be written faster
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return size / max(time.perf_counter() - begun, 1e-9)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,12 +1,11 @@
 """Where things are shown: results on stdout, progress and failures on stderr.
 
-On a terminal, long work draws bars with rate and time left; in a pipe or a log it leaves one line when it is done.
+On a terminal, long work draws bars with rate and time left; in a pipe or a log it leaves lines (see ``lines``).
 """
 
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -29,6 +28,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from abliterate.cli.lines import Lines, ticking
 from abliterate.errors import AbliterateError
 from abliterate.events import Advanced, Event, Finished, Noted, OnEvent, Started, WeightsRead, ignore
 
@@ -74,7 +74,8 @@ def progress(*, quiet: bool = False) -> Iterator[OnEvent]:
         with _bars() as listener:
             yield listener
     else:
-        yield _lines()
+        with _lines() as listener:
+            yield listener
 
 
 @contextmanager
@@ -124,20 +125,11 @@ class _Drawing:
         self.bars.update(self.weights, description=said, total=event.total, completed=event.done)
 
 
-def _lines() -> OnEvent:
-    started: dict[str, tuple[float, Started]] = {}
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Started):
-            started[event.task] = (time.monotonic(), event)
-        elif isinstance(event, Finished):
-            begun, start = started.pop(event.task)
-            amount = f"{start.total / 1e6:,.1f} MB" if start.unit == "bytes" else f"{start.total:,} {start.unit}"
-            err.print(f"{event.task}: {amount} in {time.monotonic() - begun:.1f} s")
-        else:
-            show_note(event)
-
-    return listen
+@contextmanager
+def _lines() -> Iterator[OnEvent]:
+    lines = Lines(lambda text: err.print(text, markup=False))
+    with ticking(lines):
+        yield lines.listen
 
 
 def show_note(event: Event) -> None:

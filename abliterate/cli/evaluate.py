@@ -1,7 +1,7 @@
 """``abliterate eval`` and ``compare``: models side by side on the test prompts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,9 @@ from abliterate.recipe import Recipe
 if TYPE_CHECKING:
     from abliterate.method.directions import DirectionSet
 
-Samples = Annotated[int, typer.Option(help="How many replies to harmful prompts to show.")]
+Samples = Annotated[
+    int, typer.Option(min=0, help="Of how many prompts that one refuses and the other answers to show the replies.")
+]
 
 
 @guarded
@@ -25,6 +27,7 @@ def evaluate(
     *,
     recipe: Recipe,
     samples: Samples = 3,
+    show_replies: opt.ShowReplies = False,
     report: opt.ReportFile = None,
     json: opt.Json = False,
 ) -> None:
@@ -32,7 +35,8 @@ def evaluate(
 
     Example: abliterate eval tiny-chat tiny-chat-abl --report report.html
     """
-    _evaluate(base, [("edited", edited)], recipe, samples=samples, report_file=report, as_json=json)
+    shown = {"samples": samples, "show_replies": show_replies}
+    _evaluate(base, [("edited", edited)], recipe, shown, report_file=report, as_json=json)
 
 
 @guarded
@@ -43,6 +47,7 @@ def compare(
     *,
     recipe: Recipe,
     samples: Samples = 3,
+    show_replies: opt.ShowReplies = False,
     report: opt.ReportFile = None,
     json: opt.Json = False,
 ) -> None:
@@ -53,15 +58,16 @@ def compare(
     if len({"base", *others}) <= len(others):
         raise UsageError("two of the models have one name", "name each once, and none of them base")
     named = [(other, other) for other in others]
-    _evaluate(base, named, recipe, samples=samples, report_file=report, as_json=json)
+    shown = {"samples": samples, "show_replies": show_replies}
+    _evaluate(base, named, recipe, shown, report_file=report, as_json=json)
 
 
 def _evaluate(
     base: str,
     others: list[tuple[str, str]],
     recipe: Recipe,
+    shown: dict[str, Any],
     *,
-    samples: int,
     report_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -95,7 +101,7 @@ def _evaluate(
     if as_json:
         show_json(manifest.evaluation_json(found))
     else:
-        show_evaluation(found, samples=samples)
+        show_evaluation(found, **shown)
 
 
 def check_report(path: Path | None) -> None:

@@ -21,6 +21,9 @@ DirectionFile = Annotated[Path, typer.Argument(help="A direction file written by
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write a report for a browser to this .html file, with all replies.")
 ]
+ShowReplies = Annotated[
+    bool, typer.Option("--show-replies", help="Show replies to harmful prompts as well, where they changed.")
+]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]

@@ -43,6 +43,7 @@ def run(
     revision: opt.Revision = None,
     evaluate: Evaluate = True,
     report: opt.ReportFile = None,
+    show_replies: opt.ShowReplies = False,
     dry_run: DryRun = False,
     recipe: Recipe,
     given: Given,
@@ -81,7 +82,7 @@ def run(
         )
         _write_report(report, result)
         published = _push(result.out, upload, listen)
-    _show(result, report, published, as_json=json)
+    _show(result, report, published, show_replies=show_replies, as_json=json)
 
 
 def _write_report(file: Path | None, result: "RunResult") -> None:
@@ -104,7 +105,9 @@ def _push(folder: Path, upload: Upload, listen: "OnEvent") -> "Published | None"
     return api.push(folder, upload.name, private=upload.private, branch=upload.branch, verify=False, on_event=listen)
 
 
-def _show(result: "RunResult", report: Path | None, published: "Published | None", *, as_json: bool) -> None:
+def _show(
+    result: "RunResult", report: Path | None, published: "Published | None", *, show_replies: bool, as_json: bool
+) -> None:
     from abliterate.cli import tables
     from abliterate.publishing import manifest
 
@@ -119,7 +122,7 @@ def _show(result: "RunResult", report: Path | None, published: "Published | None
     tables.show_verification(result.verification)
     out.print()
     if result.evaluation is not None:
-        tables.show_evaluation(result.evaluation)
+        tables.show_evaluation(result.evaluation, show_replies=show_replies)
         out.print()
     if report is not None and result.evaluation is not None:
         out.print(f"report: {report}", markup=False, soft_wrap=True)

@@ -45,7 +45,7 @@ def measure(
     pipeline.check_names(recipe)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
-        pipeline.say_cost(session, pipeline.passes_of(recipe, ["measure"]))
+        pipeline.say_cost(session, ["measure"])
         with _steps(out_file, session) as steps:
             measured = pipeline.measure(session, steps=steps, covariance=covariance)
             save(measured, out_file)
@@ -85,7 +85,7 @@ def select(
     measured = load(candidates)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
-        pipeline.say_cost(session, pipeline.passes_of(recipe, ["select"]))
+        pipeline.say_cost(session, ["select"])
         with _steps(out_file, session) as steps:
             chosen = pipeline.select(session, measured, steps=steps)
             save(chosen, out_file)

@@ -1,6 +1,7 @@
 """Results as tables for people."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from abliterate.verification.comparison import Diff
     from abliterate.verification.report import VerifyReport
     from abliterate.workflow.passes import Running
+
+SAMPLES = 3
 
 EXACTNESS = {
     "A": "equal to inference-time ablation",
@@ -190,8 +193,11 @@ def rate(value: "Rate") -> str:
     return f"{100 * value.value:5.1f} % [dim]({100 * low:.1f} to {100 * high:.1f})[/dim]"
 
 
-def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
-    """All models side by side, the base first, and a few replies."""
+def show_evaluation(report: "EvalReport", *, samples: int = SAMPLES, show_replies: bool = False) -> None:
+    """All models side by side, the base first, and a few replies to prompts that one refuses and another answers.
+
+    Those to harmful prompts are shown with ``show_replies`` only.
+    """
     names = [model.name for model in report.models]
     right = tuple(range(2, 2 + len(names)))
     scores = table("95 % intervals", "prompts", "", *names, right=right)
@@ -223,12 +229,29 @@ def show_evaluation(report: "EvalReport", *, samples: int = 3) -> None:
         changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
         out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
     _show_modes(report)
-    chosen = [sample for sample in report.samples if sample.kind == report.kinds[0]][:samples]
-    if chosen:
-        shown = table("the same prompt", "prompt", *names)
-        for sample in chosen:
-            shown.add_row(*(escape(_short(text)) for text in (sample.prompt, *sample.replies)))
-        out.print(shown)
+    _show_replies(report, samples, harmful_too=show_replies)
+
+
+def _show_replies(report: "EvalReport", most: int, *, harmful_too: bool) -> None:
+    """How many labels changed, and a few of these replies, those to harmless prompts first."""
+    from abliterate.evaluate.evaluation import HARMFUL
+
+    changed = [sample for sample in report.samples if report.changed(sample)]
+    for model in report.models:
+        if model.against:
+            its = Counter(sample.kind for sample in changed if model.name in report.changed(sample))
+            of = ", ".join(f"{kind} {its[kind]}" for kind in report.kinds if its[kind])
+            line = f"labels (refused or not) that changed, {model.name} against {model.against}: "
+            out.print(f"{line}{its.total()} of {len(report.samples)}{f' ({of})' if of else ''}", markup=False)
+    hidden = [] if harmful_too else [sample for sample in changed if sample.kind == HARMFUL]
+    shown = sorted((s for s in changed if harmful_too or s.kind != HARMFUL), key=lambda sample: sample.kind == HARMFUL)
+    if shown[:most]:
+        rows = table("of these prompts", "kind", "prompt", *(model.name for model in report.models))
+        for sample in shown[:most]:
+            rows.add_row(sample.kind, *(escape(_short(text)) for text in (sample.prompt, *sample.replies)))
+        out.print(rows)
+    if hidden:
+        out.print("replies to harmful prompts are not shown here: --show-replies does, and --report keeps them folded")
 
 
 def _show_modes(report: "EvalReport") -> None:

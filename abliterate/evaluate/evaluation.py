@@ -17,7 +17,7 @@ from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
 from abliterate.evaluate.reply_text import open_thinking, said
-from abliterate.events import OnEvent, ignore
+from abliterate.events import OnEvent, ignore, working
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import Difference, Rate, exact_kl_nats, paired_difference
 from abliterate.model.chat import ChatFormat
@@ -125,11 +125,12 @@ class ModelScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt with every model's reply, in the order of the models."""
+    """One prompt with every model's reply, in the order of the models, and whether each refuses."""
 
     kind: str
     prompt: str
     replies: tuple[str, ...]
+    refused: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +166,11 @@ class EvalReport:
         """Kinds of prompts, in order."""
         return tuple(self.base.scores)
 
+    def changed(self, sample: Sample) -> tuple[str, ...]:
+        """The models that refuse this prompt where their base answers it, or answer it where their base refuses."""
+        refused = dict(zip((model.name for model in self.models), sample.refused, strict=True))
+        return tuple(m.name for m in self.models if m.against and refused[m.name] != refused[m.against])
+
 
 def observe(
     loaded: LoadedModel,
@@ -196,8 +202,10 @@ def observe(
     }  # fmt: skip
     harmless = material.prompts[HARMLESS].texts
     spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
-    completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size)
-    first = last_log_probs(loaded, chat, harmless, batch_size=batch_size)
+    with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
+        completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
+    with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
+        first = last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
     return Observations(
         name=name,
         mode=mode,
@@ -208,17 +216,30 @@ def observe(
         kl_nats=divergence_nats(base.first if base else first, first),
         kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
         completion_nats=completion_nats,
-        text_nats=on_text(loaded, chat, material.text, batch_size=batch_size),
+        text_nats=on_text(
+            loaded, chat, material.text, batch_size=batch_size, on_event=on_event,
+            task=f"{name}: likelihood of the text",
+        ),
         along={
-            kind: components(loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size)
+            kind: components(
+                loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size, on_event=on_event,
+                task=f"{name}: {kind} prompts along the direction",
+            )
             for kind, prompts in material.prompts.items()
             if directions is not None and directions.choice is not None and _read_along(directions.chosen) is not None
         },
-    )
+    )  # fmt: skip
 
 
 def components(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], candidate: Candidate, *, batch_size: int
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    candidate: Candidate,
+    *,
+    batch_size: int,
+    on_event: OnEvent = ignore,
+    task: str = "prompts along the direction",
 ) -> tuple[float, ...]:
     """How far every prompt reaches along ``candidate``, at its layer and position (the last one, if none).
 
@@ -235,7 +256,8 @@ def components(
             found[list(rows)] = along[:, 0] if basis.shape[1] == 1 else torch.linalg.vector_norm(along, dim=1)
 
     last = 1 if candidate.position is None else -candidate.position
-    see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size)
+    with working(on_event, task, len(prompts), "prompts") as advance:
+        see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size, advance=advance)
     return tuple(found.tolist())
 
 
@@ -285,12 +307,21 @@ def report(
         benchmarks=benchmarks,
         modes=dict(modes),
         samples=tuple(
-            Sample(kind=kind, prompt=prompt, replies=tuple(model.replies[kind][place] for model in observed))
+            _sample(kind, place, prompt, observed, scorer)
             for kind, prompts in material.prompts.items()
             for place, prompt in enumerate(prompts.texts)
         ),
         max_new_tokens=max_new_tokens,
         scorer=scorer.name,
+    )
+
+
+def _sample(kind: str, place: int, prompt: str, observed: Sequence[Observations], scorer: Scorer) -> Sample:
+    return Sample(
+        kind=kind,
+        prompt=prompt,
+        replies=tuple(model.replies[kind][place] for model in observed),
+        refused=tuple(is_refusal(prompt, model.opening + model.replies[kind][place], scorer) for model in observed),
     )
 
 

@@ -73,7 +73,10 @@ def render(
         choice=directions.choice if directions is not None else None,
         projections=_projections(evaluation),
         along=_place(directions),
-        samples=[(kind, [s for s in evaluation.samples if s.kind == kind]) for kind in evaluation.kinds],
+        samples=[
+            (kind, [(s, bool(evaluation.changed(s))) for s in evaluation.samples if s.kind == kind])
+            for kind in evaluation.kinds
+        ],
     )
 
 

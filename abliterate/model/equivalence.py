@@ -4,7 +4,7 @@ Two measurements on held-out prompts (``verification.behaviour`` has their bound
 written checkpoint against those of the base under hooks, as KL in nats; and the share of the direction in the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.formats import FORMATS
+from abliterate.events import OnEvent, ignore, working
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.method.stream_edit import StreamEdit
@@ -21,6 +22,9 @@ from abliterate.model.forward import each_batch, last_log_probs, run_batch
 from abliterate.model.interventions import edited, observed
 from abliterate.model.load import LoadedModel
 from abliterate.verification.behaviour import Behaviour, kl_bound_nats, share_bound
+
+OF_BASE = "verify: the base, as it is and under hooks"
+OF_WRITTEN = "verify: the written checkpoint against the hooked base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +42,13 @@ def hooked_base(
     prompts: Sequence[str],
     *,
     batch_size: int,
+    on_event: OnEvent = ignore,
 ) -> HookedBase:
     """Next-token log-probabilities of the base, as it is and with the edit as hooks."""
-    plain = last_log_probs(loaded, chat, prompts, batch_size=batch_size)
-    with edited(loaded, stream):
-        hooked = last_log_probs(loaded, chat, prompts, batch_size=batch_size)
+    with working(on_event, OF_BASE, 2 * len(prompts), "prompt passes") as advance:
+        plain = last_log_probs(loaded, chat, prompts, batch_size=batch_size, advance=advance)
+        with edited(loaded, stream):
+            hooked = last_log_probs(loaded, chat, prompts, batch_size=batch_size, advance=advance)
     return HookedBase(plain=plain, hooked=hooked)
 
 
@@ -54,6 +60,7 @@ def compare(
     prompts: Sequence[str],
     *,
     batch_size: int,
+    on_event: OnEvent = ignore,
 ) -> Behaviour:
     """Measure the written checkpoint against the hooked base, and by what its plan claims.
 
@@ -61,7 +68,12 @@ def compare(
     """
     removed = None if plan.stream is None else plan.stream.removed
     stored = coarsest_format(plan)
-    ours = last_log_probs(written, chat, prompts, batch_size=batch_size)
+    share = None
+    with working(on_event, OF_WRITTEN, (1 if removed is None else 2) * len(prompts), "prompt passes") as advance:
+        options = {"batch_size": batch_size, "advance": advance}
+        ours = last_log_probs(written, chat, prompts, **options)
+        if removed is not None:
+            share = stream_share(written, chat, removed, prompts, **options)
     kl = exact_kl_nats(base.hooked, ours)
     computing = next(written.model.parameters()).dtype
     return Behaviour(
@@ -70,7 +82,7 @@ def compare(
         worst_kl_nats=float(kl.max()),
         ablation_kl_nats=float(exact_kl_nats(base.hooked, base.plain).mean()),
         same_top=float((ours.argmax(-1) == base.hooked.argmax(-1)).double().mean()),
-        stream_share=None if removed is None else stream_share(written, chat, removed, prompts, batch_size=batch_size),
+        stream_share=share,
         kl_bound_nats=kl_bound_nats(stored, computing),
         share_bound=share_bound(stored, computing),
         exact_family=plan.claim == "equal to hooks",
@@ -90,6 +102,7 @@ def stream_share(
     prompts: Sequence[str],
     *,
     batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> float:
     """Largest ``|Q^T h| / |h|`` over blocks and real tokens."""
     basis = orthonormal_basis(directions)
@@ -107,6 +120,7 @@ def stream_share(
 
         with observed(loaded, see, leaving_last=True):
             run_batch(loaded, batch)
+        advance(len(batch.rows))
         return worst
 
     shares = each_batch(loaded, chat.batches(prompts, batch_size), worst_share)

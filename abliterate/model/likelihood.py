@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from abliterate.events import OnEvent, ignore, working
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import each_batch, run_batch
 from abliterate.model.load import LoadedModel
@@ -21,7 +22,13 @@ WINDOW = 256
 
 
 def on_completions(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], completions: Sequence[str], *, batch_size: int
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, Float[Tensor, "tokens vocab"]]:
     """Mean negative log-likelihood per token of the completions in nats, over prompts that have one.
 
@@ -34,6 +41,7 @@ def on_completions(
         if tail:
             encoded.append(chat.encode(prompt) + tail)
             lengths.append(len(tail))
+    advance(len(prompts) - len(encoded))  # nothing is to be predicted of these
     losses: dict[int, float] = {}
     kept: dict[int, Tensor] = {}
 
@@ -42,12 +50,14 @@ def on_completions(
         if row < KL_PROMPTS:
             kept[row] = log_probs[:KL_TOKENS].float()
 
-    predict(loaded, chat, encoded, lengths, see, batch_size=batch_size)
+    predict(loaded, chat, encoded, lengths, see, batch_size=batch_size, advance=advance)
     found = torch.cat([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
     return (fmean(losses.values()) if losses else float("nan")), found
 
 
-def on_text(loaded: LoadedModel, chat: ChatFormat, text: str, *, batch_size: int) -> float:
+def on_text(
+    loaded: LoadedModel, chat: ChatFormat, text: str, *, batch_size: int, on_event: OnEvent = ignore, task: str = "text"
+) -> float:
     """Mean negative log-likelihood per token of ``text``, in nats, read in windows; NaN of nothing."""
     ids = _tokens(chat, text)
     start = [] if chat.tokenizer.bos_token_id is None else [int(chat.tokenizer.bos_token_id)]
@@ -58,7 +68,10 @@ def on_text(loaded: LoadedModel, chat: ChatFormat, text: str, *, batch_size: int
     def see(_: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
         losses.append(-log_probs.gather(1, ids[:, None]).flatten())
 
-    predict(loaded, chat, windows, [len(window) - 1 for window in windows], see, batch_size=batch_size)
+    if windows:
+        lengths = [len(window) - 1 for window in windows]
+        with working(on_event, task, len(windows), "windows") as advance:
+            predict(loaded, chat, windows, lengths, see, batch_size=batch_size, advance=advance)
     return float(torch.cat(losses).mean()) if losses else float("nan")
 
 
@@ -70,6 +83,7 @@ def predict(
     see: Callable[[int, Tensor, Tensor], None],
     *,
     batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Show ``see`` each row's log-probabilities at its last ``lengths[row]`` tokens, and those tokens.
 
@@ -85,6 +99,7 @@ def predict(
             n = lengths[row]
             log_probs = logits[place, -n - 1 : -1].to(device="cpu", dtype=torch.float64).log_softmax(-1)
             see(row, log_probs, batch.input_ids[place, -n:])
+        advance(len(batch.rows))
         return torch.empty(0)
 
     for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=longest * vocabulary * 4):

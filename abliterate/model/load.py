@@ -16,7 +16,7 @@ from abliterate.arch.registry import family_of
 from abliterate.arch.spec import Family, WriterSpec, kind_of
 from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
-from abliterate.events import Noted, OnEvent, ignore
+from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
@@ -97,18 +97,17 @@ def load_model(
     budget = where.budget_bytes
     if budget is None and not decoded:
         _check_known_method(checkpoint)
+    task = f"load {checkpoint.name}"
+    if budget is None:
+        on_event(Started(task=task, total=checkpoint.size_bytes, unit="bytes"))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with _explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
         if budget is None and not decoded:
-            model = _auto_class(checkpoint).from_pretrained(
-                checkpoint.folder,
-                dtype="auto" if widened else wanted,
-                device_map={"": place} if place.type == "mps" else where.device_map,
-                max_memory=where.max_memory,
-                use_safetensors=True,
-                **options,
-            )
+            at = {"": place} if place.type == "mps" else where.device_map
+            options |= {"device_map": at, "max_memory": where.max_memory, "use_safetensors": True}
+            held_as = "auto" if widened else wanted
+            model = _auto_class(checkpoint).from_pretrained(checkpoint.folder, dtype=held_as, **options)
         else:
             model = empty_model(checkpoint, wanted, **options)
     if widened and budget is None and isinstance(wanted, torch.dtype):
@@ -118,6 +117,7 @@ def load_model(
     if budget is None:
         if decoded:
             hold(model, checkpoint, loaded.blocks, device=place)
+        on_event(Finished(task=task))
         return replace(loaded, room_bytes=where.room_bytes)
     weights = Offloaded(model, checkpoint, loaded.blocks, device=place, memory_bytes=budget, on_event=on_event)
     return replace(loaded, offload=weights)

@@ -12,6 +12,7 @@ import torch
 from abliterate.arch.spec import Family
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.evaluate.refusal_tokens import PROBE_TOKENS
+from abliterate.events import duration
 from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_bytes
 from abliterate.recipe import Recipe
 
@@ -46,14 +47,21 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     return {stage: count for stage, count in every.items() if stage in stages}
 
 
-def cost(size_bytes: int, passes: dict[str, int]) -> str:
-    """A sentence that says how often weights of ``size_bytes`` will be read in ``passes``, by stage."""
+def cost(size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None = None) -> str:
+    """A sentence that says how often weights of ``size_bytes`` will be read in ``passes``, by stage.
+
+    With ``bytes_per_s``, at which they were read so far, it says how long that takes.
+    """
     total = sum(passes.values())
     parts = ", ".join(f"{stage} {count}" for stage, count in passes.items())
     advice = "; fewer --max-new-tokens or --no-eval save the most" if passes.get("replies", 0) > total / 2 else ""
+    pace = ""
+    if bytes_per_s:
+        long = duration(total * size_bytes / bytes_per_s)
+        pace = f", which takes about {long} at the {bytes_per_s / 1e6:,.0f} MB/s of the first reading, if not longer"
     return (
         f"the weights ({size_bytes / 1e9:,.1f} GB) will be read about {total} times ({parts}), "
-        f"{total * size_bytes / 1e12:,.2f} TB in all{advice}"
+        f"{total * size_bytes / 1e12:,.2f} TB in all{pace}{advice}"
     )
 
 

@@ -3,13 +3,14 @@
 Nothing here prints; the ``on_event`` of the session hears what happens.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
-from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
+from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
@@ -25,6 +26,7 @@ from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_v
 from abliterate.recipe import NOT_IN_WORK, Recipe
 from abliterate.verification.checkpoint_proof import verify_bytes
 from abliterate.verification.report import VerifyReport
+from abliterate.workflow.estimate import counts_of, not_counted, reading_speed, sentence, speed_of
 from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.passes import cost, passes_of
 from abliterate.workflow.session import Session, open_session
@@ -81,7 +83,7 @@ def verify(
     )
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
-    say_cost(session, passes_of(session.recipe, ["verify"]))
+    say_cost(session, ["verify"])
     edited = open_folder(written, name=str(written))
     compared, _ = side_by_side(session, [(EDITED, edited)], proof=edit_plan, with_replies=False)
     return VerifyReport(bytes=on_bytes, behaviour=compared)
@@ -125,7 +127,7 @@ def evaluate(
     for checkpoint in [session.checkpoint, *(other for _, other in others)]:
         replace(session, checkpoint=checkpoint).check_modes()
     controls = session.recipe.evaluate.controls and directions is not None
-    say_cost(session, passes_of(session.recipe, ["replies"], models=1 + len(others)))
+    say_cost(session, ["replies"], models=1 + len(others))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls)
     if evaluated is None:
         raise AssertionError("replies were asked for")
@@ -157,14 +159,14 @@ def run(
     check_prompts(session, with_evaluation=with_evaluation)
     output = _prepared(out, session, edit_plan, direction)
     known = direction or _resume_direction(output)
-    passes = _passes(session.recipe, measuring=known is None, with_evaluation=with_evaluation)
-    directions = known or find(session, output, passes)
+    last = ("verify", "replies") if with_evaluation else ("verify",)
+    directions = known or find(session, output, ("edit", *last), output_bytes=edit_plan.output_bytes)
     edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions, edit_plan.model_map.n_layers))
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)
     if known is not None:
-        say_cost(session, passes)  # only here: the edit and its proof need no model in memory
+        say_cost(session, last)  # only here: the edit and its proof on the bytes need no model in memory
     behaviour, evaluation = side_by_side(
         session,
         [(EDITED, open_folder(output.path, name=str(out)))],
@@ -201,14 +203,18 @@ def check_prompts(session: Session, *, with_evaluation: bool) -> None:
         session.check_modes()
 
 
-def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> DirectionSet:
-    """Measure and select, and keep the direction in ``output``; ``passes`` is what the whole run will cost.
+def find(session: Session, output: OutputFolder, following: Sequence[str], *, output_bytes: int) -> DirectionSet:
+    """Measure and select, and keep the direction in ``output``.
+
+    What the whole run will cost is said first: ``following`` are the stages after these two.
 
     Raises:
         AbliterateError: no direction was found; an ``output`` with nothing in it is removed, as another try may differ.
     """
-    say_cost(session, passes)
+    load_s = _load(session)  # if that fails, what was measured before is kept
     try:
+        stages = ("measure", "select", *following)
+        say_cost(session, stages, load_s=load_s, output=output, output_bytes=output_bytes)
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
             chosen = select(session, measure(session, steps=steps), steps=steps)
             file = direction_files.save(chosen, output.private / DIRECTION_FILE)
@@ -218,10 +224,42 @@ def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> Dire
     return direction_files.load(file)  # what a run that is stopped after this goes on with
 
 
-def say_cost(session: Session, passes: dict[str, int]) -> None:
-    """Load the model and, where it runs out of core, say what that will cost."""
-    if session.loaded.offload is not None:
-        session.on_event(Noted(text=cost(session.loaded.offload.size_bytes, passes)))
+def say_cost(
+    session: Session,
+    stages: Sequence[str],
+    *,
+    models: int = 2,
+    load_s: float | None = None,
+    output: OutputFolder | None = None,
+    output_bytes: int = 0,
+) -> None:
+    """Load the model, and say about how long ``stages`` will take: out of core, by the weight passes.
+
+    ``models`` write replies.  ``load_s`` is how long loading took, where that is done.  ``output_bytes`` are written to
+    ``output``, where the edit is one of the stages.
+
+    Raises:
+        AbliterateError: the model cannot be loaded, or prompts that the stages need cannot be had.
+    """
+    load_s = _load(session) if load_s is None else load_s
+    weights = session.loaded.offload
+    if weights is not None:
+        passes = passes_of(session.recipe, stages, models=models)
+        session.on_event(Noted(text=cost(weights.size_bytes, passes, bytes_per_s=reading_speed(session))))
+        return
+    written = None if output is None else writing_speed(output.path, output_bytes)
+    if written:
+        load_s = min(load_s, output_bytes / written)  # the first time, libraries were imported meanwhile
+    counts = counts_of(session, stages, models=models, output_bytes=output_bytes)
+    speed = speed_of(session, load_s=load_s, bytes_per_s=written)
+    session.on_event(Noted(text=sentence(counts, stages, speed, left_out=not_counted(session.recipe, stages))))
+
+
+def _load(session: Session) -> float:
+    """Load the model, unless it is there; gives the seconds that took."""
+    begun = time.perf_counter()
+    _ = session.loaded
+    return time.perf_counter() - begun
 
 
 def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet | None) -> str:
@@ -239,12 +277,6 @@ def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: Direc
         fingerprint=fingerprint_of(edit_plan, session.recipe, direction),
         needed_bytes=edit_plan.output_bytes,
     )
-
-
-def _passes(recipe: Recipe, *, measuring: bool, with_evaluation: bool) -> dict[str, int]:
-    """The weight passes of the stages that a run has before it."""
-    before = ("measure", "select") if measuring else ()
-    return passes_of(recipe, [*before, "verify", *(("replies",) if with_evaluation else ())])
 
 
 def _resume_direction(output: OutputFolder) -> DirectionSet | None:

@@ -16,7 +16,7 @@ from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalRe
 from abliterate.evaluate.evaluation import report as put_together
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
-from abliterate.events import OnEvent
+from abliterate.events import OnEvent, working
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import project_out
 from abliterate.method.statistics import Rate
@@ -157,8 +157,9 @@ def side_by_side(
     hooked = compared = None
     if proof is not None and proof.stream is not None:
         hooked = equivalence.hooked_base(
-            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.model.batch_size
-        )
+            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.model.batch_size,
+            on_event=session.on_event,
+        )  # fmt: skip
     if bench is not None:
         bench.look(BASE, session)
         for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed):
@@ -200,12 +201,14 @@ def judged_replies(session: Session, material: Material, models: Sequence[Observ
     recipe = session.recipe
     name, _, place = recipe.evaluate.judge.partition("@")
     asked = read_text(recipe.evaluate.judge_format) if recipe.evaluate.judge_format else None
-    judge = load_judge(name, place=place or None, format=asked, device=recipe.model.device)
+    with working(session.on_event, f"load the judge {name}", 1, "model"):
+        judge = load_judge(name, place=place or None, format=asked, device=recipe.model.device)
     texts = material.prompts[HARMFUL].texts
     found = {}
     for model in models:
         replies = [said(model.opening + reply) for reply in model.replies[HARMFUL]]
-        verdicts = judge.judge(list(zip(texts, replies, strict=True)))
+        with working(session.on_event, f"judge replies of {model.name}", len(replies), "replies"):
+            verdicts = judge.judge(list(zip(texts, replies, strict=True)))
         answers = [verdict.positive for verdict in verdicts if verdict.positive is not None]
         found[model.name] = Rate(hits=sum(answers), count=len(answers))
     return f"{name}: {judge.spec.about or judge.spec.repo}", found
@@ -266,5 +269,6 @@ def held_out_prompts(session: Session) -> list[str]:
 
 def _compared(result: Session, proof: EditPlan, hooked: equivalence.HookedBase, prompts: Sequence[str]) -> Behaviour:
     return equivalence.compare(
-        result.loaded, result.chat, hooked, proof, prompts, batch_size=result.recipe.model.batch_size
-    )
+        result.loaded, result.chat, hooked, proof, prompts, batch_size=result.recipe.model.batch_size,
+        on_event=result.on_event,
+    )  # fmt: skip

@@ -1,0 +1,249 @@
+"""About how long the stages ahead will take, from one short timed forward pass of the model that is in memory.
+
+What a stage does is counted in tokens of prompts, steps of writing replies, bytes moved and models loaded; each has a
+pace that was measured.  Replies are counted at their full length, as nobody knows it before.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean
+
+from abliterate.evaluate.evaluation import HARMLESS
+from abliterate.evaluate.refusal_tokens import PROBE_PROMPTS, PROBE_TOKENS
+from abliterate.events import duration
+from abliterate.model.chat import Batch, ChatFormat, left_padded
+from abliterate.model.forward import run_batch
+from abliterate.model.load import LoadedModel
+from abliterate.recipe import Recipe
+from abliterate.workflow.session import Session
+from abliterate.workflow.trials import held_out_prompts, material_of
+
+FEW_SCORES = 0.5
+"""About the share of all prompt passes that choosing takes where not every candidate is scored in full."""
+PASSES_OF_PROOF = 4
+"""Base, base under hooks, written checkpoint, and its residual stream."""
+SHORT_S = 0.5
+"""About the most that the timed forward pass should take."""
+SAMPLE = 16
+"""Prompts whose mean length stands for that of all."""
+WIDTH = 4
+"""Tokens of a row of the batch that stands for a step of writing: some models run no shorter one without a cache."""
+CHARACTERS = 4
+"""Of a token, about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How much there is to do.
+
+    Attributes:
+        prompt_tokens, own_tokens: mean length of a prompt, and of what it does not share with all others.
+        batch_size: replies that are written together.
+        train, probed: prompts of both classes to measure on; prompts that find the refusal tokens.
+        filtered: whether prompts are tried before they are used.
+        harmful_val, harmless_val, candidates: what candidates are scored on, and how many there are.
+        scored: share of the prompt passes of scoring each candidate in full.
+        held_out: prompts of the proof.
+        test: prompts of the evaluation, by kind.
+        models, reply_tokens: who replies to them, and how much at most.
+        text_tokens: of a text to predict.
+        output_bytes: what is written, and read again by the proof.
+    """
+
+    prompt_tokens: float
+    own_tokens: float
+    batch_size: int
+    train: int
+    probed: int
+    filtered: bool
+    harmful_val: int
+    harmless_val: int
+    candidates: int
+    scored: float
+    held_out: int
+    test: Mapping[str, int]
+    models: int
+    reply_tokens: int
+    text_tokens: int = 0
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """What a stage does.  A step writes the next token of all replies of a batch."""
+
+    prompt_tokens: float = 0.0
+    steps: int = 0
+    moved_bytes: int = 0
+    loads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Measured paces; None and 0 where something was not measured, and is then not counted."""
+
+    prompt_tokens_per_s: float
+    step_s: float
+    load_s: float = 0.0
+    bytes_per_s: float | None = None
+
+
+def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
+    """What each of ``stages`` does, of ``measure``, ``select``, ``edit``, ``verify`` and ``replies``."""
+    length, replies = counts.prompt_tokens, counts.models * sum(counts.test.values())
+    passes = counts.candidates * counts.scored * (counts.harmful_val + 2 * counts.harmless_val)
+    tried = counts.harmful_val + counts.harmless_val if counts.filtered else 0
+    likely = counts.models * counts.test.get(HARMLESS, 0)  # distributions, and the likelihood of the base's replies
+    every = {
+        "measure": Amount(
+            prompt_tokens=length * (counts.probed + counts.train * (2 if counts.filtered else 1)),
+            steps=ceil(counts.probed / counts.batch_size) * PROBE_TOKENS,
+        ),
+        "select": Amount(prompt_tokens=length * (tried + counts.harmless_val) + counts.own_tokens * passes),
+        "edit": Amount(moved_bytes=counts.output_bytes),
+        "verify": Amount(
+            prompt_tokens=length * PASSES_OF_PROOF * counts.held_out, moved_bytes=2 * counts.output_bytes, loads=1
+        ),
+        "replies": Amount(
+            prompt_tokens=2 * length * replies
+            + likely * (2 * length + counts.reply_tokens)
+            + counts.models * counts.text_tokens,
+            steps=counts.models * counts.reply_tokens * sum(ceil(n / counts.batch_size) for n in counts.test.values()),
+            loads=0 if "verify" in stages else 1,
+        ),
+    }
+    return {stage: amount for stage, amount in every.items() if stage in stages}
+
+
+def seconds(amount: Amount, speed: Speed) -> float:
+    """How long it takes."""
+    moving = 0.0 if speed.bytes_per_s is None else amount.moved_bytes / speed.bytes_per_s
+    running = amount.prompt_tokens / speed.prompt_tokens_per_s + amount.steps * speed.step_s
+    return running + moving + amount.loads * speed.load_s
+
+
+def sentence(counts: Counts, stages: Collection[str], speed: Speed, *, left_out: Collection[str] = ()) -> str:
+    """The estimate, for people."""
+    each = {stage: seconds(amount, speed) for stage, amount in amounts(counts, stages).items()}
+    most = f" at most ({counts.reply_tokens} tokens each)" if counts.reply_tokens else ""
+    parts = ", ".join(f"{stage} {_about(time)}{most if stage == 'replies' else ''}" for stage, time in each.items())
+    paces = [f"{speed.prompt_tokens_per_s:,.0f} tokens of prompts/s"]
+    if any(amount.steps for amount in amounts(counts, stages).values()):
+        paces.append(f"{counts.batch_size / speed.step_s:,.0f} tokens of replies/s")
+    if speed.bytes_per_s is not None:
+        paces.append(f"{speed.bytes_per_s / 1e6:,.0f} MB/s written")
+    whole = f"this will take about {_about(sum(each.values()))}: {parts}"
+    without = f"; not counted: {', '.join(left_out)}" if left_out else ""
+    return f"{whole}; by a short trial: {', '.join(paces)}{without}"
+
+
+def _about(time: float) -> str:
+    return "under 1 s" if time < 1 else duration(time)
+
+
+def counts_of(session: Session, stages: Collection[str], *, models: int, output_bytes: int) -> Counts:
+    """What ``stages`` have to do by the recipe of ``session``, whose model is loaded for it.
+
+    Raises:
+        PromptError: prompts cannot be had.
+    """
+    recipe, contrast, chat = session.recipe, session.contrast, session.chat
+    train = [contrast.harmful_train.texts, contrast.harmless_train.texts]
+    encoded = [chat.encode(prompt) for texts in train for prompt in texts[: SAMPLE // 2]]
+    shared = next((n for n, ids in enumerate(zip(*encoded, strict=False)) if len(set(ids)) > 1), 0)
+    length = fmean(map(len, encoded))
+    layers = session.loaded.n_layers
+    early = layers - int(layers * recipe.find.prune_layers)
+    material = material_of(session) if "replies" in stages else None
+    return Counts(
+        prompt_tokens=length,
+        own_tokens=length - shared,
+        batch_size=recipe.model.batch_size,
+        train=sum(map(len, train)),
+        probed=0 if recipe.find.refusal_tokens else sum(min(len(texts), PROBE_PROMPTS) for texts in train),
+        filtered=recipe.find.filter_prompts,
+        harmful_val=len(contrast.harmful_val.prompts),
+        harmless_val=len(contrast.harmless_val.prompts),
+        candidates=len(chat.positions) * early * len(recipe.find.estimators),
+        scored=1.0 if recipe.find.all_scores else FEW_SCORES,
+        held_out=len(held_out_prompts(session)),
+        test={} if material is None else {kind: len(its.prompts) for kind, its in material.prompts.items()},
+        models=_models(recipe, models),
+        reply_tokens=recipe.evaluate.max_new_tokens if recipe.evaluate.backend == "transformers" else 0,
+        text_tokens=0 if material is None else len(material.text) // CHARACTERS,
+        output_bytes=output_bytes,
+    )
+
+
+def _models(recipe: Recipe, models: int) -> int:
+    """How often the evaluation is done: controls and modes count."""
+    controls = 2 if recipe.evaluate.controls else 0
+    return (models + controls) * (2 if recipe.evaluate.thinking == "both" else 1)
+
+
+def not_counted(recipe: Recipe, stages: Collection[str]) -> list[str]:
+    """What no estimate is made of."""
+    if "replies" not in stages:
+        return []
+    found = ["replies, which vLLM writes"] if recipe.evaluate.backend == "vllm" else []
+    found += ["tasks"] if recipe.evaluate.tasks else []
+    return found + (["the judge"] if recipe.evaluate.judge else [])
+
+
+def speed_of(session: Session, *, load_s: float = 0.0, bytes_per_s: float | None = None) -> Speed:
+    """Time the model of ``session``, which is held, on few of its prompts."""
+    contrast, most = session.contrast, session.recipe.model.batch_size
+    pairs = zip(contrast.harmful_train.texts, contrast.harmless_train.texts, strict=False)
+    texts = [prompt for pair in pairs for prompt in pair]
+    encoded = [session.chat.encode(prompt) for prompt in texts[:most]]
+    per_s, step_s = timed(session.loaded, session.chat, encoded, batch_size=most)
+    return Speed(prompt_tokens_per_s=per_s, step_s=step_s, load_s=load_s, bytes_per_s=bytes_per_s)
+
+
+def reading_speed(session: Session) -> float | None:
+    """Bytes a second at which the first weight passes read, out of core; None where there were some before.
+
+    They are those that making the chat format takes.
+    """
+    weights = session.loaded.offload
+    if weights is None or "chat" in vars(session):
+        return None
+    before, begun = weights.bytes_read, time.perf_counter()
+    _ = session.chat
+    return (weights.bytes_read - before) / max(time.perf_counter() - begun, 1e-9) or None
+
+
+def timed(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    encoded: list[list[int]],
+    *,
+    batch_size: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Tokens of prompts a second, and the seconds of a step that writes ``batch_size`` tokens.
+
+    As many tokens as such a step takes are timed first: without a cache, which is short by then.  How long that took
+    says how many prompts can be timed.
+    """
+
+    def run(batch: Batch) -> float:
+        begun = clock()
+        run_batch(loaded, batch)[:, -1].cpu()  # waits for the device
+        return clock() - begun
+
+    rows = ceil(batch_size / WIDTH)
+    tails = [ids[-WIDTH:] for ids in encoded]
+    (few,) = left_padded([tails[row % len(tails)] for row in range(rows)], rows, chat.pad_id)
+    step = run(few)
+    if step < SHORT_S:
+        step = min(step, run(few))  # the first one may have warmed up
+    width = max(map(len, encoded))
+    fitting = int(SHORT_S / max(step, 1e-9) * batch_size / width)
+    whole = encoded[: max(1, min(fitting, batch_size))]
+    batches = list(chat.pack(whole, batch_size))
+    took = sum(map(run, batches))
+    tokens = sum(map(len, whole))
+    return tokens / max(took, 1e-9), max(step, 1e-9)
