@@ -69,6 +69,13 @@ class FindOptions(Section):
     filter_prompts: Annotated[bool, Trait.FILE_ONLY] = Field(
         default=True, description="Keep harmful prompts that are refused, and harmless ones that are answered."
     )
+    labels: Literal["replies", "first-token"] = Field(
+        default="replies",
+        description="What says that a prompt is refused: replies (each is read), or first-token (the paper's metric).",
+    )
+    reply_tokens: Annotated[int, Trait.FILE_ONLY] = Field(
+        default=32, ge=1, description="Length of the replies that say it, in tokens."
+    )
     allow_few: bool = Field(default=False, description="Measure even where fewer than 8 prompts of a class are left.")
     estimators: Annotated[tuple[str, ...], Flag("--estimator")] = Field(
         default=("difference-of-means",), description="What makes candidates of the measured residuals; repeatable."

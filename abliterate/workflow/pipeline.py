@@ -210,7 +210,7 @@ def find(session: Session, output: OutputFolder, passes: dict[str, int]) -> Dire
     say_cost(session, passes)
     try:
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-            chosen = select(session, measure(session, steps=steps), steps=steps)
+            chosen = select(session, measure(session, steps=steps, ahead=True), steps=steps)
             file = direction_files.save(chosen, output.private / DIRECTION_FILE)
     except AbliterateError:
         output.discard()
