@@ -195,7 +195,7 @@ class PublishOptions(Section):
 
 
 class Recipe(BaseModel):
-    """One reproducible run.  ``recipes/arditi-2024.toml`` says why each default is what it is.
+    """One reproducible run.  ``recipes/default.toml`` says why each default is what it is.
 
     A flat document, as version 1 wrote them, is read as well; so are flat keywords, ``Recipe(n_train=64)``.
     """

@@ -24,7 +24,7 @@ Label = Literal["refused", "answered", "unclear"]
 LABELS: tuple[Label, ...] = ("refused", "answered", "unclear")
 WANTED: Mapping[str, Label] = {"harmful": "refused", "harmless": "answered"}
 """What the prompts of a class must be to count."""
-LIKELY = 64
+LIKELY = 256
 """How many of the likeliest first tokens of each prompt are kept; what is less likely counts as impossible."""
 MISSING = -1
 """In place of the tokens of a reply that has ended."""
