@@ -108,9 +108,7 @@ def test_the_first_token_metric_is_that_of_the_whole_distribution(session, promp
     expected = refusal_metric(last_log_probs(session.loaded, session.chat, prompts["mixed"]), [53])
     found = torch.tensor(first_token_metric(its, [53]), dtype=torch.float64)
     assert torch.allclose(found, expected, atol=1e-3)
-    few = replace(
-        its, likely=its.likely[:, :3], log_probs=its.log_probs[:, :3]
-    )
+    few = replace(its, likely=its.likely[:, :3], log_probs=its.log_probs[:, :3])
     assert torch.allclose(torch.tensor(first_token_metric(few, [53]), dtype=torch.float64)[:6], expected[:6], atol=1e-3)
 
 
