@@ -69,6 +69,13 @@ class FindOptions(Section):
     filter_prompts: Annotated[bool, Trait.FILE_ONLY] = Field(
         default=True, description="Keep harmful prompts that are refused, and harmless ones that are answered."
     )
+    labels: Literal["replies", "first-token"] = Field(
+        default="replies",
+        description="What says that a prompt is refused: replies (each is read), or first-token (the paper's metric).",
+    )
+    reply_tokens: Annotated[int, Trait.FILE_ONLY] = Field(
+        default=32, ge=1, description="Length of the replies that say it, in tokens."
+    )
     allow_few: bool = Field(default=False, description="Measure even where fewer than 8 prompts of a class are left.")
     estimators: Annotated[tuple[str, ...], Flag("--estimator")] = Field(
         default=("difference-of-means",), description="What makes candidates of the measured residuals; repeatable."
@@ -188,7 +195,7 @@ class PublishOptions(Section):
 
 
 class Recipe(BaseModel):
-    """One reproducible run.  ``recipes/arditi-2024.toml`` says why each default is what it is.
+    """One reproducible run.  ``recipes/default.toml`` says why each default is what it is.
 
     A flat document, as version 1 wrote them, is read as well; so are flat keywords, ``Recipe(n_train=64)``.
     """

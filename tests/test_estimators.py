@@ -14,7 +14,7 @@ from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.forward import see_residuals
 from abliterate.model.measuring import measure_class
 from abliterate.recipe import Recipe
-from abliterate.workflow import finding, pipeline
+from abliterate.workflow import pipeline, reading
 from abliterate.workflow.session import open_session
 from abliterate.workflow.steps import Steps
 from tests.factories import vectors_of
@@ -129,7 +129,7 @@ def test_candidates_of_several_estimators_are_scored_chosen_and_kept(session, cu
 
 
 def test_samples_take_memory_too(session, curious, monkeypatch):
-    monkeypatch.setattr(finding, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(reading, "available_bytes", lambda: 2**20)
     with pytest.raises(UsageError, match="covariances and samples of 8 layers of width 128 take"):
         pipeline.measure(asking(session, ["curious"]))
 

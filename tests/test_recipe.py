@@ -44,8 +44,9 @@ def test_all_recipe_files_are_bundled():
     assert {path.stem for path in folder.glob("*.toml")} == set(bundled_recipes()) >= {"arditi-2024"}
 
 
-def test_the_paper_is_the_default():
-    assert load_recipe("arditi-2024").model_copy(update={"title": ""}) == Recipe()
+def test_the_default_is_a_recipe_and_the_paper_differs_from_it_in_who_says_what_is_refused():
+    assert load_recipe("default").model_copy(update={"title": ""}) == Recipe()
+    assert load_recipe("arditi-2024").model_copy(update={"title": ""}) == Recipe(labels="first-token")
 
 
 def test_values_of_a_file_are_taken(tmp_path):
@@ -159,7 +160,14 @@ def test_the_sets_of_options_that_do_not_matter():
 # --- with tables and without ------------------------------------------------------------------------------------------
 
 
-LATER = {"estimators": ("difference-of-means",), "all_scores": False, "change": "removal", "allow_few": False}
+LATER = {
+    "estimators": ("difference-of-means",),
+    "all_scores": False,
+    "change": "removal",
+    "allow_few": False,
+    "labels": "replies",
+    "reply_tokens": 32,
+}
 """Options that version 1 did not have, with what it did."""
 
 

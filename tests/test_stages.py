@@ -16,7 +16,7 @@ from abliterate.model.forward import see_residuals
 from abliterate.model.measuring import Filtered
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.workflow import finding
+from abliterate.workflow import finding, reading
 from abliterate.workflow.session import open_session, prompts_of, with_default_prompts
 
 PROMPTS = """
@@ -85,7 +85,7 @@ def test_covariances_are_those_of_the_activations(here, monkeypatch):
     difference = found["harmful_mean"] - found["harmless_mean"]
     raw = load(here / "raw.safetensors")
     assert torch.allclose(torch.stack([raw.candidate(-1, layer) for layer in range(8)]), difference, atol=1e-4)
-    monkeypatch.setattr(finding, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(reading, "available_bytes", lambda: 2**20)
     short = CliRunner().invoke(app, [*map(str, options), "--covariance", "no.safetensors"])
     assert short.exit_code == 2
     assert "covariances of 8 layers of width 128 take 0.00 GiB" in short.stderr
@@ -96,7 +96,7 @@ def test_out_of_core_the_commands_say_what_it_costs(here, monkeypatch):
     monkeypatch.chdir(here)
     done = abliterate("measure", "tiny-chat", "--recipe", "few.toml", "--memory", "36MiB", "--out", "again.safetensors")
     assert "they stay on disk, and each block is read once for all batches" in done.stderr
-    assert "will be read about 4 times (measure 4)" in done.stderr
+    assert "will be read about 32 times (measure 32)" in done.stderr
     options = ("--direction", "whole/abliterate/direction.safetensors", "--ablate", "--memory", "36MiB")
     question = prompts_of(with_default_prompts(None, Recipe())).harmful_test.texts[0]
     replies = [abliterate("chat", "tiny-chat", *options[:count], input=question + "\n") for count in (3, 5, 0)]
@@ -137,13 +137,13 @@ def test_who_brings_few_prompts_has_asked_for_few():
 
 
 def test_halves_are_drawn_by_seed_and_make_up_the_whole():
-    first = finding.half_of(9, seed=42)
+    first = reading.half_of(9, seed=42)
     assert len(first) == 4
-    assert first == finding.half_of(9, seed=42) != finding.half_of(9, seed=43)
-    assert finding.half_of(1, seed=42) == frozenset()
+    assert first == reading.half_of(9, seed=42) != reading.half_of(9, seed=43)
+    assert reading.half_of(1, seed=42) == frozenset()
     values = torch.randn(9, 3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, half = values.mean(0), values[sorted(first)].mean(0)
-    ours, others = finding.halves_of(mean, half, 9, len(first))
+    ours, others = reading.halves_of(mean, half, 9, len(first))
     rest = [row for row in range(9) if row not in first]
     assert torch.allclose(others.mean, values[rest].mean(0))
     assert (ours.count, others.count) == (4, 5)

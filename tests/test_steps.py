@@ -89,7 +89,8 @@ class Heard:
 
 
 def test_measuring_continues_where_it_was_stopped(tmp_path):
-    session = open_session(None, RECIPE)
+    """By the paper's way, where passes follow each other."""
+    session = open_session(None, RECIPE.with_changes({"labels": "first-token"}))
     whole = pipeline.measure(session)
     folder, fingerprint = tmp_path / "steps", pipeline.work_fingerprint(session)
     with pytest.raises(KeyboardInterrupt), Steps(folder, fingerprint) as steps:

@@ -39,7 +39,7 @@ def measure(
     Example: abliterate measure tiny-chat --out candidates.safetensors
     """
     from abliterate.checkpoint.direction_file import save
-    from abliterate.method.directions import measured_on
+    from abliterate.cli.tables import show_measured
     from abliterate.workflow import pipeline
 
     pipeline.check_names(recipe)
@@ -54,7 +54,7 @@ def measure(
         return
     tokens = measured.metadata["refusal_tokens"]["texts"]
     out.print(f"{len(measured.positions)} positions x {measured.n_layers} layers, width {measured.d_model}")
-    out.print(f"measured on {measured_on(measured.metadata)}")
+    show_measured(measured.metadata)
     out.print(f"refusals begin with: {', '.join(map(repr, tokens))}", markup=False)
     out.print(f"written: {out_file}", markup=False, soft_wrap=True)
 

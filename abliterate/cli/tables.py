@@ -137,11 +137,7 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.verdict,
         )
     out.print(best)
-    from abliterate.method.directions import measured_on
-
-    measured = measured_on(directions.metadata)
-    if measured:
-        out.print(f"measured on {measured}")
+    show_measured(directions.metadata)
     if choice is not None:
         place = (
             f"layer {choice.layer}" if choice.position is None else f"position {choice.position}, layer {choice.layer}"
@@ -151,6 +147,17 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             "" if directions.stability is None else f"; two halves of the prompts agree to {directions.stability:.3f}"
         )
         out.print(f"chosen: {which}{place}, by rule {choice.rule}{halves}", markup=False)
+
+
+def show_measured(measurement: "Mapping[str, Any]") -> None:
+    """What a direction rests on: prompts of each class, and how well the first token tells them apart."""
+    from abliterate.method.directions import measured_on, told_apart
+
+    measured, apart = measured_on(measurement), told_apart(measurement)
+    if measured:
+        out.print(f"measured on {measured}")
+    if apart:
+        out.print(apart)
 
 
 def _known(value: float, digits: int) -> str:

@@ -20,6 +20,8 @@ PROBE_PROMPTS = 64
 PROBE_TOKENS = 24
 MIN_SHARE = 0.05
 """A first token counts when it begins this share of the refusals."""
+Reply = tuple[int, bool]
+"""The first token of a reply, and whether it refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +76,10 @@ def find_refusal_tokens(
         PromptError: the model refuses nothing, or its refusals begin like its other replies.
     """
     task = "find refusal tokens"
-    prompts = [*harmful[:PROBE_PROMPTS], *harmless[:PROBE_PROMPTS]]
+    harmful, harmless = harmful[:PROBE_PROMPTS], harmless[:PROBE_PROMPTS]
+    prompts = [*harmful, *harmless]
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
-    refusing: Counter[int] = Counter()
-    complying: Counter[int] = Counter()
-    refused_harmful = 0
+    refused: list[Reply | None] = [None] * len(prompts)
     replies = each_batch(
         loaded,
         chat.batches(prompts, batch_size),
@@ -87,14 +88,30 @@ def find_refusal_tokens(
     )
     for batch, tokens in replies:
         for row, ids in zip(batch.rows, tokens.tolist(), strict=True):
-            refused = is_refusal(prompts[row], str(chat.tokenizer.decode(ids, skip_special_tokens=True)))
-            (refusing if refused else complying)[ids[0]] += 1
-            refused_harmful += refused and row < len(harmful[:PROBE_PROMPTS])
+            reply = str(chat.tokenizer.decode(ids, skip_special_tokens=True))
+            refused[row] = (ids[0], is_refusal(prompts[row], reply))
         on_event(Advanced(task=task, amount=len(batch.rows)))
     on_event(Finished(task=task))
+    found = [reply for reply in refused if reply is not None]
+    return refusal_tokens_of(loaded.name, chat, found[: len(harmful)], found[len(harmful) :])
+
+
+def refusal_tokens_of(
+    name: str, chat: ChatFormat, harmful: Sequence[Reply], harmless: Sequence[Reply]
+) -> RefusalTokens:
+    """The first tokens of refusals that begin other replies less often, in replies to prompts of both classes.
+
+    Raises:
+        PromptError: no harmful prompt was refused, or refusals begin like other replies.
+    """
+    refusing: Counter[int] = Counter()
+    complying: Counter[int] = Counter()
+    for first, refused in (*harmful, *harmless):
+        (refusing if refused else complying)[first] += 1
+    refused_harmful = sum(refused for _, refused in harmful)
     if not refused_harmful:
         raise PromptError(
-            f"{loaded.name} refuses none of the {len(harmful[:PROBE_PROMPTS])} harmful prompts tried",
+            f"{name} refuses none of the {len(harmful)} harmful prompts tried",
             "there is no refusal to find: use prompts that this model declines, or name its --refusal-token",
         )
     total, other = sum(refusing.values()), sum(complying.values())
@@ -105,12 +122,10 @@ def find_refusal_tokens(
     ]
     if not kept:
         raise PromptError(
-            f"{loaded.name}: refusals and other replies begin with the same token",
+            f"{name}: refusals and other replies begin with the same token",
             "name the tokens that only refusals begin with: --refusal-token",
         )
-    return RefusalTokens(
-        ids=tuple(kept), texts=_texts(chat, kept), refused_share=refused_harmful / len(harmful[:PROBE_PROMPTS])
-    )
+    return RefusalTokens(ids=tuple(kept), texts=_texts(chat, kept), refused_share=refused_harmful / len(harmful))
 
 
 def _texts(chat: ChatFormat, ids: Sequence[int]) -> tuple[str, ...]:

@@ -307,6 +307,17 @@ def measured_on(measurement: Mapping[str, Any]) -> str:
     return f"{' and '.join(parts)} prompts"
 
 
+def told_apart(measurement: Mapping[str, Any]) -> str:
+    """How well the first token tells refusals from answers on the model; empty where replies were not read."""
+    found = measurement.get("calibration") or {}
+    if found.get("auc") is None:
+        return ""
+    return (
+        f"the first token tells {found['refused']} refused prompts from {found['answered']} answered ones with an AUC "
+        f"of {found['auc']:.3f}, best at a refusal metric of {found['threshold']:.2f}"
+    )
+
+
 def grid(
     estimator: str, vectors: Float[Tensor, "positions layers d"], positions: Sequence[int]
 ) -> tuple[Candidate, ...]:

@@ -107,8 +107,11 @@ LEAST_REFUSAL = math.log(1e-8) - math.log(1 + 1e-8)
 def refusal_metric(log_probs: Float[Tensor, "*n vocab"], refusal_tokens: list[int]) -> Float[Tensor, "*n"]:
     """Log-odds of refusing at the first token (Arditi et al. 2024, appendix B).
 
-    ``log(p + 1e-8) - log(1 - p + 1e-8)``, with ``p`` the summed probability of the refusal tokens.  The smoothing clips
-    it to about +-18.4.
+    It is ``log_odds`` of the summed probability of the refusal tokens.
     """
-    p = log_probs[..., refusal_tokens].to(torch.float64).exp().sum(-1)
+    return log_odds(log_probs[..., refusal_tokens].to(torch.float64).exp().sum(-1))
+
+
+def log_odds(p: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """``log(p + 1e-8) - log(1 - p + 1e-8)``.  The smoothing, the paper's, clips it to about +-18.4."""
     return (p + 1e-8).log() - (1 - p + 1e-8).clamp_min(1e-8).log()

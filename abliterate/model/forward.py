@@ -207,7 +207,7 @@ def see_residuals(
             see(batch.rows, layer, values)
 
         with observed(loaded, show):
-            run_batch(loaded, batch, keep=n_positions)  # Gemma 4 runs its last blocks on these only
+            run_batch(loaded, batch, keep=n_positions)  # Gemma 4 runs its last blocks on these tokens only
         advance(len(batch.rows))
         return torch.empty(0)
 
@@ -243,9 +243,27 @@ def generate(
 
 
 def generate_ids(
-    loaded: LoadedModel, chat: ChatFormat, batch: Batch, max_new_tokens: int
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    batch: Batch,
+    max_new_tokens: int,
+    *,
+    first: Callable[[Tensor], None] | None = None,
 ) -> Int[Tensor, "batch new_tokens"]:
-    """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended."""
+    """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
+
+    ``first`` is called with the logits ``[batch, vocab]`` of the first new token.
+    """
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Show(LogitsProcessor):
+        waiting = first
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+            if self.waiting is not None:
+                self.waiting(scores)
+                self.waiting = None
+            return scores
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -257,8 +275,37 @@ def generate_ids(
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # what is likeliest, whatever the repository would rather have sampled
+                logits_processor=LogitsProcessorList([Show()]),
                 pad_token_id=chat.pad_id,
             )
 
     (out,) = run_together(loaded, [run])
     return out[:, batch.input_ids.shape[1] :].cpu()
+
+
+def reply_and_see(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    batch: Batch,
+    max_new_tokens: int,
+    n_positions: int,
+    first: Callable[[Tensor], None],
+) -> tuple[Tensor, list[Tensor]]:
+    """The greedy continuation of a batch, and what entered each block at the last tokens of its prompts.
+
+    One forward pass over the prompts serves both.  Residuals are ``[rows, n_positions, d]`` in float32, on the host.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def show(layer: int, x: Tensor) -> None:
+        if layer not in seen:  # the first forward pass has the prompts, the others one new token each
+            seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
+
+    with observed(loaded, show):
+        tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=first)
+    if any(values.shape[1] < n_positions for values in seen.values()):  # as in see_residuals
+        seen.clear()
+        with observed(loaded, show):
+            run_batch(loaded, batch, keep=n_positions)
+    return tokens, [seen[layer] for layer in range(loaded.n_layers)]

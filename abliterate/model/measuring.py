@@ -7,16 +7,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import PromptError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
+from abliterate.method.class_sums import ClassSums
 from abliterate.method.directions import Candidate, CandidateScore, Choice, Subspace
 from abliterate.method.estimators import Need
 from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
-from abliterate.method.moments import RunningCovariance, RunningMoments
 from abliterate.method.selection import SelectionRule, choose, is_late
 from abliterate.method.statistics import refusal_metric
 from abliterate.model.asking import AT_ONCE, STOPPING, Asked, can_be_scored
@@ -97,11 +95,9 @@ def measure_class(
     task: str,
     on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
-    """What ``needs`` names, of the residual that enters each block after the prompts of one class.
+    """What ``needs`` names, of the residual that enters each block after the prompts of one class (see ``ClassSums``).
 
-    "mean" ``[positions, layers, d]`` in float64, always, and "half", the same over the prompts whose numbers are in
-    ``half``, if there are any; at the last position "covariance" ``[layers, d, d]`` and
-    "samples" ``[prompts, layers, d]`` in float32, where they are needed.
+    ``half`` are numbers of prompts over which the mean is taken once more.
 
     Raises:
         PromptError: one prompt is too few for a covariance.
@@ -109,21 +105,12 @@ def measure_class(
     """
     if "covariance" in needs and len(prompts) < 2:
         raise PromptError(f"{loaded.name}: {task}: one is left, and a covariance takes two", "give more prompts")
-    n, d = loaded.n_layers, loaded.d_model
-    means = [RunningMoments((len(chat.positions), d)) for _ in range(n)]
-    halves = [RunningMoments((len(chat.positions), d)) for _ in range(n)] if half else []
-    spread = [RunningCovariance((d,)) for _ in range(n)] if "covariance" in needs else []
-    samples = torch.empty(len(prompts), n, d, dtype=torch.float32) if "samples" in needs else None
+    shape = loaded.n_layers, len(chat.positions), loaded.d_model
+    sums = ClassSums(*shape, needs, rows=len(prompts), halved=bool(half))
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
         check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")
-        means[layer].update(values)
-        if halves:
-            halves[layer].update(values[[place for place, row in enumerate(rows) if row in half]])
-        if spread:
-            spread[layer].update(values[:, -1])
-        if samples is not None:
-            samples[list(rows), layer] = values[:, -1].to(device="cpu", dtype=torch.float32)
+        sums.add(layer, rows, values, [row in half for row in rows])
 
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
     see_residuals(
@@ -131,23 +118,7 @@ def measure_class(
         advance=lambda n: on_event(Advanced(task=task, amount=n)),
     )  # fmt: skip
     on_event(Finished(task=task))
-    found = {"mean": torch.stack([layer.finish().mean for layer in means], dim=1)}
-    if halves:
-        found["half"] = torch.stack([layer.finish().mean for layer in halves], dim=1)
-    if spread:
-        found["covariance"] = _covariances(spread)
-    return found if samples is None else {**found, "samples": samples}
-
-
-def _covariances(running: list[RunningCovariance]) -> Float[Tensor, "layers d d"]:
-    """The covariance of each layer in float32.  ``running`` is emptied on the way: its sums take twice as much."""
-    covariances = []
-    while running:
-        covariance = running.pop(0).finish().covariance
-        if covariance is None:
-            raise AssertionError("a covariance was measured")
-        covariances.append(covariance.to(torch.float32))
-    return torch.stack(covariances)
+    return sums.finish()
 
 
 def score_candidates(

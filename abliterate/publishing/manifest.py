@@ -96,7 +96,7 @@ def build(
             "stability": directions.stability,
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", "kept", "of", "scored", "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", *COUNTED, "scored", "template_sha256")
                 if key in directions.metadata
             },
         },
@@ -219,7 +219,8 @@ def recipe_of(document: Mapping[str, Any], *, where: Path) -> Recipe:
         CheckpointError: it cannot be read; names the file ``where`` it stands.
     """
     try:
-        return Recipe.model_validate(in_tables(document["recipe"], without=OF_A_MACHINE))
+        tables = in_tables(document["recipe"], without=OF_A_MACHINE)
+        return Recipe.model_validate({**tables, "find": BEFORE_LABELS | tables.get("find", {})})
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{where}: holds a recipe that cannot be read ({first_line(error)})", "fetch this file again"
@@ -246,4 +247,8 @@ def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values
     return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
 
 
+BEFORE_LABELS = {"labels": "first-token"}
+"""What a recipe did that has no such option."""
+COUNTED = ("kept", "of", "labels", "calibration")
+"""What a direction file says of the prompts it was measured on."""
 _NOT_KEPT = ("writers", "input_bytes", "output_bytes", "estimated_seconds", "model", "revision")

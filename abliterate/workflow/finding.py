@@ -5,28 +5,23 @@ Both stages keep what is finished in ``Steps``, so that a stopped one continues.
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
 from abliterate.errors import NonFiniteError, TooFewPromptsError, UsageError
-from abliterate.evaluate.refusal_tokens import RefusalTokens, find_refusal_tokens, given_refusal_tokens
 from abliterate.events import Noted
+from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
-from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import PARETO_FALLBACK, SelectionRule
-from abliterate.model import measuring
-from abliterate.model.memory import available_bytes
+from abliterate.model.measuring import Filtered, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
 from abliterate.publishing import manifest
 from abliterate.recipe import NOT_IN_NUMBERS
+from abliterate.workflow.reading import Read, read_training, read_validation, refusal_tokens
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -39,51 +34,57 @@ def measure(
     *,
     steps: Steps | None = None,
     covariance: Path | None = None,
+    ahead: bool = False,
 ) -> DirectionSet:
-    """Refusal tokens, filtered prompts, statistics, and the candidates that the recipe's estimators make of them.
+    """Which prompts count, statistics of them, and the candidates that the recipe's estimators make of those.
 
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
-    write the covariances of both classes at the last position.
+    write the covariances of both classes at the last position.  ``ahead``: ``select`` follows with the same steps.
 
     Raises:
         UsageError: there is no such estimator, or no memory for the statistics that are needed.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
         NonFiniteError: an activation, or every candidate, is NaN or infinite.
     """
-    contrast, recipe, steps = session.contrast, session.recipe, steps or Steps()
+    recipe = session.recipe
     needs = needs_of(recipe.find.estimators) | (
         frozenset[Need]() if covariance is None else frozenset[Need](["covariance"])
     )
-    options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
-    tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(_refusal_tokens(session, options))))
-    harmful, harmless = contrast.harmful_train.texts, contrast.harmless_train.texts
-    kept = measuring.Filtered(
-        harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
-    )
-    if recipe.find.filter_prompts:
-        kept = _typical(session, harmful, harmless, tokens.ids, steps, "typical-train", options)
-    warning = few_kept(session.loaded.name, kept, allow_few=recipe.find.allow_few)
+    read = read_training(session, needs, steps or Steps(), ahead=ahead)
+    warning = few_kept(session.loaded.name, read.kept, allow_few=recipe.find.allow_few)
     if warning:
         session.on_event(Noted(text=warning))
-    statistics = _statistics(session, kept, needs, steps, options)
     if covariance is not None:
-        direction_files.save_covariances(covariance, statistics.moments)
+        direction_files.save_covariances(covariance, read.stats.moments)
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
         "position_tokens": list(session.chat.position_tokens),
         "template_sha256": session.chat.template_sha256,
         "system": recipe.model.system,
-        "prompts": contrast.hashes(),
-        "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
-        "of": {"harmful_train": kept.harmful_before, "harmless_train": kept.harmless_before},
-        "stability": {name: round(its, 4) for name, its in stability(statistics, recipe.find.estimators).items()},
-        "refusal_tokens": {"ids": list(tokens.ids), "texts": list(tokens.texts)},
+        "prompts": session.contrast.hashes(),
+        **_counts(read),
+        "stability": {name: round(its, 4) for name, its in stability(read.stats, recipe.find.estimators).items()},
+        "refusal_tokens": {"ids": list(read.tokens.ids), "texts": list(read.tokens.texts)},
         "versions": manifest.versions(),
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    candidates = _finite(session, estimate(statistics, recipe.find.estimators))
-    return DirectionSet(candidates=candidates, statistics=statistics.means_alone(), metadata=metadata)
+    candidates = _finite(session, estimate(read.stats, recipe.find.estimators))
+    return DirectionSet(candidates=candidates, statistics=read.stats.means_alone(), metadata=metadata)
+
+
+def _counts(read: Read) -> dict[str, Any]:
+    """How many prompts there were of each kind, as plain data."""
+    kept = read.kept
+    found: dict[str, Any] = {
+        "kept": {"harmful_train": len(kept.harmful), "harmless_train": len(kept.harmless)},
+        "of": {"harmful_train": kept.harmful_before, "harmless_train": kept.harmless_before},
+    }
+    if read.labels:
+        found["labels"] = {f"{kind}_train": dict(its) for kind, its in read.labels.items()}
+    if read.calibration is not None:
+        found["calibration"] = read.calibration.to_json()
+    return found
 
 
 def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -104,50 +105,7 @@ def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidat
     return finite
 
 
-def _statistics(
-    session: Session, kept: measuring.Filtered, needs: frozenset[Need], steps: Steps, options: Mapping[str, Any]
-) -> ActivationStats:
-    """What ``needs`` names, of both classes."""
-    _check_room(session, kept, needs)
-    step = "-and-".join(["mean", *sorted(needs - {"means"})])
-    found: dict[str, dict[str, Tensor]] = {}
-    drawn = {}
-    for kind, prompts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
-        drawn[kind] = half_of(len(prompts), seed=session.recipe.find.seed)
-        work = partial(
-            measuring.measure_class, session.loaded, session.chat, prompts, needs, half=drawn[kind],
-            task=f"measure {kind} prompts", **options,
-        )  # fmt: skip
-        found[kind] = steps.tensors(f"{step}-{kind}", work)
-    counts = {"harmful": len(kept.harmful), "harmless": len(kept.harmless)}
-    return ActivationStats(
-        positions=session.chat.positions,
-        moments={
-            kind: Moments(count=counts[kind], mean=its["mean"], covariance=its.get("covariance"))
-            for kind, its in found.items()
-        },
-        samples={kind: its["samples"] for kind, its in found.items() if "samples" in its},
-        halves={
-            kind: halves_of(its["mean"], its["half"], counts[kind], len(drawn[kind]))
-            for kind, its in found.items()
-            if "half" in its
-        },
-    )
-
-
-def half_of(count: int, *, seed: int) -> frozenset[int]:
-    """A random half of the numbers below ``count``; none where there are fewer than two."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return frozenset(order[: count // 2].tolist())
-
-
-def halves_of(mean: Tensor, half: Tensor, count: int, drawn: int) -> tuple[Moments, Moments]:
-    """The means over ``drawn`` of ``count`` prompts and over the others, given those over the first and over all."""
-    other = (count * mean - drawn * half) / (count - drawn)
-    return Moments(count=drawn, mean=half), Moments(count=count - drawn, mean=other)
-
-
-def few_kept(model: str, kept: measuring.Filtered, *, allow_few: bool) -> str:
+def few_kept(model: str, kept: Filtered, *, allow_few: bool) -> str:
     """What to say where few prompts were left to measure on; empty where they are enough.
 
     Whoever brings fewer than ``HANDFUL`` prompts has asked for few.
@@ -187,17 +145,18 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
         )
     options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     stored = directions.metadata.get("refusal_tokens", {}).get("ids")
-    ids = tuple(stored) if stored else _refusal_tokens(session, options).ids
-    harmful, harmless = session.contrast.harmful_val.texts, session.contrast.harmless_val.texts
+    ids = tuple(stored) if stored else refusal_tokens(session).ids
     steps = steps or Steps()
-    step = f"typical-val-{'-'.join(map(str, ids))}"  # candidates measured again may name other tokens
-    prompts = _typical(session, harmful, harmless, ids, steps, step, options)
+    prompts = read_validation(session, ids, steps)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
+    calibration = directions.metadata.get("calibration")
     rule = SelectionRule(
-        max_kl_nats=recipe.find.max_kl_nats, min_induce=recipe.find.min_induce, prune_layers=recipe.find.prune_layers
+        max_kl_nats=recipe.find.max_kl_nats,
+        min_induce=recipe.find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
+        prune_layers=recipe.find.prune_layers,
     )
-    choosing = measuring.choose_from_all if recipe.find.all_scores else measuring.choose_candidate
+    choosing = choose_from_all if recipe.find.all_scores else choose_candidate
     chosen = choosing(loaded, chat, directions.candidates, prompts, ids, rule, store=store, **options)
     if chosen.choice.rule == PARETO_FALLBACK:
         session.on_event(
@@ -209,67 +168,18 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
             f"than the {chosen.of:,} of scoring each in full (--all-scores), which gives the same choice"
         )
         session.on_event(Noted(text=text))
-    metadata = {**directions.metadata, "scored": chosen.scored}
+    metadata = {**directions.metadata, **_with_validation(directions.metadata, prompts), "scored": chosen.scored}
     return replace(directions, scores=chosen.scores, choice=chosen.choice, metadata=metadata)
 
 
-def _check_room(session: Session, kept: measuring.Filtered, needs: frozenset[Need]) -> None:
-    """Check that covariances and samples fit into memory.
-
-    Covariances take one class in float64 while they are summed up, and both in float32; samples both in float32.
-
-    Raises:
-        UsageError: they do not.
-    """
-    loaded = session.loaded
-    n, d, floats = loaded.n_layers, loaded.d_model, torch.float32.itemsize
-    sizes = {
-        "covariances": 2 * n * d**2 * torch.float64.itemsize if "covariance" in needs else 0,
-        "samples": (len(kept.harmful) + len(kept.harmless)) * n * d * floats if "samples" in needs else 0,
-    }
-    needed, free = sum(sizes.values()), session.recipe.model.memory_bytes or available_bytes()
-    if needed > free:
-        what = " and ".join(name for name, size in sizes.items() if size)
-        raise UsageError(
-            f"{what} of {n} layers of width {d} take {needed / 2**30:,.2f} GiB of memory, and there are "
-            f"{free / 2**30:,.2f}",
-            "give more --memory, leave out --covariance, or choose an estimator that needs the means alone",
-        )
-
-
-def _typical(
-    session: Session,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
-    refusal_ids: Sequence[int],
-    steps: Steps,
-    name: str,
-    options: Mapping[str, Any],
-) -> measuring.Filtered:
-    """Prompts on which the model behaves as their class says."""
-
-    def find() -> dict[str, Any]:
-        return asdict(measuring.keep_typical(session.loaded, session.chat, harmful, harmless, refusal_ids, **options))
-
-    found = steps.document(name, find)
-    return measuring.Filtered(
-        harmful=tuple(found["harmful"]),
-        harmless=tuple(found["harmless"]),
-        harmful_before=found["harmful_before"],
-        harmless_before=found["harmless_before"],
-    )
+def _with_validation(metadata: Mapping[str, Any], prompts: Filtered) -> dict[str, Any]:
+    """The counts of ``metadata`` with those of the validation prompts beside them."""
+    kept = {"harmful_val": len(prompts.harmful), "harmless_val": len(prompts.harmless)}
+    before = {"harmful_val": prompts.harmful_before, "harmless_val": prompts.harmless_before}
+    return {"kept": {**metadata.get("kept", {}), **kept}, "of": {**metadata.get("of", {}), **before}}
 
 
 def work_fingerprint(session: Session) -> str:
     """What makes two measurements the same: tool, source files, and every option that touches the numbers."""
     recipe = session.recipe.flat(without=NOT_IN_NUMBERS)
     return fingerprint({**session.checkpoint.identity(), "recipe": recipe})
-
-
-def _refusal_tokens(session: Session, options: Mapping[str, Any]) -> RefusalTokens:
-    if session.recipe.find.refusal_tokens:
-        return given_refusal_tokens(session.chat, session.recipe.find.refusal_tokens)
-    contrast = session.contrast
-    return find_refusal_tokens(
-        session.loaded, session.chat, contrast.harmful_train.texts, contrast.harmless_train.texts, **options
-    )

@@ -17,7 +17,8 @@ from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_
 from abliterate.recipe import Recipe
 
 MEASURING = 4
-"""Passes: one filters the training prompts, two give the means of the classes, one filters the validation prompts."""
+"""Passes by the paper's way: one filters the training prompts, two give the means of the classes, one filters the
+validation prompts.  Where replies say which prompts count, it is one for each token of them, and nothing else."""
 SELECTING = 3
 """Passes: the base, the bypass of all candidates together, KL and induce of the best; with all scores they share one.
 More where the candidates' states do not fit into memory at once, and where the best ones are not kept."""
@@ -37,9 +38,10 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     kinds = 3 if recipe.evaluate.look_alike else 2
     models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
+    by_replies = recipe.find.filter_prompts and recipe.find.labels == "replies"
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
-        "measure": probing + MEASURING,
+        "measure": recipe.find.reply_tokens if by_replies else probing + MEASURING,
         "select": SELECTING - recipe.find.all_scores,
         "verify": VERIFYING,
         "replies": models * (written + SCORING),

@@ -216,7 +216,7 @@ def find(session: Session, output: OutputFolder, following: Sequence[str], *, ou
         stages = ("measure", "select", *following)
         say_cost(session, stages, load_s=load_s, output=output, output_bytes=output_bytes)
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
-            chosen = select(session, measure(session, steps=steps), steps=steps)
+            chosen = select(session, measure(session, steps=steps, ahead=True), steps=steps)
             file = direction_files.save(chosen, output.private / DIRECTION_FILE)
     except AbliterateError:
         output.discard()

@@ -69,6 +69,10 @@ class Steps:
             temporary.replace(path)
             return made
 
+    def has(self, name: str) -> bool:
+        """Whether tensors ``name`` are kept."""
+        return self.folder is not None and (self.folder / f"{name}.safetensors").is_file()
+
     def path(self, name: str) -> Path | None:
         """Where a step may keep a file of its own; None where nothing is kept."""
         return None if self.folder is None else self.folder / name
