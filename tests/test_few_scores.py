@@ -258,6 +258,17 @@ def test_where_none_induces_the_front_of_all_is_taken():
     assert table.done[3]["kl_nats"] < PROMPTS
 
 
+def test_where_none_induces_the_first_within_the_bound_on_kl_is_taken():
+    """The first is too far off, which a part of its prompts says; of the others no more than bypass is needed."""
+    rows = [flat(bypass=[-3.0] * 4, kl_nats=[3.0] * 4), *[flat(bypass=[n / 4 - 2] * 4) for n in range(5)]]
+    rows = [({**values, "induce": [-1.0] * 4}, layer, position) for values, layer, position in rows]
+    table, (choice, judged), (expected, _) = both(rows, RULE, Pace(first=1), 4)
+    assert choice == expected
+    assert (choice.candidate, choice.rule) == ("x/1", "without-induce")
+    assert table.done[0]["kl_nats"] < PROMPTS
+    assert "kept" not in {one.verdict for one in judged}
+
+
 def test_where_rounds_are_dear_there_are_few():
     rows = [flat(bypass=[n / 4] * 4, kl_nats=[3.0 if n < 7 else 0.0] * 4) for n in range(40)]
     table, (choice, _), (expected, _) = both(rows, RULE, Pace(first=8, together=True), 1)

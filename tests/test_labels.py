@@ -164,7 +164,7 @@ def test_the_threshold_is_what_adding_must_reach(session):
         replace(measured, metadata=high),
     )
     assert found.choice.rule != pipeline.select(session, measured).choice.rule
-    assert any("no candidate passes" in text for text in notes)
+    assert any("whatever it induces" in text for text in notes)
 
 
 def test_one_pass_labels_and_measures(session, tmp_path):
@@ -173,7 +173,7 @@ def test_one_pass_labels_and_measures(session, tmp_path):
     with Steps(tmp_path / "steps", "work") as steps:
         measured = pipeline.measure(listen, steps=steps)
         again = pipeline.measure(listen, steps=steps)
-    assert [event.task for event in seen] == ["reply to training prompts"]
+    assert [event.task for event in seen if "load" not in event.task] == ["reply to training prompts"]
     assert again.metadata == measured.metadata
 
 
@@ -185,7 +185,7 @@ def test_out_of_core_training_and_validation_share_the_pass(tmp_path):
     with Steps(tmp_path / "steps", "work") as steps:
         measured = finding.measure(tight, steps=steps, ahead=True)
         prompts = reading.read_validation(tight, (53,), steps)
-    assert [event.task for event in seen] == ["reply to training and validation prompts"]
+    assert [event.task for event in seen if "load" not in event.task] == ["reply to training and validation prompts"]
     expected = finding.measure(held)
     assert prompts == reading.read_validation(held, (53,), Steps())
     assert measured.metadata["labels"] == expected.metadata["labels"]

@@ -7,7 +7,7 @@ import pytest
 
 from abliterate.errors import PromptError
 from abliterate.method.directions import CandidateScore
-from abliterate.method.selection import SelectionRule, choose, judge, pareto_front, pareto_knee
+from abliterate.method.selection import WHY, SelectionRule, choose, judge, pareto_front, pareto_knee
 
 NAN = float("nan")
 RULE = SelectionRule()
@@ -138,12 +138,25 @@ def test_the_knee_of_the_front_is_taken_when_nothing_survives():
 
 
 def test_the_fallback_prefers_candidates_that_induce():
-    scores = [score(layer=1, kl_nats=0.0, bypass=-99.0, induce=-1.0), score(layer=2, kl_nats=3.0, bypass=-1.0)]
+    scores = [score(layer=1, kl_nats=0.5, bypass=-99.0, induce=-1.0), score(layer=2, kl_nats=3.0, bypass=-1.0)]
     assert choose(scores, 10, RULE)[0].layer == 2
 
 
+def test_where_none_induces_the_lowest_bypass_within_the_bound_on_kl_is_taken():
+    scores = [
+        score(layer=1, bypass=-9.0, induce=-1.0, kl_nats=0.2),
+        score(layer=2, bypass=-5.0, induce=-1.0),
+        score(layer=3, bypass=-7.0, induce=-3.0),
+        score(layer=4, bypass=-8.0, induce=NAN),
+        score(layer=9, bypass=-8.0, induce=-1.0),
+    ]
+    choice, _ = choose(scores, 10, RULE)
+    assert (choice.layer, choice.rule) == (3, "without-induce")
+    assert {"without-induce", "pareto-fallback"} == WHY.keys()
+
+
 def test_the_fallback_takes_what_does_not_induce_rather_than_nothing():
-    choice, _ = choose([score(layer=2, induce=-1.0)], 10, RULE)
+    choice, _ = choose([score(layer=2, induce=-1.0, kl_nats=1.0)], 10, RULE)
     assert (choice.layer, choice.rule) == (2, "pareto-fallback")
 
 

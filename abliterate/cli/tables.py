@@ -112,6 +112,8 @@ def _worth(plan: "EditPlan") -> str:
 
 def show_selection(directions: "DirectionSet", top: int = 5) -> None:
     """The best candidates and the chosen one."""
+    from abliterate.method.selection import WHY
+
     choice = directions.choice
     if not directions.scores:
         return
@@ -147,6 +149,8 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             "" if directions.stability is None else f"; two halves of the prompts agree to {directions.stability:.3f}"
         )
         out.print(f"chosen: {which}{place}, by rule {choice.rule}{halves}", markup=False)
+        if choice.rule in WHY:
+            out.print(WHY[choice.rule], style="yellow", markup=False)
 
 
 def show_measured(measurement: "Mapping[str, Any]") -> None:

@@ -18,7 +18,7 @@ from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import Candidate, DirectionSet, measured_on, told_apart
-from abliterate.method.selection import NOT_ASKED
+from abliterate.method.selection import NOT_ASKED, WHY
 from abliterate.method.statistics import Rate
 
 METRICS = (
@@ -63,6 +63,7 @@ def render(
         evaluation=evaluation,
         manifest=manifest,
         measured=measured_on(manifest["direction"].get("measurement", {})) if manifest else "",
+        why=WHY,
         apart=told_apart(manifest["direction"].get("measurement", {})) if manifest else "",
         bars=_bars(evaluation),
         pairs=_pairs(evaluation),

@@ -161,7 +161,7 @@ class CandidateScore:
 class Choice:
     """The id of the candidate that was taken, where it was read, and by which rule it was taken.
 
-    Rules are "arditi-2024", "pareto-fallback" and "given".
+    Rules are "arditi-2024", "without-induce", "pareto-fallback" and "given".
     """
 
     candidate: str

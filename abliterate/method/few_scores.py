@@ -8,8 +8,9 @@ A score is a mean over prompts, which are asked for in parts.  Three things make
 * The first candidate in order of bypass that passes KL and induces is the answer, so induce is asked of few.  Only
   where most fail to induce it is asked first.
 
-Where nothing is kept, the knee of the Pareto front needs the scores of the front alone: in order of bypass, a candidate
-is off it as soon as its KL must end above the least so far.
+Where nothing is kept, the same is done without the bound on induce.  Where nothing is kept then, the knee of the Pareto
+front needs the scores of the front alone: in order of bypass, a candidate is off it as soon as its KL must end above the
+least so far.
 
 A score that was not asked cannot change the choice by being NaN: NaN only ever discards the candidate itself, what is
 chosen has all its scores, and of the others it is proven that they would not be chosen with any.
@@ -26,6 +27,7 @@ from abliterate.method.selection import (
     NOT_ASKED,
     PARETO_FALLBACK,
     RULE,
+    WITHOUT_INDUCE,
     SelectionRule,
     choice_of,
     in_order,
@@ -92,9 +94,14 @@ def choose_from_few(
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
-    search = _Search(candidates, table, n_layers, rule, pace or Pace())
-    kept = search.kept()
-    choice = choice_of(search.knee(), PARETO_FALLBACK) if kept is None else choice_of(search.score(kept), RULE)
+    search, relaxed = (_Search(candidates, table, n_layers, its, pace or Pace()) for its in (rule, rule.without_induce))
+    choice = None
+    for its, name in ((search, RULE), (relaxed, WITHOUT_INDUCE)):
+        kept = its.kept()
+        if kept is not None:
+            choice = choice_of(its.score(kept), name)
+            break
+    choice = choice or choice_of(search.knee(), PARETO_FALLBACK)
     return choice, in_order(search.score(n) for n in range(len(candidates)))
 
 

@@ -5,14 +5,21 @@ The constants are the paper's code's: discard a candidate when a score is NaN, `
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.errors import PromptError
 from abliterate.method.directions import CandidateScore, Choice
 
-RULE, PARETO_FALLBACK = "arditi-2024", "pareto-fallback"
-"""What a choice is named after."""
+RULE, WITHOUT_INDUCE, PARETO_FALLBACK = "arditi-2024", "without-induce", "pareto-fallback"
+"""What a choice is named after, in the order in which they are tried."""
+WHY: Mapping[str, str] = {
+    WITHOUT_INDUCE: "no candidate within the bound on KL brings harmless prompts to be refused when it is added: "
+    "of those within it the one with the lowest bypass score was taken, whatever it induces",
+    PARETO_FALLBACK: "no candidate stays within the bound on KL: the knee of the Pareto front of bypass score and KL "
+    "was taken",
+}
+"""Why another rule than the first was needed, for people."""
 NOT_ASKED = "not asked"
 """The verdict on a candidate of which not enough is known for another one, nor need be."""
 
@@ -24,6 +31,11 @@ class SelectionRule:
     max_kl_nats: float = 0.1
     min_induce: float = 0.0
     prune_layers: float = 0.2
+
+    @property
+    def without_induce(self) -> "SelectionRule":
+        """The same without a bound on induce."""
+        return replace(self, min_induce=-math.inf)
 
 
 def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> CandidateScore:
@@ -53,8 +65,9 @@ def choose(
 
     Candidates may come from any estimators.  Survivors are sorted by bypass score; ties fall to the earlier layer, then
     the later position (none comes last), then the id, so the result does not depend on the order of ``scores``.
-    When nothing survives, the knee of the Pareto front of bypass and KL over candidates in early enough layers is taken
-    (``pareto_knee``) and the rule's name says so: "pareto-fallback".
+    When nothing survives, the bound on induce is dropped ("without-induce").  When nothing survives that, the knee of
+    the Pareto front of bypass and KL over candidates in early enough layers is taken (``pareto_knee``): of those that
+    induce, if any do ("pareto-fallback").
 
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
@@ -63,6 +76,9 @@ def choose(
     survivors = [score for score in judged if score.verdict == "kept"]
     if survivors:
         return choice_of(survivors[0], RULE), judged
+    within = in_order(score for score in judged if score.verdict == "induce")
+    if within:
+        return choice_of(within[0], WITHOUT_INDUCE), judged
     usable = [score for score in judged if score.verdict in ("kl", "induce")]
     inducing = [score for score in usable if score.induce >= rule.min_induce]
     if not usable:

@@ -8,6 +8,7 @@ from typing import Any
 from abliterate.checkpoint.output import write_atomically
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.method.directions import measured_on, told_apart
+from abliterate.method.selection import WHY
 from abliterate.publishing import wording
 
 EXACTNESS = {
@@ -52,6 +53,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         m=manifest,
         exactness=worth(manifest["edit"]),
         measured=measured_on(manifest["direction"].get("measurement", {})),
+        why=WHY,
         apart=told_apart(manifest["direction"].get("measurement", {})),
         summary=wording.summary(manifest["edit"]),
         details=wording.details(manifest["edit"]),

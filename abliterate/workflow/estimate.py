@@ -17,6 +17,7 @@ from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.forward import run_batch
 from abliterate.model.load import LoadedModel
 from abliterate.recipe import Recipe
+from abliterate.workflow.reading import reads_replies
 from abliterate.workflow.session import Session
 from abliterate.workflow.trials import held_out_prompts, material_of
 
@@ -43,6 +44,7 @@ class Counts:
         batch_size: replies that are written together.
         train, probed: prompts of both classes to measure on; prompts that find the refusal tokens.
         filtered: whether prompts are tried before they are used.
+        label_tokens: length of the replies that say which prompts count; 0 where the first token says it.
         harmful_val, harmless_val, candidates: what candidates are scored on, and how many there are.
         scored: share of the prompt passes of scoring each candidate in full.
         held_out: prompts of the proof.
@@ -66,6 +68,7 @@ class Counts:
     test: Mapping[str, int]
     models: int
     reply_tokens: int
+    label_tokens: int = 0
     text_tokens: int = 0
     output_bytes: int = 0
 
@@ -95,13 +98,20 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
     length, replies = counts.prompt_tokens, counts.models * sum(counts.test.values())
     passes = counts.candidates * counts.scored * (counts.harmful_val + 2 * counts.harmless_val)
     tried = counts.harmful_val + counts.harmless_val if counts.filtered else 0
+    labelled = {
+        stage: ceil(n / counts.batch_size) * counts.label_tokens
+        for stage, n in (("measure", counts.train), ("select", tried))
+    }
     likely = counts.models * counts.test.get(HARMLESS, 0)  # distributions, and the likelihood of the base's replies
     every = {
         "measure": Amount(
-            prompt_tokens=length * (counts.probed + counts.train * (2 if counts.filtered else 1)),
-            steps=ceil(counts.probed / counts.batch_size) * PROBE_TOKENS,
+            prompt_tokens=length
+            * (counts.probed + counts.train * (2 if counts.filtered and not counts.label_tokens else 1)),
+            steps=ceil(counts.probed / counts.batch_size) * PROBE_TOKENS + labelled["measure"],
         ),
-        "select": Amount(prompt_tokens=length * (tried + counts.harmless_val) + counts.own_tokens * passes),
+        "select": Amount(
+            prompt_tokens=length * (tried + counts.harmless_val) + counts.own_tokens * passes, steps=labelled["select"]
+        ),
         "edit": Amount(moved_bytes=counts.output_bytes),
         "verify": Amount(
             prompt_tokens=length * PASSES_OF_PROOF * counts.held_out, moved_bytes=2 * counts.output_bytes, loads=1
@@ -156,14 +166,16 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
     length = fmean(map(len, encoded))
     layers = session.loaded.n_layers
     early = layers - int(layers * recipe.find.prune_layers)
+    labelled = reads_replies(recipe)
     material = material_of(session) if "replies" in stages else None
     return Counts(
         prompt_tokens=length,
         own_tokens=length - shared,
         batch_size=recipe.model.batch_size,
         train=sum(map(len, train)),
-        probed=0 if recipe.find.refusal_tokens else sum(min(len(texts), PROBE_PROMPTS) for texts in train),
+        probed=0 if recipe.find.refusal_tokens or labelled else sum(min(len(texts), PROBE_PROMPTS) for texts in train),
         filtered=recipe.find.filter_prompts,
+        label_tokens=recipe.find.reply_tokens if labelled else 0,
         harmful_val=len(contrast.harmful_val.prompts),
         harmless_val=len(contrast.harmless_val.prompts),
         candidates=len(chat.positions) * early * len(recipe.find.estimators),

@@ -16,7 +16,7 @@ from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
-from abliterate.method.selection import PARETO_FALLBACK, SelectionRule
+from abliterate.method.selection import WHY, SelectionRule
 from abliterate.model.measuring import Filtered, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
 from abliterate.publishing import manifest
@@ -158,10 +158,8 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     )
     choosing = choose_from_all if recipe.find.all_scores else choose_candidate
     chosen = choosing(loaded, chat, directions.candidates, prompts, ids, rule, store=store, **options)
-    if chosen.choice.rule == PARETO_FALLBACK:
-        session.on_event(
-            Noted(text="no candidate passes the paper's rule: took the knee of the Pareto front of bypass and KL")
-        )
+    if chosen.choice.rule in WHY:
+        session.on_event(Noted(text=WHY[chosen.choice.rule]))
     if chosen.prompt_passes < chosen.of:
         text = (
             f"candidates took {chosen.prompt_passes:,} prompt passes, {chosen.of / chosen.prompt_passes:.1f} x fewer "

@@ -15,6 +15,7 @@ from abliterate.evaluate.refusal_tokens import PROBE_TOKENS
 from abliterate.events import duration
 from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_bytes
 from abliterate.recipe import Recipe
+from abliterate.workflow.reading import reads_replies
 
 MEASURING = 4
 """Passes by the paper's way: one filters the training prompts, two give the means of the classes, one filters the
@@ -38,10 +39,9 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     kinds = 3 if recipe.evaluate.look_alike else 2
     models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
-    by_replies = recipe.find.filter_prompts and recipe.find.labels == "replies"
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
-        "measure": recipe.find.reply_tokens if by_replies else probing + MEASURING,
+        "measure": recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING,
         "select": SELECTING - recipe.find.all_scores,
         "verify": VERIFYING,
         "replies": models * (written + SCORING),

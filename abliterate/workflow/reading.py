@@ -23,6 +23,7 @@ from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model import measuring
 from abliterate.model.labelling import WANTED, Measured, Replies, label
 from abliterate.model.memory import available_bytes
+from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -44,9 +45,9 @@ class Read:
     calibration: Calibration | None = None
 
 
-def reads_replies(session: Session) -> bool:
+def reads_replies(recipe: Recipe) -> bool:
     """Whether the replies of a model say which prompts count."""
-    return session.recipe.find.filter_prompts and session.recipe.find.labels == "replies"
+    return recipe.find.filter_prompts and recipe.find.labels == "replies"
 
 
 def read_training(session: Session, needs: frozenset[Need], steps: Steps, *, ahead: bool = False) -> Read:
@@ -60,7 +61,7 @@ def read_training(session: Session, needs: frozenset[Need], steps: Steps, *, ahe
     """
     return (
         _from_replies(session, needs, steps, ahead=ahead)
-        if reads_replies(session)
+        if reads_replies(session.recipe)
         else _one_by_one(session, needs, steps)
     )
 
@@ -71,7 +72,7 @@ def read_validation(session: Session, refusal_ids: Sequence[int], steps: Steps) 
     Raises:
         PromptError: no prompt of a class counts.
     """
-    if reads_replies(session):
+    if reads_replies(session.recipe):
         return _kept(session, _replies(_asked(session, VALIDATION, steps)), VALIDATION)
     step = f"typical-val-{'-'.join(map(str, refusal_ids))}"  # candidates measured again may name other tokens
     return _typical(session, _prompts(session, VALIDATION), refusal_ids, steps, step)
