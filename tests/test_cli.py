@@ -18,7 +18,7 @@ from abliterate.cli.failures import explain
 from abliterate.cli.options import default_out, parse_size
 from abliterate.cli.recipe_options import flag_of, takes
 from abliterate.errors import UsageError
-from abliterate.recipe import SECTION_OF, SECTIONS, Recipe, Trait, option
+from abliterate.recipe import SECTION_OF, SECTIONS, Recipe, Trait, load_recipe, option
 from tests import checkpoints, factories
 from tests.checkpoints import INDEX, write_llama
 
@@ -437,3 +437,22 @@ def test_an_interruption_names_the_command_that_continues(monkeypatch):
     failure = explain(KeyboardInterrupt())
     assert failure.exit_code == 6
     assert failure.hint.endswith("abliterate run 'a model' --out x")
+
+
+def test_quick_is_a_recipe():
+    small, found = typer.Typer(), {}
+
+    @small.command()
+    @takes("evaluate", file=True, quick=True)
+    def command(*, recipe: Recipe) -> None:
+        found["recipe"] = recipe
+
+    def call(*args):
+        return CliRunner().invoke(small, args)
+
+    assert call("--quick", "--max-new-tokens", "7").exit_code == 0
+    assert found["recipe"] == load_recipe("quick").with_changes({"max_new_tokens": 7})
+    assert "Quick look" in found["recipe"].title
+    assert isinstance(call("--quick", "--recipe", "arditi-2024").exception, UsageError)
+    assert call().exit_code == 0
+    assert found["recipe"] == Recipe()

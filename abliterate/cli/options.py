@@ -24,6 +24,9 @@ ReportFile = Annotated[
 ShowReplies = Annotated[
     bool, typer.Option("--show-replies", help="Show replies to harmful prompts as well, where they changed.")
 ]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A first look: fewer prompts, shorter replies (recipe quick). Not a result.")
+]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]

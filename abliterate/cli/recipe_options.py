@@ -14,6 +14,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import show_note
+from abliterate.errors import UsageError
 from abliterate.recipe import SECTIONS, Flag, Recipe, Trait, load_recipe, option
 
 R = TypeVar("R")
@@ -21,19 +22,23 @@ Given = Mapping[str, Any]
 """The values of the options that stand on the command line, by the names of their fields."""
 RECEIVERS = ("recipe", "given")
 """The parameters of a command that are made from its options."""
-FILE = "recipe_file"
+FILE, QUICK = "recipe_file", "quick"
 
 
 def takes(
-    *wanted: str, leaving_out: Collection[str] = (), file: bool = False
+    *wanted: str, leaving_out: Collection[str] = (), file: bool = False, quick: bool = False
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a command the options ``wanted``, which are names of tables or of single options.
 
     A parameter ``recipe`` of the command becomes the defaults, or with ``file`` the recipe of ``--recipe``, changed by
-    what the flags say; a parameter ``given`` becomes what the flags say alone.  The options stand in their place.
+    what the flags say; a parameter ``given`` becomes what the flags say alone.  The options stand in their place.  With
+    ``quick`` there is a flag for the recipe of that name.
     """
     names = [name for name in _offered(wanted) if name not in leaving_out]
-    made = [_file_parameter()] * file + [_parameter(name) for name in names]
+    of_files = [_other_parameter(FILE, None, opt.RecipeFile)] * file + [
+        _other_parameter(QUICK, False, opt.Quick)
+    ] * quick
+    made = of_files + [_parameter(name) for name in names]
 
     def decorate(command: Callable[..., R]) -> Callable[..., R]:
         own = inspect.signature(command).parameters.values()
@@ -45,7 +50,7 @@ def takes(
         def wrapper(**arguments: Any) -> R:  # noqa: ANN401 - whatever the command takes
             read = {name: _read(name, arguments.pop(name)) for name in names}
             given = {name: value for name, value in read.items() if value is not None}
-            source = arguments.pop(FILE, None)
+            source = _source(arguments.pop(FILE, None), quick=arguments.pop(QUICK, False))
             if "recipe" in receives:
                 start = load_recipe(source, on_event=show_note) if source else Recipe()
                 arguments["recipe"] = start.with_changes(given)
@@ -76,8 +81,19 @@ def _offered(wanted: Collection[str]) -> Iterator[str]:
                 raise ValueError(f"{name} stands in recipe files only")
 
 
-def _file_parameter() -> inspect.Parameter:
-    return inspect.Parameter(FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=opt.RecipeFile)
+def _other_parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:  # noqa: ANN401
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _source(file: str | None, *, quick: bool) -> str | None:
+    """The recipe to begin with.
+
+    Raises:
+        UsageError: two are named.
+    """
+    if quick and file:
+        raise UsageError("--quick is a recipe, and --recipe names another", "give one of the two")
+    return QUICK if quick else file
 
 
 def _parameter(name: str) -> inspect.Parameter:

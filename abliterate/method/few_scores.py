@@ -8,9 +8,9 @@ A score is a mean over prompts, which are asked for in parts.  Three things make
 * The first candidate in order of bypass that passes KL and induces is the answer, so induce is asked of few.  Only
   where most fail to induce it is asked first.
 
-Where nothing is kept, the same is done without the bound on induce.  Where nothing is kept then, the knee of the Pareto
-front needs the scores of the front alone: in order of bypass, a candidate is off it as soon as its KL must end above the
-least so far.
+Where nothing is kept, the same is done without the bound on induce.  Where nothing is kept then, the knee of the
+Pareto front needs the scores of the front alone: in order of bypass, a candidate is off it as soon as its KL must end
+above the least so far.
 
 A score that was not asked cannot change the choice by being NaN: NaN only ever discards the candidate itself, what is
 chosen has all its scores, and of the others it is proven that they would not be chosen with any.
