@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-quarter bench-large bench-post-norm bench-quantised
+  bench-selection bench-metrics bench-quarter bench-large bench-post-norm bench-quantised
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -65,6 +65,11 @@ bench-lockstep: $(VENV)/installed-dev
 # Scoring all candidates against the straightforward sweep: writes docs/selection.md.
 bench-selection: $(VENV)/installed-dev
 	$(BIN)/python -m bench.selection --write docs/selection.md
+
+# Which selection metric predicts whether replies refuse?  Writes docs/selection-metrics.md.  A real model, of which
+# nothing is downloaded: make bench-metrics MODELS=qwen=/path/to/folder:bfloat16
+bench-metrics: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.selection_metrics $(MODELS) --write docs/selection-metrics.md
 
 # Which edit behind a norm is closest to the hook?  Writes docs/post-norm.md.
 bench-post-norm: $(VENV)/installed-dev

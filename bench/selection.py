@@ -57,6 +57,8 @@ OFFLOADED_BYTES = 2**25 + 2**23
 """Less than the deep model needs in float32."""
 PAGE = """# Selecting a direction: speed
 
+Which metric predicts what replies do stands in [selection metrics](selection-metrics.md).
+
 Written by `make bench-selection`.  {prompts} harmful and {prompts} harmless validation prompts, float32, CPU,
 {threads} thread(s).  The rival is the straightforward sweep, as in the paper's code: for each candidate three sweeps in
 batches of 32, padded, hooks made for the candidate, logits of all positions.  "Lean sweep" is the same with logits of

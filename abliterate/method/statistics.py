@@ -75,6 +75,18 @@ def paired_difference(before: Sequence[float], after: Sequence[float], *, resamp
     return Difference(value=float(change.mean()), low=low, high=high)
 
 
+def spearman(a: Float[Tensor, "*m n"], b: Float[Tensor, "*m n"]) -> Float[Tensor, "*m"]:
+    """Spearman's rank correlation, ties given their mean rank; NaN where one side is all the same."""
+    first, second = _centred_ranks(a), _centred_ranks(b)
+    return (first * second).sum(-1) / (first.square().sum(-1) * second.square().sum(-1)).sqrt()
+
+
+def _centred_ranks(values: Float[Tensor, "*m n"]) -> Float[Tensor, "*m n"]:
+    """The place of each in order, from the middle; equal ones share the mean of theirs."""
+    beside, each = values[..., None, :], values[..., :, None]
+    return ((beside < each).sum(-1) - (beside > each).sum(-1)).to(torch.float64) / 2
+
+
 def kl_nats(base: Float[Tensor, "*n vocab"], other: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
     """KL(base || other) in nats from log-probabilities, smoothed by ``SMOOTHING`` as in the paper's code."""
     p, q = base.exp(), other.exp()
