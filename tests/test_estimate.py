@@ -44,10 +44,16 @@ def test_each_stage_is_counted_for_what_it_does():
     assert found["edit"] == Amount(moved_bytes=10**9)
     assert found["verify"] == Amount(prompt_tokens=20.0 * 4 * 32, moved_bytes=2 * 10**9, loads=1)
     assert found["replies"].steps == 2 * 128 * (4 + 4 + 2)
-    assert found["replies"].prompt_tokens == 2 * (2 * 20 * 250 + 100 * (2 * 20 + 128))
+    assert found["replies"].prompt_tokens == 2 * (20 * 250 + 100 * (20 + 128))
     assert found["replies"].loads == 0
     assert amounts(COUNTS, ["replies"])["replies"].loads == 1
     assert list(amounts(COUNTS, ["verify"])) == ["verify"]
+
+
+def test_replies_that_label_prompts_spare_the_passes_that_filter():
+    found = amounts(replace(COUNTS, probed=0, label_tokens=32), ALL)
+    assert found["measure"] == Amount(prompt_tokens=20.0 * 256, steps=8 * 32)
+    assert found["select"].steps == 2 * 32
 
 
 def test_less_is_asked_where_the_recipe_asks_less():
@@ -161,8 +167,7 @@ def test_every_long_stage_begins_advances_and_ends(heard):
         "verify: the base, as it is and under hooks",
         "verify: the written checkpoint against the hooked base",
         "edited: likelihood of the base's replies",
-        "base: distributions on harmless prompts",
-        "base: harmful prompts along the direction",
+        "base: reply to harmful prompts",
     ):
         assert done[name] == totals[name] > 0
     assert len(never) == 2

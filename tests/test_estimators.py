@@ -52,6 +52,22 @@ def test_small_differences_of_large_means_keep_their_digits():
         assert torch.allclose(one.vector, expected.vector * 1e-3, rtol=1e-6, atol=1e-12)
 
 
+def test_the_projected_difference_has_nothing_along_the_harmless_mean():
+    """So that removing it leaves the harmless mean as it is; what is left is the difference otherwise."""
+    stats = statistics()
+    for one, plain in zip(
+        ESTIMATORS["projected-difference"].candidates(stats), difference_of_means(stats), strict=True
+    ):
+        harmless = stats.mean("harmless")[stats.positions.index(one.position), one.layer]
+        r, h = one.vector.double(), harmless / harmless.norm()
+        assert abs(r @ h) < 1e-6 * r.norm()
+        assert abs(plain.vector.double() @ h) > 1e-2
+        unit = r / r.norm()
+        assert torch.allclose(harmless - unit * (unit @ harmless), harmless, atol=1e-6)
+        assert torch.allclose(r + (plain.vector.double() @ h) * h, plain.vector.double(), atol=1e-6)
+        assert one.id == f"projected-difference/{one.position}/{one.layer}"
+
+
 def test_an_unknown_estimator_is_refused():
     with pytest.raises(UsageError, match="no estimator 'guessing'") as error:
         needs_of(["difference-of-means", "guessing"])

@@ -15,15 +15,8 @@ from rich.console import Console
 
 from abliterate.cli import tables
 from abliterate.evaluate.charts import Bar, HeatMap, colour, heat_map, histogram, intervals
-from abliterate.evaluate.evaluation import (
-    HARMFUL,
-    HARMLESS,
-    LOOK_ALIKE,
-    Material,
-    Observations,
-    divergence_nats,
-    report,
-)
+from abliterate.evaluate.evaluation import report
+from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Material, Observations, divergence_nats
 from abliterate.evaluate.page import render
 from abliterate.method.directions import CandidateScore, DirectionSet, grid
 from abliterate.model.prompts import Prompt, PromptSet

@@ -11,7 +11,7 @@ import abliterate
 from abliterate.checkpoint import direction_file
 from abliterate.cli.app import app
 from abliterate.errors import NonFiniteError, UsageError
-from abliterate.evaluate.evaluation import components
+from abliterate.evaluate.observing import components
 from abliterate.evaluate.page import write_report
 from abliterate.events import Noted, Started
 from abliterate.method import edits

@@ -245,7 +245,7 @@ def show_evaluation(report: "EvalReport", *, samples: int = SAMPLES, show_replie
 
 def _show_replies(report: "EvalReport", most: int, *, harmful_too: bool) -> None:
     """How many labels changed, and a few of these replies, those to harmless prompts first."""
-    from abliterate.evaluate.evaluation import HARMFUL
+    from abliterate.evaluate.observing import HARMFUL
 
     changed = [sample for sample in report.samples if report.changed(sample)]
     for model in report.models:

@@ -9,64 +9,13 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
+from abliterate.evaluate.observing import Material, Observations
 from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
-from abliterate.evaluate.reply_text import open_thinking, said
-from abliterate.events import OnEvent, ignore, working
-from abliterate.method.directions import Candidate, DirectionSet
-from abliterate.method.statistics import Difference, Rate, exact_kl_nats, paired_difference
-from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate, last_log_probs, see_residuals
-from abliterate.model.likelihood import on_completions, on_text
-from abliterate.model.load import LoadedModel
-from abliterate.model.prompts import Prompt, PromptSet
-from abliterate.model.thinking import prompt_ending
-
-HARMFUL, HARMLESS, LOOK_ALIKE = "harmful", "harmless", "look-alike"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
-    """What models are tested on: prompts by kind, harmful and harmless at least, and a text to predict, if any."""
-
-    prompts: Mapping[str, PromptSet]
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Observations:
-    """What was observed of one model.
-
-    Attributes:
-        name: what the model is called in the report.
-        replies: by kind of prompt.
-        first: of a base only: log-probabilities of the first token after each harmless prompt.
-        tokens: of a base only: log-probabilities along the first tokens of its replies to harmless prompts.
-        kl_nats: mean KL(base || model) of ``first``.
-        kl_tokens_nats: mean KL(base || model) of ``tokens``.
-        completion_nats: mean cross-entropy per token on the base's replies to harmless prompts.
-        text_nats: mean cross-entropy per token on the text; NaN without a text.
-        along: by kind, how far every prompt reaches along what was chosen, at its layer and position.
-        mode: how the model was asked; "" is the template's default.
-        opening: the mark that opens the thinking, where the template puts it before the reply.
-    """
-
-    name: str
-    replies: Mapping[str, tuple[str, ...]]
-    first: Float[Tensor, "prompts vocab"] | None
-    tokens: Float[Tensor, "tokens vocab"] | None
-    kl_nats: float
-    kl_tokens_nats: float
-    completion_nats: float
-    text_nats: float
-    along: Mapping[str, tuple[float, ...]]
-    mode: str = ""
-    opening: str = ""
+from abliterate.evaluate.reply_text import said
+from abliterate.method.statistics import Difference, Rate, paired_difference
+from abliterate.model.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,101 +121,6 @@ class EvalReport:
         return tuple(m.name for m in self.models if m.against and refused[m.name] != refused[m.against])
 
 
-def observe(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    material: Material,
-    *,
-    name: str,
-    base: Observations | None,
-    directions: DirectionSet | None = None,
-    max_new_tokens: int,
-    batch_size: int,
-    mode: str = "",
-    replies: Mapping[str, tuple[str, ...]] | None = None,
-    on_event: OnEvent = ignore,
-) -> Observations:
-    """Have a model reply to every prompt, and compare its distributions with those of ``base`` (None: it is the base).
-
-    With ``directions``, how far prompts reach along the chosen candidate is measured as well.  ``replies``, by kind
-    of prompt, are taken as they are where another backend wrote them.
-    """
-    replies = replies or {
-        kind: tuple(
-            generate(
-                loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
-                batch_size=batch_size, on_event=on_event,
-            )
-        )
-        for kind, prompts in material.prompts.items()
-    }  # fmt: skip
-    harmless = material.prompts[HARMLESS].texts
-    spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
-    with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
-        completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
-    with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
-        first = last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
-    return Observations(
-        name=name,
-        mode=mode,
-        opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
-        replies=replies,
-        first=None if base else first,
-        tokens=None if base else tokens,
-        kl_nats=divergence_nats(base.first if base else first, first),
-        kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
-        completion_nats=completion_nats,
-        text_nats=on_text(
-            loaded, chat, material.text, batch_size=batch_size, on_event=on_event,
-            task=f"{name}: likelihood of the text",
-        ),
-        along={
-            kind: components(
-                loaded, chat, prompts.texts, directions.chosen, batch_size=batch_size, on_event=on_event,
-                task=f"{name}: {kind} prompts along the direction",
-            )
-            for kind, prompts in material.prompts.items()
-            if directions is not None and directions.choice is not None and _read_along(directions.chosen) is not None
-        },
-    )  # fmt: skip
-
-
-def components(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    prompts: Sequence[str],
-    candidate: Candidate,
-    *,
-    batch_size: int,
-    on_event: OnEvent = ignore,
-    task: str = "prompts along the direction",
-) -> tuple[float, ...]:
-    """How far every prompt reaches along ``candidate``, at its layer and position (the last one, if none).
-
-    Along a single vector that is the component, with its sign; of several, the length of the projection on their span.
-    """
-    basis = _read_along(candidate)
-    if basis is None:
-        raise AssertionError("the candidate has a subspace at its layer")
-    found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
-
-    def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
-        if layer == candidate.layer:
-            along = values[:, 0].double() @ basis
-            found[list(rows)] = along[:, 0] if basis.shape[1] == 1 else torch.linalg.vector_norm(along, dim=1)
-
-    last = 1 if candidate.position is None else -candidate.position
-    with working(on_event, task, len(prompts), "prompts") as advance:
-        see_residuals(loaded, chat, prompts, last, see, batch_size=batch_size, advance=advance)
-    return tuple(found.tolist())
-
-
-def _read_along(candidate: Candidate) -> Float[Tensor, "d rank"] | None:
-    """An orthonormal basis of what is removed where the candidate was read; None where it has nothing at that layer."""
-    subspace = candidate.at(candidate.layer)
-    return None if subspace is None or not subspace.usable else subspace.basis
-
-
 def report(
     material: Material,
     observed: Sequence[Observations],
@@ -369,10 +223,3 @@ def _scores(material: Material, base: Observations, model: Observations, scorer:
         },
         along=model.along,
     )
-
-
-def divergence_nats(base: Float[Tensor, "n vocab"] | None, other: Float[Tensor, "m other"]) -> float:
-    """Mean KL(base || other) in nats; NaN where the shapes differ or there is nothing to compare."""
-    if base is None or base.shape != other.shape or not len(base):
-        return float("nan")
-    return float(torch.stack([exact_kl_nats(p.double(), q.double()) for p, q in zip(base, other, strict=True)]).mean())

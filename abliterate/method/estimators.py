@@ -16,7 +16,7 @@ from abliterate.method.linalg import cosine
 from abliterate.method.moments import ActivationStats
 
 Need = Literal["means", "covariance", "samples"]
-DIFFERENCE_OF_MEANS = "difference-of-means"
+DIFFERENCE_OF_MEANS, PROJECTED_DIFFERENCE = "difference-of-means", "projected-difference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,23 @@ def difference_of_means(stats: ActivationStats) -> tuple[Candidate, ...]:
     return grid(DIFFERENCE_OF_MEANS, difference.to(torch.float32), stats.positions)
 
 
+def projected_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``r - (r . h) h``: ``r = mean_harmful - mean_harmless``, ``h`` the unit harmless mean at the same place.
+
+    "Projected abliteration" (grimjim 2025).  As it has nothing along the harmless mean, removing it leaves that mean as it
+    is, and changes harmless prompts less.  Computed in float64, kept in float32.
+    """
+    harmless = stats.mean("harmless")
+    h = harmless / harmless.norm(dim=-1, keepdim=True)
+    r = stats.mean("harmful") - harmless
+    for _ in range(2):  # once leaves the rounding of two nearly parallel means
+        r = r - (r * h).sum(-1, keepdim=True) * h
+    return grid(PROJECTED_DIFFERENCE, r.to(torch.float32), stats.positions)
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     DIFFERENCE_OF_MEANS: Estimator(needs=frozenset({"means"}), candidates=difference_of_means),
+    PROJECTED_DIFFERENCE: Estimator(needs=frozenset({"means"}), candidates=projected_difference),
 }
 DEFAULT = (DIFFERENCE_OF_MEANS,)
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -215,6 +216,19 @@ def see_residuals(
         pass
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watching:
+    """Who is shown what of the pass over prompts that begins replies to them.
+
+    ``first(rows, logits)``: the logits of the first new token after some prompts.  ``see(rows, l, values)``: what
+    enters each block at their last ``n_positions`` tokens.
+    """
+
+    first: Callable[[Sequence[int], Tensor], None] | None = None
+    see: Callable[[Sequence[int], int, Tensor], None] | None = None
+    n_positions: int = 1
+
+
 def generate(
     loaded: LoadedModel,
     chat: ChatFormat,
@@ -223,13 +237,21 @@ def generate(
     max_new_tokens: int,
     batch_size: int = DEFAULT_BATCH_SIZE,
     task: str = "generate",
+    watching: Watching | None = None,
     on_event: OnEvent = ignore,
 ) -> list[str]:
-    """Greedy replies, special tokens removed, in the order of ``prompts``."""
+    """Greedy replies, special tokens removed, in the order of ``prompts``; ``watching`` is shown what begins them."""
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
 
     def reply(batch: Batch) -> Tensor:
-        tokens = generate_ids(loaded, chat, batch, max_new_tokens)
+        its = watching or Watching()
+        told = None if its.first is None else partial(its.first, batch.rows)
+        if its.see is None:
+            tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=told)
+        else:
+            tokens, residuals = reply_and_see(loaded, chat, batch, max_new_tokens, its.n_positions, told)
+            for layer, values in enumerate(residuals):
+                its.see(batch.rows, layer, values)
         on_event(Advanced(task=task, amount=len(batch.rows)))
         return tokens
 
@@ -290,7 +312,7 @@ def reply_and_see(
     batch: Batch,
     max_new_tokens: int,
     n_positions: int,
-    first: Callable[[Tensor], None],
+    first: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The greedy continuation of a batch, and what entered each block at the last tokens of its prompts.
 

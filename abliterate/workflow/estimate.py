@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
-from abliterate.evaluate.evaluation import HARMLESS
+from abliterate.evaluate.observing import HARMLESS
 from abliterate.evaluate.refusal_tokens import PROBE_PROMPTS, PROBE_TOKENS
 from abliterate.events import duration
 from abliterate.model.chat import Batch, ChatFormat, left_padded
@@ -102,7 +102,7 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
         stage: ceil(n / counts.batch_size) * counts.label_tokens
         for stage, n in (("measure", counts.train), ("select", tried))
     }
-    likely = counts.models * counts.test.get(HARMLESS, 0)  # distributions, and the likelihood of the base's replies
+    likely = counts.models * counts.test.get(HARMLESS, 0)  # the base's replies
     every = {
         "measure": Amount(
             prompt_tokens=length
@@ -117,8 +117,8 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
             prompt_tokens=length * PASSES_OF_PROOF * counts.held_out, moved_bytes=2 * counts.output_bytes, loads=1
         ),
         "replies": Amount(
-            prompt_tokens=2 * length * replies
-            + likely * (2 * length + counts.reply_tokens)
+            prompt_tokens=length * replies
+            + likely * (length + counts.reply_tokens)
             + counts.models * counts.text_tokens,
             steps=counts.models * counts.reply_tokens * sum(ceil(n / counts.batch_size) for n in counts.test.values()),
             loads=0 if "verify" in stages else 1,

@@ -25,8 +25,9 @@ SELECTING = 3
 More where the candidates' states do not fit into memory at once, and where the best ones are not kept."""
 VERIFYING = 4
 """Passes: the base, the base under hooks, the edited model's distributions, and its residual stream."""
-SCORING = 3
-"""Passes for each model: distributions, likelihood of the base's replies, components along the direction."""
+SCORING, SCORING_APART = 1, 3
+"""Passes for each model: the likelihood of the base's replies.  Distributions and components along the direction are
+seen while replies are written, or take a pass each where another backend writes them."""
 STAGES = ("measure", "select", "verify", "replies")
 
 
@@ -44,7 +45,7 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
         "measure": recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING,
         "select": SELECTING - recipe.find.all_scores,
         "verify": VERIFYING,
-        "replies": models * (written + SCORING),
+        "replies": models * (written + SCORING if written else SCORING_APART),
     }
     return {stage: count for stage, count in every.items() if stage in stages}
 

@@ -12,8 +12,9 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import PromptError
 from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
-from abliterate.evaluate.evaluation import HARMFUL, HARMLESS, LOOK_ALIKE, EvalReport, Material, Observations, observe
+from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.evaluation import report as put_together
+from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Material, Observations, observe
 from abliterate.evaluate.replies import SCORERS
 from abliterate.evaluate.reply_text import said
 from abliterate.events import OnEvent, working

@@ -1,0 +1,212 @@
+"""What a model says and does on test prompts, seen in as few forward passes as it takes.
+
+The pass over the prompts that begins a reply shows the distribution of its first token, and how far the prompt reaches
+along the direction, as well.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.evaluate.reply_text import open_thinking
+from abliterate.events import OnEvent, ignore, working
+from abliterate.method.directions import Candidate, DirectionSet
+from abliterate.method.statistics import exact_kl_nats
+from abliterate.model.chat import ChatFormat
+from abliterate.model.forward import Watching, generate, last_log_probs, see_residuals
+from abliterate.model.likelihood import on_completions, on_text
+from abliterate.model.load import LoadedModel
+from abliterate.model.prompts import PromptSet
+from abliterate.model.thinking import prompt_ending
+
+HARMFUL, HARMLESS, LOOK_ALIKE = "harmful", "harmless", "look-alike"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What models are tested on: prompts by kind, harmful and harmless at least, and a text to predict, if any."""
+
+    prompts: Mapping[str, PromptSet]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Observations:
+    """What was observed of one model.
+
+    Attributes:
+        name: what the model is called in the report.
+        replies: by kind of prompt.
+        first: of a base only: log-probabilities of the first token after each harmless prompt.
+        tokens: of a base only: log-probabilities along the first tokens of its replies to harmless prompts.
+        kl_nats: mean KL(base || model) of ``first``.
+        kl_tokens_nats: mean KL(base || model) of ``tokens``.
+        completion_nats: mean cross-entropy per token on the base's replies to harmless prompts.
+        text_nats: mean cross-entropy per token on the text; NaN without a text.
+        along: by kind, how far every prompt reaches along what was chosen, at its layer and position.
+        mode: how the model was asked; "" is the template's default.
+        opening: the mark that opens the thinking, where the template puts it before the reply.
+    """
+
+    name: str
+    replies: Mapping[str, tuple[str, ...]]
+    first: Float[Tensor, "prompts vocab"] | None
+    tokens: Float[Tensor, "tokens vocab"] | None
+    kl_nats: float
+    kl_tokens_nats: float
+    completion_nats: float
+    text_nats: float
+    along: Mapping[str, tuple[float, ...]]
+    mode: str = ""
+    opening: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Along:
+    """How far prompts reach along a candidate, at its layer and position (the last one, if none)."""
+
+    candidate: Candidate
+    basis: Float[Tensor, "d rank"]
+    found: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> int:
+        """How many of the last tokens have to be seen."""
+        return 1 if self.candidate.position is None else -self.candidate.position
+
+    def see(self, rows: Sequence[int], layer: int, values: Tensor) -> None:
+        """What enters a block at the last tokens of some prompts."""
+        if layer == self.candidate.layer:
+            along = values[:, 0].double() @ self.basis
+            reach = along[:, 0] if self.basis.shape[1] == 1 else torch.linalg.vector_norm(along, dim=1)
+            self.found.update(zip(rows, reach.tolist(), strict=True))
+
+    def of(self, count: int) -> tuple[float, ...]:
+        """In the order of the prompts."""
+        return tuple(self.found[row] for row in range(count))
+
+
+@dataclass(slots=True, eq=False)
+class _First:
+    """The distributions of first tokens, in float64."""
+
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def see(self, rows: Sequence[int], logits: Tensor) -> None:
+        """The logits of the first token after some prompts."""
+        log_probs = logits.to(device="cpu", dtype=torch.float64).log_softmax(-1)
+        self.found.update(zip(rows, log_probs, strict=True))
+
+    def of(self, count: int) -> Float[Tensor, "prompts vocab"]:
+        """In the order of the prompts."""
+        return torch.stack([self.found.pop(row) for row in range(count)])
+
+
+def observe(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    material: Material,
+    *,
+    name: str,
+    base: Observations | None,
+    directions: DirectionSet | None = None,
+    max_new_tokens: int,
+    batch_size: int,
+    mode: str = "",
+    replies: Mapping[str, tuple[str, ...]] | None = None,
+    on_event: OnEvent = ignore,
+) -> Observations:
+    """Have a model reply to every prompt, and compare its distributions with those of ``base`` (None: it is the base).
+
+    With ``directions``, how far prompts reach along the chosen candidate is measured as well.  ``replies``, by kind
+    of prompt, are taken as they are where another backend wrote them.
+    """
+    chosen = directions.chosen if directions is not None and directions.choice is not None else None
+    basis = None if chosen is None else _read_along(chosen)
+    along = {} if chosen is None or basis is None else {kind: _Along(chosen, basis) for kind in material.prompts}
+    firsts, harmless = _First(), material.prompts[HARMLESS].texts
+    given, options = replies, {"batch_size": batch_size, "on_event": on_event}
+    replies = given or {
+        kind: tuple(
+            generate(
+                loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
+                watching=Watching(
+                    first=firsts.see if kind == HARMLESS else None,
+                    see=along[kind].see if along else None,
+                    n_positions=along[kind].positions if along else 1,
+                ),
+                **options,
+            )
+        )
+        for kind, prompts in material.prompts.items()
+    }  # fmt: skip
+    apart = _without_replies(loaded, chat, material, along, name=name, **options) if given else None
+    first = firsts.of(len(harmless)) if apart is None else apart
+    spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
+    with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
+        completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
+    return Observations(
+        name=name,
+        mode=mode,
+        opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
+        replies=replies,
+        first=None if base else first,
+        tokens=None if base else tokens,
+        kl_nats=divergence_nats(base.first if base else first, first),
+        kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
+        completion_nats=completion_nats,
+        text_nats=on_text(loaded, chat, material.text, task=f"{name}: likelihood of the text", **options),
+        along={kind: its.of(len(material.prompts[kind].prompts)) for kind, its in along.items()},
+    )
+
+
+def _without_replies(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    material: Material,
+    along: Mapping[str, _Along],
+    *,
+    name: str,
+    batch_size: int,
+    on_event: OnEvent,
+) -> Float[Tensor, "prompts vocab"]:
+    """Distributions on harmless prompts, and the reach of all along the direction, in passes of their own."""
+    harmless = material.prompts[HARMLESS].texts
+    with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
+        first = last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
+    for kind, its in along.items():
+        texts = material.prompts[kind].texts
+        with working(on_event, f"{name}: {kind} prompts along the direction", len(texts), "prompts") as advance:
+            see_residuals(loaded, chat, texts, its.positions, its.see, batch_size=batch_size, advance=advance)
+    return first
+
+
+def components(
+    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], candidate: Candidate, *, batch_size: int
+) -> tuple[float, ...]:
+    """How far every prompt reaches along ``candidate``, at its layer and position (the last one, if none).
+
+    Along a single vector that is the component, with its sign; of several, the length of the projection on their span.
+    """
+    basis = _read_along(candidate)
+    if basis is None:
+        raise AssertionError("the candidate has a subspace at its layer")
+    along = _Along(candidate, basis)
+    see_residuals(loaded, chat, prompts, along.positions, along.see, batch_size=batch_size)
+    return along.of(len(prompts))
+
+
+def _read_along(candidate: Candidate) -> Float[Tensor, "d rank"] | None:
+    """An orthonormal basis of what is removed where the candidate was read; None where it has nothing at that layer."""
+    subspace = candidate.at(candidate.layer)
+    return None if subspace is None or not subspace.usable else subspace.basis
+
+
+def divergence_nats(base: Float[Tensor, "n vocab"] | None, other: Float[Tensor, "m other"]) -> float:
+    """Mean KL(base || other) in nats; NaN where the shapes differ or there is nothing to compare."""
+    if base is None or base.shape != other.shape or not len(base):
+        return float("nan")
+    return float(torch.stack([exact_kl_nats(p.double(), q.double()) for p, q in zip(base, other, strict=True)]).mean())
