@@ -54,20 +54,27 @@ def spread_gains(model: torch.nn.Module, spread: float) -> None:
                 parameter.copy_(gain - 1 if one_more else gain)
 
 
-def mean_state(base: Path) -> torch.Tensor:
+def mean_state(base: Path, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """The mean residual entering the last block: a direction that carries much of the stream."""
     model = factories.load(base)
     loaded = equivalence.attached(base, model)
     seen: dict[int, torch.Tensor] = {}
     with factories.really_float64(), torch.no_grad(), observed(loaded, lambda at, x: seen.__setitem__(at, x)):
-        model(factories.token_ids(batch=4, length=16))
+        model(factories.token_ids(batch=4, length=16) if tokens is None else tokens)
     return seen[max(seen)].reshape(-1, loaded.d_model).mean(0)[:, None]
 
 
 def measure(
-    base: Path, name: str, kind: str, direction: torch.Tensor, work: Path, tokens: torch.Tensor | None = None
+    base: Path,
+    name: str,
+    kind: str,
+    direction: torch.Tensor,
+    work: Path,
+    tokens: torch.Tensor | None = None,
+    *,
+    memory_bytes: int = 1,
 ) -> Row:
-    """All four edits of one model, on ``tokens`` or on random ones."""
+    """All four edits of one model, on ``tokens`` or on random ones; ``memory_bytes`` is for the editor."""
     hooked, _ = equivalence.logits_and_share(base, factories.load(base), direction, hooks=True, tokens=tokens)
     divergence, shares = {}, {}
     for form, grid in FORMS.items():
@@ -75,7 +82,7 @@ def measure(
         if grid is None:
             made = without_norms(made)
         with mock.patch.object(edits, "RIDGE_GRID", grid or edits.RIDGE_GRID):
-            edited = equivalence.edit(made, direction, work / form.replace(" ", "-"))
+            edited = equivalence.edit(made, direction, work / form.replace(" ", "-"), memory_bytes=memory_bytes)
         model = factories.load(edited)
         ours, shares[form] = equivalence.logits_and_share(edited, model, direction, hooks=False, tokens=tokens)
         divergence[form] = equivalence.kl(hooked, ours)

@@ -1,0 +1,161 @@
+"""Norms behind the writers of a model that was trained: is an edit as close to the hook as it is predicted to be?
+
+What ``bench.post_norm`` measures on random models, on one whose gains come from training, in float64: on plain text,
+as the model has no chat template, and along directions that are means of what it read.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from abliterate.arch.gains import read_gain
+from abliterate.arch.model_map import Writer
+from abliterate.editing.planning import plan
+from abliterate.method import edits
+from abliterate.method.linalg import unit
+from abliterate.method.weight_edit import WeightEdit
+from abliterate.model.interventions import observed
+from abliterate.model.load import load_tokenizer
+from bench import post_norm
+from tests import equivalence, factories
+
+ROWS, TOKENS = 4, 64
+"""Pieces of the text that are read, and their length with the token that begins it."""
+EPSILON = 1e-6
+"""What the norms of this family add to the mean square."""
+
+
+def study(base: Path, text: str, classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Every direction: divergence of the whole model, and predicted and measured error writer by writer.
+
+    ``classes`` are prompts of two kinds, read as plain text; the difference of their means is one direction.
+    """
+    tokenizer = load_tokenizer(base, local_files_only=True)
+    tokens = pieces(tokenizer, text)
+    with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+        work = Path(folder)
+        wide = factories.save(factories.load(base), work / "base", dtype=torch.float32, shard="2GB")
+        found = []
+        for kind, direction in directions(wide, tokenizer, tokens, classes).items():
+            with tempfile.TemporaryDirectory(dir=work) as edited:
+                row = post_norm.measure(
+                    wide, base.name, kind, direction, Path(edited), tokens, memory_bytes=2**28
+                )  # fmt: skip
+            found.append({**dataclasses.asdict(row), "writers": of_writers(wide, direction, tokens)})
+            print(f"  {base.name}: {kind}", flush=True)
+    return {"tokens": tokens.numel(), "rows": found}
+
+
+def pieces(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401 - a tokenizer of transformers
+    """The beginning of ``text`` in rows of equal length."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    step = TOKENS - 1
+    if len(ids) < ROWS * step:
+        raise ValueError(f"the text has {len(ids)} tokens, and {ROWS * step} are read")
+    return torch.tensor([[tokenizer.bos_token_id, *ids[row * step : (row + 1) * step]] for row in range(ROWS)])
+
+
+def directions(
+    base: Path,
+    tokenizer: Any,  # noqa: ANN401 - a tokenizer of transformers
+    tokens: Tensor,
+    classes: Mapping[str, Sequence[str]],
+) -> dict[str, Tensor]:
+    """A random direction, the mean state, and the difference of means of two classes in the middle of the model."""
+    state = post_norm.mean_state(base, tokens)
+    means = [mean_at_end(base, [tokenizer(text)["input_ids"] for text in texts]) for texts in classes.values()]
+    return {
+        "random": factories.random_directions(len(state)),
+        "mean state": state,
+        "difference of means": (means[0] - means[1])[:, None],
+    }
+
+
+def mean_at_end(base: Path, encoded: Sequence[list[int]]) -> Tensor:
+    """The mean residual that enters the middle block at the last token."""
+    model = factories.load(base)
+    loaded = equivalence.attached(base, model)
+    found: list[Tensor] = []
+
+    def see(layer: int, x: Tensor) -> None:
+        if layer == loaded.n_layers // 2:
+            found.append(x[:, -1])
+
+    with factories.really_float64(), torch.no_grad(), observed(loaded, see):
+        for ids in encoded:
+            model(torch.tensor([ids]))
+    return torch.cat(found).mean(0)
+
+
+def of_writers(base: Path, direction: Tensor, tokens: Tensor) -> dict[str, dict[str, list[float]]]:
+    """By form of the edit, for every writer behind a norm: the predicted error ``J`` and the measured one."""
+    writers = [writer for writer in plan(base).writers if writer.norms]
+    outputs = written(base, writers, tokens)
+    stream = edits.orthogonal(unit(direction[:, 0])[:, None])
+    found: dict[str, dict[str, list[float]]] = {}
+    for form, grid in post_norm.FORMS.items():
+        lists = found.setdefault(form, {"predicted": [], "measured": []})
+        for writer in writers:
+            gain = read_gain(base, writer)
+            with mock.patch.object(edits, "RIDGE_GRID", grid or edits.RIDGE_GRID):
+                edit = stream if grid is None else edits.behind_norm(stream, gain)
+            lists["measured"].append(distance(outputs[writer.tensor.name], edit, stream, gain))
+            if grid is not None:
+                lists["predicted"].append(edit.predicted_error)
+    return found
+
+
+def written(base: Path, writers: Sequence[Writer], tokens: Tensor) -> dict[str, Tensor]:
+    """What the writers give to their norms, as columns."""
+    model = factories.load(base)
+    found: dict[str, Tensor] = {}
+    handles = []
+    for writer in writers:
+        name = writer.tensor.name
+
+        def see(module: object, inputs: object, output: Tensor, name: str = name) -> None:  # noqa: ARG001
+            found[name] = output.reshape(-1, output.shape[-1]).T
+
+        handles.append(model.get_submodule(name.removesuffix(".weight")).register_forward_hook(see))
+    with factories.really_float64(), torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def distance(output: Tensor, edit: WeightEdit, stream: WeightEdit, gain: Tensor) -> float:
+    """``|y' - P y| / |P y|`` over all tokens: the stream after the edit, and after the hook."""
+    hooked = edits.apply(_normed(output, gain), stream)
+    ours = _normed(edits.apply(output, edit), gain)
+    return float((ours - hooked).norm() / hooked.norm())
+
+
+def _normed(output: Tensor, gain: Tensor) -> Tensor:
+    return gain[:, None] * output / (output.square().mean(0) + EPSILON).sqrt()
+
+
+def summary(row: Mapping[str, Any], form: str) -> dict[str, float | None]:
+    """Median and largest of the predicted and the measured errors of one form, and how they go together."""
+    its = row["writers"][form]
+    known = bool(its["predicted"])
+    return {
+        "predicted": median(its["predicted"]) if known else None,
+        "predicted_largest": max(its["predicted"]) if known else None,
+        "measured": median(its["measured"]),
+        "measured_largest": max(its["measured"]),
+        "correlation": _correlation(its["predicted"], its["measured"]) if known else None,
+    }
+
+
+def _correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the logarithms."""
+    pair = torch.tensor([one, other], dtype=torch.float64).log()
+    return float(torch.corrcoef(pair)[0, 1])
