@@ -89,15 +89,12 @@ class Jobs:
         ours = self.work / "qwen-abliterated"
         if not (ours / "abliterate.json").is_file():
             raise SystemExit(f"{ours}: is not there; run python -m bench.real --only qwen first")
-        words = ["compare", base, ours, theirs, "--text", TEXT, *self._recipe_alone()]
+        recipe = self.options[: 2 * ("--recipe" in self.options)]
+        words = ["compare", base, ours, theirs, "--text", TEXT, *recipe]
         self._command("peer-compare", words, more={"theirs": _fingerprint(theirs), "ours": _fingerprint(ours)})
         self._command("peer-diff", ["diff", base, theirs], more={"theirs": _fingerprint(theirs)})
         document = json.loads(facts.read_text("utf-8"))
         kept(self.work, "peer-facts", document, lambda: document)
-
-    def _recipe_alone(self) -> list[str]:
-        """The recipe, for a command that takes no options of finding; it then names its prompts itself."""
-        return [*self.options[: 2 * ("--recipe" in self.options)], "--harmful", PROMPTS, "--harmless", PROMPTS]
 
     def _whole(self, name: str, base: Path, out: Path) -> dict[str, Any]:
         """``abliterate run``."""

@@ -36,8 +36,9 @@ others trained. Model hubs are not needed: the models come from Python packages 
 figures published for the released models do not apply. All figures are of one run of each, as it came out.
 """
 MEASURES = """95 % Wilson intervals in brackets. Refusals are told by the scorer `{scorer}`; replies are greedy, of at
-most {tokens} tokens, to prompts that neither measuring nor selecting saw (`{source}`, and `bundled:over_refusal` as
-look-alikes). The KL divergences are on harmless prompts. The text is `{text}`, written for this purpose.
+most {tokens} tokens, to prompts that neither measuring nor selecting saw (`{source}` and its harmless half; look-alikes
+are harmless prompts that look harmful). The KL divergences are on harmless prompts. The text is `{text}`, written for
+this purpose.
 """
 GEMMA = """Between each writer and the stream stands a norm with a gain for every channel, which training gave it. The
 [theory](post-norm.md) predicts how far each form of the edit ends from the hook: `J`, from the gains and the direction
@@ -254,7 +255,8 @@ def _costs(run: Mapping[str, Any]) -> Iterator[str]:
     stopped = f" It was stopped {run['attempts'] - 1} times before; times are those of the last part." * (
         run["attempts"] > 1
     )
-    yield f"Peak memory of the process: {mebibytes(run['peak_bytes'])}.{stopped}\n"
+    weights = sum((at(run, "document", "source", "shards") or {}).values()) or None
+    yield f"Peak memory of the process: {mebibytes(run['peak_bytes'])}; weights on disk: {mebibytes(weights)}.{stopped}\n"
 
 
 def _refused(step: Mapping[str, Any]) -> str:
