@@ -256,7 +256,8 @@ def _costs(run: Mapping[str, Any]) -> Iterator[str]:
         run["attempts"] > 1
     )
     weights = sum((at(run, "document", "source", "shards") or {}).values()) or None
-    yield f"Peak memory of the process: {mebibytes(run['peak_bytes'])}; weights on disk: {mebibytes(weights)}.{stopped}\n"
+    peak = mebibytes(run["peak_bytes"])
+    yield f"Peak memory of the process: {peak}; weights on disk: {mebibytes(weights)}.{stopped}\n"
 
 
 def _refused(step: Mapping[str, Any]) -> str:
