@@ -9,7 +9,7 @@ stream, and for the trained Gemma 3 of the tests: the divergence from the hooked
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import geometric_mean
 from unittest import mock
@@ -26,7 +26,12 @@ from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 from tests import equivalence, factories, zoo
 
-FORMS = {"plain": None, "orthogonal to g r": (1e9,), "oblique": (0.0,), "regularised": edits.RIDGE_GRID}
+FORMS: Mapping[str, tuple[float, ...] | None] = {
+    "plain": None,
+    "orthogonal to g r": (1e9,),
+    "oblique": (0.0,),
+    "regularised": edits.RIDGE_GRID,
+}
 SPREADS = (0.3, 0.7)
 TRAINED = Path("tests/models/tiny-gemma3")
 
@@ -73,11 +78,12 @@ def measure(
     tokens: torch.Tensor | None = None,
     *,
     memory_bytes: int = 1,
+    forms: Mapping[str, tuple[float, ...] | None] = FORMS,
 ) -> Row:
-    """All four edits of one model, on ``tokens`` or on random ones; ``memory_bytes`` is for the editor."""
+    """All ``forms`` of the edit of one model, on ``tokens`` or random ones; ``memory_bytes`` is for the editor."""
     hooked, _ = equivalence.logits_and_share(base, factories.load(base), direction, hooks=True, tokens=tokens)
     divergence, shares = {}, {}
-    for form, grid in FORMS.items():
+    for form, grid in forms.items():
         made = plan(base)
         if grid is None:
             made = without_norms(made)

@@ -6,7 +6,7 @@ as the model has no chat template, and along directions that are means of what i
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +30,8 @@ ROWS, TOKENS = 4, 64
 """Pieces of the text that are read, and their length with the token that begins it."""
 EPSILON = 1e-6
 """What the norms of this family add to the mean square."""
+NEARLY = "nearly oblique"
+"""The least regularised form, for a model that has gains of zero: for these there is no oblique one."""
 
 
 def study(base: Path, text: str, classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -42,15 +44,39 @@ def study(base: Path, text: str, classes: Mapping[str, Sequence[str]]) -> dict[s
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         work = Path(folder)
         wide = factories.save(factories.load(base), work / "base", dtype=torch.float32, shard="2GB")
+        writers = [writer for writer in plan(wide).writers if writer.norms]
+        gains = {writer.tensor.name: read_gain(wide, writer) for writer in writers}
+        forms = forms_for(gains.values())
+        outputs = written(wide, writers, tokens)
         found = []
         for kind, direction in directions(wide, tokenizer, tokens, classes).items():
             with tempfile.TemporaryDirectory(dir=work) as edited:
                 row = post_norm.measure(
-                    wide, base.name, kind, direction, Path(edited), tokens, memory_bytes=2**28
+                    wide, base.name, kind, direction, Path(edited), tokens, memory_bytes=2**28, forms=forms
                 )  # fmt: skip
-            found.append({**dataclasses.asdict(row), "writers": of_writers(wide, direction, tokens)})
+            found.append({**dataclasses.asdict(row), "writers": of_writers(outputs, gains, direction, forms)})
             print(f"  {base.name}: {kind}", flush=True)
-    return {"tokens": tokens.numel(), "rows": found}
+    return {"tokens": tokens.numel(), "gains": [spread(gain) for gain in gains.values()], "rows": found}
+
+
+def forms_for(gains: Iterable[Tensor]) -> dict[str, tuple[float, ...] | None]:
+    """The forms of ``bench.post_norm``, but for the oblique one where a gain is zero."""
+    if not any(bool((gain == 0).any()) for gain in gains):
+        return dict(post_norm.FORMS)
+    least = min(ridge for ridge in edits.RIDGE_GRID if ridge)
+    named = {form: NEARLY if form == "oblique" else form for form in post_norm.FORMS}
+    return {named[form]: (least,) if form == "oblique" else grid for form, grid in post_norm.FORMS.items()}
+
+
+def spread(gain: Tensor) -> dict[str, float]:
+    """What the gains of one norm are like."""
+    sizes = gain.abs()
+    return {
+        "zeros": int((gain == 0).sum()),
+        "least": float(sizes.min()),
+        "median": float(sizes.median()),
+        "largest": float(sizes.max()),
+    }
 
 
 def pieces(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401 - a tokenizer of transformers
@@ -94,21 +120,24 @@ def mean_at_end(base: Path, encoded: Sequence[list[int]]) -> Tensor:
     return torch.cat(found).mean(0)
 
 
-def of_writers(base: Path, direction: Tensor, tokens: Tensor) -> dict[str, dict[str, list[float]]]:
-    """By form of the edit, for every writer behind a norm: the predicted error ``J`` and the measured one."""
-    writers = [writer for writer in plan(base).writers if writer.norms]
-    outputs = written(base, writers, tokens)
+def of_writers(
+    outputs: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+    direction: Tensor,
+    forms: Mapping[str, tuple[float, ...] | None],
+) -> dict[str, dict[str, list[float]]]:
+    """By form of the edit, for every writer behind a norm: the predicted error ``J``, the measured one, and ``t``."""
     stream = edits.orthogonal(unit(direction[:, 0])[:, None])
     found: dict[str, dict[str, list[float]]] = {}
-    for form, grid in post_norm.FORMS.items():
-        lists = found.setdefault(form, {"predicted": [], "measured": []})
-        for writer in writers:
-            gain = read_gain(base, writer)
+    for form, grid in forms.items():
+        lists = found.setdefault(form, {"predicted": [], "measured": [], "ridge": []})
+        for name, gain in gains.items():
             with mock.patch.object(edits, "RIDGE_GRID", grid or edits.RIDGE_GRID):
                 edit = stream if grid is None else edits.behind_norm(stream, gain)
-            lists["measured"].append(distance(outputs[writer.tensor.name], edit, stream, gain))
+            lists["measured"].append(distance(outputs[name], edit, stream, gain))
             if grid is not None:
                 lists["predicted"].append(edit.predicted_error)
+                lists["ridge"].append(edit.ridge)
     return found
 
 

@@ -11,9 +11,8 @@ from abliterate.checkpoint import direction_file
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError
 from bench.edit_speed import machine
-from bench.post_norm import FORMS
 from bench.real_models import MODELS
-from bench.real_norms import summary
+from bench.real_norms import NEARLY, summary
 from bench.real_picture import landscape
 from bench.real_steps import result_of, stages
 
@@ -353,6 +352,7 @@ def _gemma(work: Path) -> Iterator[str]:
     if norms is None:
         return
     yield GEMMA.format(tokens=norms["tokens"], text=TEXT)
+    yield from _gains(norms)
     rows = [
         (
             row["direction"], form, number(its["predicted"], ".1e"), number(its["predicted_largest"], ".1e"),
@@ -361,9 +361,27 @@ def _gemma(work: Path) -> Iterator[str]:
             f"{row['plain_share']:.0e}" if form == "plain" else "",
         )
         for row in norms["rows"]
-        for form in FORMS
+        for form in row["writers"]
         for its in [summary(row, form)]
     ]  # fmt: skip
     heads = ("r", "form", "J, median", "J, largest", "measured, median", "measured, largest")
     more = ("correlation of their logarithms", "divergence of the model, nats", "r left")
     yield table((*heads, *more), rows, left=2)
+
+
+def _gains(norms: Mapping[str, Any]) -> Iterator[str]:
+    """What the gains are like, and what that means for the forms of the edit."""
+    gains = norms["gains"]
+    medians, zeros = [its["median"] for its in gains], [its["zeros"] for its in gains]
+    ridges = [ridge for row in norms["rows"] for ridge in row["writers"].get("regularised", {}).get("ridge", [])]
+    yield (
+        f"The gains of its {len(gains)} norms behind writers reach from {min(its['least'] for its in gains):.1e} to "
+        f"{max(its['largest'] for its in gains):,.0f}; the medians of the norms from {min(medians):.2g} to "
+        f"{max(medians):,.0f}. The regularised form takes a `t` between {min(ridges):g} and {max(ridges):g}.\n"
+    )
+    if any(zeros):
+        yield (
+            f"{sum(zeros)} gains, in {sum(map(bool, zeros))} of the norms, are exactly zero. Then the oblique form "
+            f'does not exist: it divides by every gain. In its place stands "{NEARLY}", with the least `t` above zero '
+            "that the regularised form may take.\n"
+        )

