@@ -268,7 +268,7 @@ def _peer(work: Path) -> Iterator[str]:
     if compared is None or facts is None or compared["exit"]:
         return
     yield f"## Beside {facts['tool']}\n"
-    yield f"The same base, the same prompts and the same replies for both. {facts['how']}\n"
+    yield f"By `abliterate compare`: one base, the same prompts, replies of the same length. {facts['how']}\n"
     evaluation = compared["document"]
     names = ["base", "abliterate", facts["tool"]]
     yield scores(evaluation, names)
@@ -285,7 +285,8 @@ def _peer(work: Path) -> Iterator[str]:
     yield table(("", "abliterate", facts["tool"]), rows)
     yield (
         "The CPU seconds of abliterate are those of finding the direction, the edit and its proof on the bytes; those "
-        "of the other tool are its whole search, in which it writes replies to judge its trials.\n"
+        "of the other tool are its whole search, in which it writes replies to judge its trials. The peak of "
+        "abliterate is that of a run with its evaluation.\n"
     )
 
 
