@@ -80,7 +80,7 @@ class Jobs:
 
             kinds = {kind: load_bundled("contrast", kind, "train").texts for kind in ("harmful", "harmless")}
             classes = {kind: texts[:CLASS_PROMPTS] for kind, texts in kinds.items()}
-            return study(base, TEXT.read_text("utf-8"), classes)
+            return study(base, TEXT.read_text("utf-8"), classes, self.work)
 
         kept(self.work, "gemma-norms", {**self._of(base), "prompts": CLASS_PROMPTS}, norms)
 

@@ -26,22 +26,25 @@ from abliterate.model.load import load_tokenizer
 from bench import post_norm
 from tests import equivalence, factories
 
-ROWS, TOKENS = 4, 64
+ROWS, TOKENS = 2, 96
 """Pieces of the text that are read, and their length with the token that begins it."""
+LARGEST = 16
+"""Channels that hold most of the stream: what a direction has there, moves the whole model when it is taken out."""
 EPSILON = 1e-6
 """What the norms of this family add to the mean square."""
 NEARLY = "nearly oblique"
 """The least regularised form, for a model that has gains of zero: for these there is no oblique one."""
 
 
-def study(base: Path, text: str, classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def study(base: Path, text: str, classes: Mapping[str, Sequence[str]], place: Path) -> dict[str, Any]:
     """Every direction: divergence of the whole model, and predicted and measured error writer by writer.
 
-    ``classes`` are prompts of two kinds, read as plain text; the difference of their means is one direction.
+    ``classes`` are prompts of two kinds, read as plain text; the difference of their means is one direction.  Edited
+    models lie in ``place`` for a while.
     """
     tokenizer = load_tokenizer(base, local_files_only=True)
     tokens = pieces(tokenizer, text)
-    with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         work = Path(folder)
         wide = factories.save(factories.load(base), work / "base", dtype=torch.float32, shard="2GB")
         writers = [writer for writer in plan(wide).writers if writer.norms]
@@ -49,14 +52,28 @@ def study(base: Path, text: str, classes: Mapping[str, Sequence[str]]) -> dict[s
         forms = forms_for(gains.values())
         outputs = written(wide, writers, tokens)
         found = []
-        for kind, direction in directions(wide, tokenizer, tokens, classes).items():
+        logits, channels, share = plain_run(wide, tokens)
+        for kind, direction in directions(wide, tokenizer, channels, classes).items():
             with tempfile.TemporaryDirectory(dir=work) as edited:
                 row = post_norm.measure(
                     wide, base.name, kind, direction, Path(edited), tokens, memory_bytes=2**28, forms=forms
                 )  # fmt: skip
-            found.append({**dataclasses.asdict(row), "writers": of_writers(outputs, gains, direction, forms)})
+            hooked, _ = equivalence.logits_and_share(wide, factories.load(wide), direction, hooks=True, tokens=tokens)
+            ablation = equivalence.kl(logits, hooked)
+            found.append(
+                {
+                    **dataclasses.asdict(row),
+                    "ablation": ablation,
+                    "writers": of_writers(outputs, gains, direction, forms),
+                }
+            )
             print(f"  {base.name}: {kind}", flush=True)
-    return {"tokens": tokens.numel(), "gains": [spread(gain) for gain in gains.values()], "rows": found}
+    return {
+        "tokens": tokens.numel(),
+        "largest": {"channels": LARGEST, "share": share},
+        "gains": [spread(gain) for gain in gains.values()],
+        "rows": found,
+    }
 
 
 def forms_for(gains: Iterable[Tensor]) -> dict[str, tuple[float, ...] | None]:
@@ -91,17 +108,32 @@ def pieces(tokenizer: Any, text: str) -> Tensor:  # noqa: ANN401 - a tokenizer o
 def directions(
     base: Path,
     tokenizer: Any,  # noqa: ANN401 - a tokenizer of transformers
-    tokens: Tensor,
+    channels: Tensor,
     classes: Mapping[str, Sequence[str]],
 ) -> dict[str, Tensor]:
-    """A random direction, the mean state, and the difference of means of two classes in the middle of the model."""
-    state = post_norm.mean_state(base, tokens)
+    """A random direction, and the difference of means of two classes; each also with nothing in ``channels``."""
     means = [mean_at_end(base, [tokenizer(text)["input_ids"] for text in texts]) for texts in classes.values()]
-    return {
-        "random": factories.random_directions(len(state)),
-        "mean state": state,
-        "difference of means": (means[0] - means[1])[:, None],
-    }
+    apart = (means[0] - means[1])[:, None]
+    found = {"random": factories.random_directions(len(apart)), "difference of means": apart}
+    for kind, direction in list(found.items()):
+        found[f"{kind}, largest channels left out"] = direction.index_fill(0, channels, 0.0)
+    return found
+
+
+def plain_run(base: Path, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The logits of the model as it is, its ``LARGEST`` channels, and what share of the stream they hold."""
+    model = factories.load(base)
+    seen: dict[int, Tensor] = {}
+
+    def see(layer: int, x: Tensor) -> None:
+        rest = x[:, 1:]  # the first token is always the same, and the largest of all
+        seen[layer] = rest.square().mean((0, 1)) / rest.square().sum(-1).mean()
+
+    with factories.really_float64(), torch.no_grad(), observed(equivalence.attached(base, model), see):
+        logits = model(tokens).logits
+    shares = torch.stack([seen[layer] for layer in sorted(seen)])
+    channels = shares.amax(0).topk(LARGEST).indices
+    return logits, channels, float(shares[len(shares) // 2, channels].sum().sqrt())
 
 
 def mean_at_end(base: Path, encoded: Sequence[list[int]]) -> Tensor:

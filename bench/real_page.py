@@ -43,9 +43,9 @@ GEMMA = """Between each writer and the stream stands a norm with a gain for ever
 [theory](post-norm.md) predicts how far each form of the edit ends from the hook: `J`, from the gains and the direction
 alone. Measured here in float64 on {tokens} tokens of `{text}`, read as plain text: for every writer behind a norm the
 distance `|y' - P y| / |P y|` of what enters the stream after the edit (`y'`) and after the hook (`P y`), from the same
-input; and the divergence of the whole edited model from the hooked one. "Difference of means" is that of the last
-tokens of bundled harmful and harmless prompts, read as plain text, in the middle of the model; "mean state" the mean
-residual on the text. "r left" is the largest share of the direction in the stream after the plain edit.
+input; and the divergence of the whole edited model from the hooked one, beside that of the hooked model from the base.
+"Difference of means" is that of the last tokens of bundled harmful and harmless prompts, read as plain text, in the
+middle of the model. "r left" is the largest share of the direction in the stream after the plain edit.
 """
 
 
@@ -358,7 +358,7 @@ def _gemma(work: Path) -> Iterator[str]:
         (
             row["direction"], form, number(its["predicted"], ".1e"), number(its["predicted_largest"], ".1e"),
             number(its["measured"], ".1e"), number(its["measured_largest"], ".1e"),
-            number(its["correlation"], ".2f"), number(row["divergence"][form], ".1e"),
+            number(its["correlation"], ".2f"), number(row["divergence"][form], ".1e"), number(row["ablation"], ".1e"),
             f"{row['plain_share']:.0e}" if form == "plain" else "",
         )
         for row in norms["rows"]
@@ -366,7 +366,12 @@ def _gemma(work: Path) -> Iterator[str]:
         for its in [summary(row, form)]
     ]  # fmt: skip
     heads = ("r", "form", "J, median", "J, largest", "measured, median", "measured, largest")
-    more = ("correlation of their logarithms", "divergence of the model, nats", "r left")
+    more = (
+        "correlation of their logarithms",
+        "divergence from the hooked model, nats",
+        "of the hooked from the base",
+        "r left",
+    )
     yield table((*heads, *more), rows, left=2)
 
 
@@ -379,6 +384,13 @@ def _gains(norms: Mapping[str, Any]) -> Iterator[str]:
         f"The gains of its {len(gains)} norms behind writers reach from {min(its['least'] for its in gains):.1e} to "
         f"{max(its['largest'] for its in gains):,.0f}; the medians of the norms from {min(medians):.2g} to "
         f"{max(medians):,.0f}. The regularised form takes a `t` between {min(ridges):g} and {max(ridges):g}.\n"
+    )
+    largest = norms["largest"]
+    yield (
+        f"In its {largest['channels']} largest channels the stream holds {largest['share']:.1%} of its length in the "
+        "middle of the model. A direction with anything in them takes a part of that out, and puts it into all others: "
+        "where the hook itself ruins the model (its divergence from the base), the distance of an edit to it says "
+        "little. So each direction is also taken with nothing in these channels.\n"
     )
     if any(zeros):
         yield (

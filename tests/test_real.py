@@ -115,9 +115,20 @@ def test_the_forms_of_a_model_with_gains_of_zero(tmp_path):
     found = real_norms.of_writers(outputs, names, direction, forms)
     plain, nearly = found["plain"]["measured"], found[real_norms.NEARLY]["measured"]
     assert nearly[0] < plain[0]
-    row = {"direction": "random", "divergence": dict.fromkeys(forms, 0.1), "plain_share": 0.2, "writers": found}
+    row = {
+        "direction": "random",
+        "divergence": dict.fromkeys(forms, 0.1),
+        "plain_share": 0.2,
+        "ablation": 0.3,
+        "writers": found,
+    }
     keep(tmp_path / "work", "gemma-run", exit=2, said=["error: no chat template"])
-    norms = {"tokens": 8, "gains": [real_norms.spread(gain) for gain in gains], "rows": [row]}
+    norms = {
+        "tokens": 8,
+        "largest": {"channels": 1, "share": 0.5},
+        "gains": [real_norms.spread(gain) for gain in gains],
+        "rows": [row],
+    }
     folder = tmp_path / "work" / "steps" / "gemma-norms"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(norms), "utf-8")
