@@ -9,7 +9,7 @@ stream, and for the trained Gemma 3 of the tests: the divergence from the hooked
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import geometric_mean
 from unittest import mock
@@ -26,7 +26,12 @@ from abliterate.workflow import pipeline
 from abliterate.workflow.session import open_session
 from tests import equivalence, factories, zoo
 
-FORMS = {"plain": None, "orthogonal to g r": (1e9,), "oblique": (0.0,), "regularised": edits.RIDGE_GRID}
+FORMS: Mapping[str, tuple[float, ...] | None] = {
+    "plain": None,
+    "orthogonal to g r": (1e9,),
+    "oblique": (0.0,),
+    "regularised": edits.RIDGE_GRID,
+}
 SPREADS = (0.3, 0.7)
 TRAINED = Path("tests/models/tiny-gemma3")
 
@@ -54,28 +59,36 @@ def spread_gains(model: torch.nn.Module, spread: float) -> None:
                 parameter.copy_(gain - 1 if one_more else gain)
 
 
-def mean_state(base: Path) -> torch.Tensor:
+def mean_state(base: Path, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """The mean residual entering the last block: a direction that carries much of the stream."""
     model = factories.load(base)
     loaded = equivalence.attached(base, model)
     seen: dict[int, torch.Tensor] = {}
     with factories.really_float64(), torch.no_grad(), observed(loaded, lambda at, x: seen.__setitem__(at, x)):
-        model(factories.token_ids(batch=4, length=16))
+        model(factories.token_ids(batch=4, length=16) if tokens is None else tokens)
     return seen[max(seen)].reshape(-1, loaded.d_model).mean(0)[:, None]
 
 
 def measure(
-    base: Path, name: str, kind: str, direction: torch.Tensor, work: Path, tokens: torch.Tensor | None = None
+    base: Path,
+    name: str,
+    kind: str,
+    direction: torch.Tensor,
+    work: Path,
+    tokens: torch.Tensor | None = None,
+    *,
+    memory_bytes: int = 1,
+    forms: Mapping[str, tuple[float, ...] | None] = FORMS,
 ) -> Row:
-    """All four edits of one model, on ``tokens`` or on random ones."""
+    """All ``forms`` of the edit of one model, on ``tokens`` or random ones; ``memory_bytes`` is for the editor."""
     hooked, _ = equivalence.logits_and_share(base, factories.load(base), direction, hooks=True, tokens=tokens)
     divergence, shares = {}, {}
-    for form, grid in FORMS.items():
+    for form, grid in forms.items():
         made = plan(base)
         if grid is None:
             made = without_norms(made)
         with mock.patch.object(edits, "RIDGE_GRID", grid or edits.RIDGE_GRID):
-            edited = equivalence.edit(made, direction, work / form.replace(" ", "-"))
+            edited = equivalence.edit(made, direction, work / form.replace(" ", "-"), memory_bytes=memory_bytes)
         model = factories.load(edited)
         ours, shares[form] = equivalence.logits_and_share(edited, model, direction, hooks=False, tokens=tokens)
         divergence[form] = equivalence.kl(hooked, ours)

@@ -15,11 +15,11 @@ from tests import factories
 from tests.checkpoints import without
 
 
-def edit(edit_plan: EditPlan, directions, out):
+def edit(edit_plan: EditPlan, directions, out, *, memory_bytes=1):
     if not edit_plan.edits:
         edit_plan = without(edit_plan, directions)
     output = prepare(out, source=edit_plan.checkpoint.folder, fingerprint="test", needed_bytes=0)
-    edit_checkpoint(edit_plan, output, memory_bytes=1)  # the smallest blocks there are
+    edit_checkpoint(edit_plan, output, memory_bytes=memory_bytes)  # by default the smallest blocks there are
     return output.finish()
 
 

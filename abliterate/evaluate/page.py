@@ -69,7 +69,7 @@ def render(
         pairs=_pairs(evaluation),
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
-        landscape=_landscape(directions) if directions is not None and directions.scores else [],
+        landscape=landscape_charts(directions) if directions is not None and directions.scores else [],
         scored=directions.metadata.get("scored") if directions is not None else None,
         cosines=_cosines(directions) if directions is not None else None,
         choice=directions.choice if directions is not None else None,
@@ -137,7 +137,7 @@ def _tasks(evaluation: EvalReport) -> list[tuple[str, list[list[TaskScore | None
     return [(title, rows) for title, rows in (("", asked), ("parts of these", parts)) if rows]
 
 
-def _landscape(directions: DirectionSet) -> list[Chart]:
+def landscape_charts(directions: DirectionSet) -> list[Chart]:
     """Every candidate's scores, layer by position."""
     places = {position: row for row, position in enumerate(directions.positions)}
     tokens = list(directions.metadata.get("position_tokens", []))

@@ -43,8 +43,8 @@ def difference_of_means(stats: ActivationStats) -> tuple[Candidate, ...]:
 def projected_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
     """``r - (r . h) h``: ``r = mean_harmful - mean_harmless``, ``h`` the unit harmless mean at the same place.
 
-    "Projected abliteration" (grimjim 2025).  As it has nothing along the harmless mean, removing it leaves that mean as it
-    is, and changes harmless prompts less.  Computed in float64, kept in float32.
+    "Projected abliteration" (grimjim 2025).  As it has nothing along the harmless mean, removing it leaves that mean as
+    it is, and changes harmless prompts less.  Computed in float64, kept in float32.
     """
     harmless = stats.mean("harmless")
     h = harmless / harmless.norm(dim=-1, keepdim=True)
