@@ -78,7 +78,8 @@ class FindOptions(Section):
     )
     allow_few: bool = Field(default=False, description="Measure even where fewer than 8 prompts of a class are left.")
     estimators: Annotated[tuple[str, ...], Flag("--estimator")] = Field(
-        default=("difference-of-means",), description="What makes candidates of the measured residuals; repeatable."
+        default=("difference-of-means", "projected-difference"),
+        description="What makes candidates of the measured residuals; repeatable.",
     )
     refusal_tokens: Annotated[tuple[str, ...], Flag("--refusal-token")] = Field(
         default=(), description="A word or token id refusals begin with; repeatable. Default: found out."

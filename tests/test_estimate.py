@@ -97,7 +97,8 @@ def test_counts_are_those_of_the_recipe():
     )  # fmt: skip
     tested = {"harmful": contrast.harmful_test, "harmless": contrast.harmless_test}
     assert found.test == {kind: len(its.prompts) for kind, its in tested.items()}
-    assert found.candidates == len(session.chat.positions) * (session.loaded.n_layers - session.loaded.n_layers // 5)
+    early = session.loaded.n_layers - session.loaded.n_layers // 5
+    assert found.candidates == len(session.chat.positions) * early * len(session.recipe.find.estimators)
     assert 0 < found.own_tokens < found.prompt_tokens < 40
     assert (found.models, found.reply_tokens, found.output_bytes) == (2, 8, 7)
     assert counts_of(session, ["measure"], models=2, output_bytes=0).test == {}

@@ -13,7 +13,7 @@ from abliterate.method.estimators import ESTIMATORS, Estimator, difference_of_me
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.forward import see_residuals
 from abliterate.model.measuring import measure_class
-from abliterate.recipe import Recipe
+from abliterate.recipe import Recipe, load_recipe
 from abliterate.workflow import pipeline, reading
 from abliterate.workflow.session import open_session
 from abliterate.workflow.steps import Steps
@@ -21,7 +21,10 @@ from tests.factories import vectors_of
 
 VERSION_1 = Path(__file__).parent / "data" / "version-1" / "direction.safetensors"
 SOURCE = "bundled:tiny-chat"
-RECIPE = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=12, n_val=4, n_test=4, refusal_tokens=("I",))
+RECIPE = Recipe(
+    harmful=SOURCE, harmless=SOURCE, n_train=12, n_val=4, n_test=4, refusal_tokens=("I",),
+    estimators=("difference-of-means",),
+)  # fmt: skip
 
 
 def statistics(positions=(-3, -2, -1), layers=4, d=6):
@@ -159,7 +162,8 @@ def test_a_covariance_takes_two_prompts(session):
 
 
 def test_a_run_finds_what_version_1_found(tmp_path):
-    recipe = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=16, n_val=8, n_test=8, all_scores=True)
+    changes = {"harmful": SOURCE, "harmless": SOURCE, "n_train": 16, "n_val": 8, "n_test": 8, "all_scores": True}
+    recipe = load_recipe("arditi-2024").with_changes(changes)
     pipeline.run(None, tmp_path / "out", recipe, with_evaluation=False)
     found, expected = load(tmp_path / "out" / "abliterate" / "direction.safetensors"), load(VERSION_1)
     assert found.choice == expected.choice

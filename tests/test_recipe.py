@@ -46,7 +46,9 @@ def test_all_recipe_files_are_bundled():
 
 def test_the_default_is_a_recipe_and_the_paper_differs_from_it_in_who_says_what_is_refused():
     assert load_recipe("default").model_copy(update={"title": ""}) == Recipe()
-    assert load_recipe("arditi-2024").model_copy(update={"title": ""}) == Recipe(labels="first-token")
+    assert load_recipe("arditi-2024").model_copy(update={"title": ""}) == Recipe(
+        labels="first-token", estimators=("difference-of-means",)
+    )
 
 
 def test_values_of_a_file_are_taken(tmp_path):

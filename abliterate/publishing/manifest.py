@@ -247,8 +247,8 @@ def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values
     return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
 
 
-BEFORE_LABELS = {"labels": "first-token"}
-"""What a recipe did that has no such option."""
+BEFORE_LABELS = {"labels": "first-token", "estimators": ["difference-of-means"]}
+"""What a recipe did that has no such options."""
 COUNTED = ("kept", "of", "labels", "calibration")
 """What a direction file says of the prompts it was measured on."""
 _NOT_KEPT = ("writers", "input_bytes", "output_bytes", "estimated_seconds", "model", "revision")
