@@ -16,7 +16,7 @@ from abliterate.method.calibration import Calibration, calibrate
 from abliterate.method.statistics import refusal_metric
 from abliterate.model.forward import generate, last_log_probs
 from abliterate.model.labelling import LABELS, MISSING, Measured, Replies, label
-from abliterate.model.measuring import measure_class
+from abliterate.model.measuring import Filtered, measure_class
 from abliterate.recipe import Recipe
 from abliterate.workflow import finding, pipeline, reading
 from abliterate.workflow.session import open_session
@@ -137,6 +137,15 @@ def test_prompts_with_other_labels_count_nowhere(session, prompts):
     assert found["mixed"].keys() == {"tokens", "labels", "likely", "log_probs"}
     with pytest.raises(PromptError, match="a covariance takes two"):
         labelled(session, {"one": prompts["mixed"][:1]}, {"one": Measured(wanted="refused", needs=("covariance",))})
+
+
+def test_few_prompts_to_score_on_are_said():
+    def of(harmful, harmless):
+        return Filtered(harmful=("a",) * harmful, harmless=("b",) * harmless, harmful_before=32, harmless_before=32)
+
+    assert finding.few_to_score(of(8, 8)) == ""
+    assert "7 harmful and 32 harmless" in finding.few_to_score(of(7, 32))
+    assert "32 harmful and 1 harmless" in finding.few_to_score(of(32, 1))
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

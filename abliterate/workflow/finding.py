@@ -126,6 +126,15 @@ def few_kept(model: str, kept: Filtered, *, allow_few: bool) -> str:
     return f"the direction is measured on few prompts: {counts}; {hint}" if few else ""
 
 
+def few_to_score(prompts: Filtered) -> str:
+    """What to say where candidates are scored on less than ``HANDFUL`` prompts of a class; empty where they are enough."""
+    left = {"harmful": len(prompts.harmful), "harmless": len(prompts.harmless)}
+    if min(left.values()) >= HANDFUL:
+        return ""
+    counts = " and ".join(f"{count} {kind}" for kind, count in left.items())
+    return f"candidates are scored on few validation prompts: {counts}; more prompts make the choice surer (n_val)"
+
+
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Choose a candidate by the paper's rule, from its scores on the validation prompts.
 
@@ -148,6 +157,8 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     ids = tuple(stored) if stored else refusal_tokens(session).ids
     steps = steps or Steps()
     prompts = read_validation(session, ids, steps)
+    if scarce := few_to_score(prompts):
+        session.on_event(Noted(text=scarce))
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     calibration = directions.metadata.get("calibration")
