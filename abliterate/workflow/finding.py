@@ -127,7 +127,7 @@ def few_kept(model: str, kept: Filtered, *, allow_few: bool) -> str:
 
 
 def few_to_score(prompts: Filtered) -> str:
-    """What to say where candidates are scored on less than ``HANDFUL`` prompts of a class; empty where they are enough."""
+    """What to say where candidates are scored on less than ``HANDFUL`` prompts of a class; else empty."""
     left = {"harmful": len(prompts.harmful), "harmless": len(prompts.harmless)}
     if min(left.values()) >= HANDFUL:
         return ""
