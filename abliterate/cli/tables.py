@@ -11,7 +11,8 @@ from rich.table import Table
 from abliterate.cli.console import out
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from abliterate.arch.edit_plan import EditPlan
     from abliterate.evaluate.benchmarks import TaskScore
