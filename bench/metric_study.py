@@ -202,7 +202,8 @@ class Study:
         }
         moments = {
             kind: Moments(
-                count=len(texts), **measure_class(self.loaded, self.chat, texts, batch_size=BATCH, task="measure")
+                count=len(texts),
+                mean=measure_class(self.loaded, self.chat, texts, batch_size=BATCH, task="measure")["mean"],
             )
             for kind, texts in prompts.items()
         }

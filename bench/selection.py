@@ -214,7 +214,7 @@ def case(
     sets = contrast_set(source, source, sizes=SplitSizes(train=64, val=n_val, test=0), seed=0)
     training = {"harmful": sets.harmful_train.texts, "harmless": sets.harmless_train.texts}
     moments = {
-        kind: Moments(count=len(texts), **measure_class(loaded, chat, texts, batch_size=32, task="measure"))
+        kind: Moments(count=len(texts), mean=measure_class(loaded, chat, texts, batch_size=32, task="measure")["mean"])
         for kind, texts in training.items()
     }
     measured = difference_of_means(ActivationStats(positions=chat.positions, moments=moments))

@@ -95,7 +95,7 @@ class TestBundledModel:
             chat = ChatFormat(loaded.tokenizer)
             harmful, harmless = self.PROMPTS[:2], self.PROMPTS[3:]
             means = [
-                Moments(count=2, **measure_class(loaded, chat, prompts, batch_size=2, task="mean"))
+                Moments(count=2, mean=measure_class(loaded, chat, prompts, batch_size=2, task="mean")["mean"])
                 for prompts in (harmful, harmless)
             ]
             moments = dict(zip(("harmful", "harmless"), means, strict=True))

@@ -307,7 +307,7 @@ def test_an_output_folder_that_exists(tmp_path):
 
 def test_directions_of_another_model(finished):
     d = finished.directions
-    cut = factories.vectors_of(d)[:, :64].view(len(d.positions), d.n_layers, 64)
+    cut = factories.vectors_of(d)[: len(d.positions) * d.n_layers, :64].view(len(d.positions), d.n_layers, 64)
     narrow = type(d)(candidates=grid("difference-of-means", cut, d.positions))
     with pytest.raises(UsageError, match="of width 64"):
         abliterate.select(None, narrow, RECIPE)

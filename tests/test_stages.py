@@ -66,7 +66,7 @@ def test_the_stages_one_by_one_make_what_run_makes(here, monkeypatch):
 def test_covariances_are_those_of_the_activations(here, monkeypatch):
     monkeypatch.chdir(here)
     recipe = here / "raw.toml"
-    recipe.write_text(PROMPTS + "filter_prompts = false\n")
+    recipe.write_text(PROMPTS + 'filter_prompts = false\nestimators = ["difference-of-means"]\n')
     options = ("measure", "tiny-chat", "--recipe", recipe)
     abliterate(*options, "--out", "raw.safetensors", "--covariance", "spread.safetensors")
     session = open_session(None, load_recipe(str(recipe)))

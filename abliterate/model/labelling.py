@@ -4,8 +4,8 @@ The residuals of a prompt wait until its reply was read, and are summed up where
 prompts that are refused, harmless ones that are answered.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -87,7 +87,8 @@ def label(
 ) -> dict[str, dict[str, Tensor]]:
     """Replies to each group of ``prompts`` with their labels and, of groups that are ``measured``, sums of residuals.
 
-    ``read(prompt, reply)`` gives the label.  For each group: "tokens", "labels", "likely" and "log_probs" as in
+    ``read(prompt, reply)`` gives the label.  What stands before a slash in the name of a group is its split: groups of
+    one split share batches.  For each group: "tokens", "labels", "likely" and "log_probs" as in
     ``Replies``, and what ``ClassSums.finish`` gives, if any prompt counts.
 
     Raises:
@@ -114,7 +115,8 @@ def label(
 
     on_event(Started(task=task, total=len(texts), unit="prompts"))
     positions = len(chat.positions) if measured else 1
-    for batch, tokens, residuals in _each(loaded, chat, texts, found, positions, max_new_tokens, batch_size):
+    batches = _batches(chat, [group.partition("/")[0] for group, _ in flat], texts, batch_size)
+    for batch, tokens, residuals in _each(loaded, chat, texts, batches, found, positions, max_new_tokens):
         for row, its in zip(batch.rows, tokens, strict=True):
             reply = str(chat.tokenizer.decode(its, skip_special_tokens=True)).strip()
             found.put(row, its, read(texts[row], reply), chat.pad_id)
@@ -128,6 +130,14 @@ def label(
         }
         for group in prompts
     }
+
+
+def _batches(chat: ChatFormat, splits: Sequence[str], texts: Sequence[str], batch_size: int) -> Iterator[Batch]:
+    """Batches of the prompts of each split: nothing depends on which other splits share the pass."""
+    for split in dict.fromkeys(splits):
+        rows = [row for row, its in enumerate(splits) if its == split]
+        for batch in chat.batches([texts[row] for row in rows], batch_size):
+            yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
 
 
 def _finished(loaded: LoadedModel, sums: Mapping[str, ClassSums], group: str) -> dict[str, Tensor]:
@@ -181,10 +191,10 @@ def _each(
     loaded: LoadedModel,
     chat: ChatFormat,
     texts: Sequence[str],
+    batches: Iterable[Batch],
     found: _Found,
     positions: int,
     max_new_tokens: int,
-    batch_size: int,
 ) -> Iterator[tuple[Batch, Tensor, list[Tensor]]]:
     """Each batch of prompts with the tokens of its replies and what entered each block."""
     kept: dict[tuple[int, ...], list[Tensor]] = {}
@@ -194,7 +204,7 @@ def _each(
         tokens, kept[batch.rows] = reply_and_see(loaded, chat, batch, max_new_tokens, positions, first)
         return tokens
 
-    jobs = ((batch, partial(work, batch)) for batch in chat.batches(texts, batch_size))
+    jobs = ((batch, partial(work, batch)) for batch in batches)
     waiting = positions * loaded.n_layers * loaded.d_model * torch.float32.itemsize
     for batch, tokens in each_job(loaded, jobs, result_bytes=waiting, new_tokens=max_new_tokens):
         yield batch, tokens, kept.pop(batch.rows)
