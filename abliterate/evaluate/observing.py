@@ -16,7 +16,7 @@ from abliterate.events import OnEvent, ignore, working
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import Watching, generate, last_log_probs, see_residuals
+from abliterate.model.forward import Watching, generate, last_log_probs, log_probs_of, see_residuals
 from abliterate.model.likelihood import on_completions, on_text
 from abliterate.model.load import LoadedModel
 from abliterate.model.prompts import PromptSet
@@ -97,8 +97,7 @@ class _First:
 
     def see(self, rows: Sequence[int], logits: Tensor) -> None:
         """The logits of the first token after some prompts."""
-        log_probs = logits.to(device="cpu", dtype=torch.float64).log_softmax(-1)
-        self.found.update(zip(rows, log_probs, strict=True))
+        self.found.update(zip(rows, log_probs_of(logits), strict=True))
 
     def of(self, count: int) -> Float[Tensor, "prompts vocab"]:
         """In the order of the prompts."""

@@ -168,7 +168,12 @@ def last_of_batch(
 
     The signature has no shapes: this function may pause, and jaxtyping expects that the last call ends first.
     """
-    return run_batch(loaded, batch, cache=cache)[:, -1].to(device="cpu", dtype=torch.float64).log_softmax(-1)
+    return log_probs_of(run_batch(loaded, batch, cache=cache)[:, -1])
+
+
+def log_probs_of(logits: Tensor) -> Tensor:
+    """Log-probabilities of ``logits``, in float64, on the host."""
+    return logits.to(device="cpu", dtype=torch.float64).log_softmax(-1)
 
 
 def check_finite(values: Float[Tensor, "prompts *rest"], prompts: Sequence[str], what: str) -> None:

@@ -17,7 +17,7 @@ from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.class_sums import ClassSums
 from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import check_finite, each_job, reply_and_see
+from abliterate.model.forward import check_finite, each_job, log_probs_of, reply_and_see
 from abliterate.model.load import LoadedModel
 
 Label = Literal["refused", "answered", "unclear"]
@@ -162,7 +162,7 @@ class _Found:
 
     def first(self, rows: Sequence[int], prompts: Sequence[str], logits: Tensor) -> None:
         """Keep the likeliest first tokens of some prompts."""
-        log_probs = logits.to(device="cpu", dtype=torch.float64).log_softmax(-1)
+        log_probs = log_probs_of(logits)
         check_finite(log_probs.amax(-1, keepdim=True), prompts, "logits")
         kept = log_probs.topk(min(LIKELY, log_probs.shape[-1]), dim=-1)
         if not self.likely.shape[1]:
