@@ -4,19 +4,21 @@ import math
 import random
 
 import pytest
+import torch
 
 from abliterate.errors import PromptError
 from abliterate.method.directions import CandidateScore
 from abliterate.method.selection import WHY, SelectionRule, choose, judge, pareto_front, pareto_knee
+from abliterate.method.statistics import standard_error
 
 NAN = float("nan")
 RULE = SelectionRule()
 
 
-def score(position=-1, layer=3, bypass=-2.0, induce=1.0, kl_nats=0.05):
+def score(position=-1, layer=3, bypass=-2.0, induce=1.0, kl_nats=0.05, **more):
     candidate = f"difference-of-means/{position}/{layer}"
     return CandidateScore(
-        candidate=candidate, position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats
+        candidate=candidate, position=position, layer=layer, bypass=bypass, induce=induce, kl_nats=kl_nats, **more
     )
 
 
@@ -152,7 +154,34 @@ def test_where_none_induces_the_lowest_bypass_within_the_bound_on_kl_is_taken():
     ]
     choice, _ = choose(scores, 10, RULE)
     assert (choice.layer, choice.rule) == (3, "without-induce")
-    assert {"without-induce", "pareto-fallback"} == WHY.keys()
+    assert {"without-induce", "without-margin", "pareto-fallback"} == WHY.keys()
+
+
+def test_a_kl_stays_below_the_bound_by_its_margin():
+    """Of a mean of 0.08 one does not know that it is below 0.1 where its standard error is 0.03."""
+    rule = SelectionRule(kl_margin=1.0)
+    unsure = score(layer=1, bypass=-9.0, kl_nats=0.08, kl_error_nats=0.03)
+    sure = score(layer=2, bypass=-5.0, kl_nats=0.08, kl_error_nats=0.01)
+    choice, judged = choose([unsure, sure], 10, rule)
+    assert (choice.layer, choice.rule) == (2, "arditi-2024")
+    assert [one.verdict for one in judged] == ["kept", "kl margin"]
+    assert choose([unsure, sure], 10, SelectionRule())[0].layer == 1
+    over = score(layer=3, bypass=-10.0, kl_nats=0.2)
+    choice, judged = choose([over, unsure], 10, rule)
+    assert (choice.layer, choice.rule) == (1, "without-margin")
+    assert {one.layer: one.verdict for one in judged} == {1: "kl margin", 3: "kl"}
+    few, _ = choose([unsure, score(layer=4, induce=-1.0)], 10, rule)
+    assert (few.layer, few.rule) == (4, "without-induce")
+
+
+@pytest.mark.parametrize("values", [[], [3.0], [math.inf, 1.0], [NAN, 1.0, 2.0]], ids=repr)
+def test_where_it_cannot_be_told_a_standard_error_is_zero(values):
+    assert standard_error(values) == 0
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    values = torch.tensor([0.1, 0.4, 0.0, 2.0], dtype=torch.float64)
+    assert standard_error(values.tolist()) == pytest.approx(float(values.std() / 2), rel=1e-14)
 
 
 def test_the_fallback_takes_what_does_not_induce_rather_than_nothing():

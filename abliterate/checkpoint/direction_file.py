@@ -160,7 +160,8 @@ def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list
 class _Scores(BaseModel):
     """The scores, best first, column by column.  Where a candidate was read stands with the candidate.
 
-    NaN is what is not known.  ``kl_stopped`` came later: in older files no KL was stopped.
+    NaN is what is not known.  ``kl_stopped`` and ``kl_error_nats`` came later: in older files no KL was stopped, and
+    how sure it is was not kept.
     """
 
     candidate: tuple[str, ...]
@@ -169,11 +170,13 @@ class _Scores(BaseModel):
     kl_nats: tuple[float, ...]
     verdict: tuple[str, ...]
     kl_stopped: tuple[bool, ...]
+    kl_error_nats: tuple[float, ...]
 
     @model_validator(mode="before")
     @classmethod
     def _older(cls, columns: dict[str, Any]) -> dict[str, Any]:
-        return {"kl_stopped": [False] * len(columns["verdict"]), **columns}
+        count = len(columns["verdict"])
+        return {"kl_stopped": [False] * count, "kl_error_nats": [0.0] * count, **columns}
 
 
 class _Choice(BaseModel):

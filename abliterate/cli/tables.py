@@ -136,7 +136,9 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             str(score.layer),
             _known(score.bypass, 2),
             _known(score.induce, 2),
-            ("> " if score.kl_stopped else "") + _known(score.kl_nats, 3),
+            ("> " if score.kl_stopped else "")
+            + _known(score.kl_nats, 3)
+            + (f" ± {score.kl_error_nats:.3f}" if score.kl_error_nats else ""),
             score.verdict,
         )
     out.print(best)

@@ -141,7 +141,8 @@ class CandidateScore:
     ``bypass``: mean refusal metric on harmful prompts with the candidate ablated (lower is better).
     ``induce``: mean refusal metric on harmless prompts with the candidate added at its layer (must be >= 0).
     ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts; with ``kl_stopped`` the least that
-    it can be, because not all prompts were run.
+    it can be, because not all prompts were run.  ``kl_error_nats``: the standard error of that mean; 0 where it is not
+    known.
     ``verdict``: "kept", the rule that discards it, or "not asked".
 
     A score that is not known is NaN.
@@ -155,13 +156,14 @@ class CandidateScore:
     kl_nats: float
     verdict: str = "kept"
     kl_stopped: bool = False
+    kl_error_nats: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The id of the candidate that was taken, where it was read, and by which rule it was taken.
 
-    Rules are "arditi-2024", "without-induce", "pareto-fallback" and "given".
+    Rules are "arditi-2024", "without-induce", "without-margin", "pareto-fallback" and "given".
     """
 
     candidate: str

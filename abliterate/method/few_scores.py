@@ -8,9 +8,9 @@ A score is a mean over prompts, which are asked for in parts.  Three things make
 * The first candidate in order of bypass that passes KL and induces is the answer, so induce is asked of few.  Only
   where most fail to induce it is asked first.
 
-Where nothing is kept, the same is done without the bound on induce.  Where nothing is kept then, the knee of the
-Pareto front needs the scores of the front alone: in order of bypass, a candidate is off it as soon as its KL must end
-above the least so far.
+Where nothing is kept, the same is done without the bound on induce, and then without the margin of the KL.  Where
+nothing is kept then, the knee of the Pareto front needs the scores of the front alone: in order of bypass, a candidate
+is off it as soon as its KL must end above the least so far.
 
 A score that was not asked cannot change the choice by being NaN: NaN only ever discards the candidate itself, what is
 chosen has all its scores, and of the others it is proven that they would not be chosen with any.
@@ -28,6 +28,7 @@ from abliterate.method.selection import (
     PARETO_FALLBACK,
     RULE,
     WITHOUT_INDUCE,
+    WITHOUT_MARGIN,
     SelectionRule,
     choice_of,
     in_order,
@@ -51,12 +52,13 @@ class Seen:
 
     ``mean`` over the prompts that were run, NaN before there are any.  ``least``: no less is possible over all prompts,
     whatever those give that were not run; NaN where the score is sure to be.  ``whole``: all were run, and
-    ``least == mean``.
+    ``least == mean``.  ``error``: the standard error of the mean, once it is whole.
     """
 
     mean: float
     least: float
     whole: bool
+    error: float = 0.0
 
 
 @runtime_checkable
@@ -94,12 +96,12 @@ def choose_from_few(
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
-    search, relaxed = (_Search(candidates, table, n_layers, its, pace or Pace()) for its in (rule, rule.without_induce))
+    search = _Search(candidates, table, n_layers, rule, pace or Pace())
     choice = None
-    for its, name in ((search, RULE), (relaxed, WITHOUT_INDUCE)):
-        kept = its.kept()
+    for its, name in ((rule, RULE), (rule.without_induce, WITHOUT_INDUCE), (rule.without_margin, WITHOUT_MARGIN)):
+        kept = _Search(candidates, table, n_layers, its, search.pace).kept()
         if kept is not None:
-            choice = choice_of(its.score(kept), name)
+            choice = choice_of(search.score(kept), name)
             break
     choice = choice or choice_of(search.knee(), PARETO_FALLBACK)
     return choice, in_order(search.score(n) for n in range(len(candidates)))
@@ -150,6 +152,7 @@ class _Search:
             induce=induce.mean if induce.whole else math.nan,
             kl_nats=kl.mean if kl.whole else kl.least if stopped else math.nan,
             kl_stopped=stopped,
+            kl_error_nats=kl.error,
             verdict=self._verdict(n),
         )
         return judge(score, self.n_layers, self.rule) if bypass.whole and kl.whole and induce.whole else score
@@ -177,7 +180,7 @@ class _Search:
     def _is_out(self, n: int, best: int | None) -> bool:
         """Whether a candidate is sure not to be kept, or to come after ``best``, which is."""
         bypass, kl, induce = (self.table.seen(figure, n) for figure in FIGURES)
-        if any(math.isnan(one.least) for one in (bypass, kl, induce)) or kl.least > self.rule.max_kl_nats:
+        if any(math.isnan(one.least) for one in (bypass, kl, induce)) or self._is_over(n):
             return True
         if self._fails_to_induce(n):
             return True
@@ -222,6 +225,10 @@ class _Search:
     def _kl(self, n: int) -> float:
         return self.table.seen("kl_nats", n).least
 
+    def _is_over(self, n: int) -> bool:
+        kl = self.table.seen("kl_nats", n)
+        return self.rule.is_over(kl.least, kl.error)
+
     def _fails_to_induce(self, n: int) -> bool:
         induce = self.table.seen("induce", n)
         return induce.whole and induce.mean < self.rule.min_induce
@@ -257,6 +264,6 @@ class _Search:
             return "late layer"
         if any(self._is_nan(figure, n) for figure in FIGURES):
             return "nan"
-        if self._kl(n) > self.rule.max_kl_nats:
-            return "kl"
+        if self._is_over(n):
+            return "kl" if self._kl(n) > self.rule.max_kl_nats else "kl margin"
         return "induce" if self._fails_to_induce(n) else NOT_ASKED

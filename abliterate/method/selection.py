@@ -2,6 +2,9 @@
 
 The constants are the paper's code's: discard a candidate when a score is NaN, ``layer >= int(0.8 L)``,
 ``KL > 0.1`` or ``induce < 0``; then take the lowest bypass score.
+
+A KL is the mean over a few prompts, and the one chosen is the most fortunate of many: what it is on other prompts is
+more.  ``kl_margin`` standard errors of it are added before it is compared with the bound (the paper: none).
 """
 
 import math
@@ -11,11 +14,18 @@ from dataclasses import dataclass, replace
 from abliterate.errors import PromptError
 from abliterate.method.directions import CandidateScore, Choice
 
-RULE, WITHOUT_INDUCE, PARETO_FALLBACK = "arditi-2024", "without-induce", "pareto-fallback"
+RULE, WITHOUT_INDUCE, WITHOUT_MARGIN, PARETO_FALLBACK = (
+    "arditi-2024",
+    "without-induce",
+    "without-margin",
+    "pareto-fallback",
+)
 """What a choice is named after, in the order in which they are tried."""
 WHY: Mapping[str, str] = {
     WITHOUT_INDUCE: "no candidate within the bound on KL brings harmless prompts to be refused when it is added: "
     "of those within it the one with the lowest bypass score was taken, whatever it induces",
+    WITHOUT_MARGIN: "no candidate is within the bound on KL by its margin: of those within it without the margin the "
+    "one with the lowest bypass score was taken, whatever it induces",
     PARETO_FALLBACK: "no candidate stays within the bound on KL: the knee of the Pareto front of bypass score and KL "
     "was taken",
 }
@@ -26,9 +36,13 @@ NOT_ASKED = "not asked"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRule:
-    """Thresholds of the paper's selection.  ``max_kl_nats = inf`` and so on switch a rule off."""
+    """Thresholds of the paper's selection.  ``max_kl_nats = inf`` and so on switch a rule off.
+
+    ``kl_margin``: how many standard errors of its mean a KL must stay below the bound.
+    """
 
     max_kl_nats: float = 0.1
+    kl_margin: float = 0.0
     min_induce: float = 0.0
     prune_layers: float = 0.2
 
@@ -37,6 +51,15 @@ class SelectionRule:
         """The same without a bound on induce."""
         return replace(self, min_induce=-math.inf)
 
+    @property
+    def without_margin(self) -> "SelectionRule":
+        """The bound on the mean KL alone."""
+        return replace(self, min_induce=-math.inf, kl_margin=0.0)
+
+    def is_over(self, kl_nats: float, error_nats: float) -> bool:
+        """Whether a KL, with its margin, is above the bound."""
+        return kl_nats + self.kl_margin * error_nats > self.max_kl_nats
+
 
 def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> CandidateScore:
     """``score`` with its verdict: "kept", or the first rule that discards it."""
@@ -44,8 +67,8 @@ def judge(score: CandidateScore, n_layers: int, rule: SelectionRule) -> Candidat
         verdict = "nan"
     elif is_late(score.layer, n_layers, rule):
         verdict = "late layer"
-    elif score.kl_nats > rule.max_kl_nats:
-        verdict = "kl"
+    elif rule.is_over(score.kl_nats, score.kl_error_nats):
+        verdict = "kl" if score.kl_nats > rule.max_kl_nats else "kl margin"
     elif score.induce < rule.min_induce:
         verdict = "induce"
     else:
@@ -65,9 +88,9 @@ def choose(
 
     Candidates may come from any estimators.  Survivors are sorted by bypass score; ties fall to the earlier layer, then
     the later position (none comes last), then the id, so the result does not depend on the order of ``scores``.
-    When nothing survives, the bound on induce is dropped ("without-induce").  When nothing survives that, the knee of
-    the Pareto front of bypass and KL over candidates in early enough layers is taken (``pareto_knee``): of those that
-    induce, if any do ("pareto-fallback").
+    When nothing survives, the bound on induce is dropped ("without-induce"), then the margin of the KL
+    ("without-margin").  When nothing survives that, the knee of the Pareto front of bypass and KL over candidates in
+    early enough layers is taken (``pareto_knee``): of those that induce, if any do ("pareto-fallback").
 
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
@@ -76,10 +99,11 @@ def choose(
     survivors = [score for score in judged if score.verdict == "kept"]
     if survivors:
         return choice_of(survivors[0], RULE), judged
-    within = in_order(score for score in judged if score.verdict == "induce")
-    if within:
-        return choice_of(within[0], WITHOUT_INDUCE), judged
-    usable = [score for score in judged if score.verdict in ("kl", "induce")]
+    for verdict, name in (("induce", WITHOUT_INDUCE), ("kl margin", WITHOUT_MARGIN)):
+        within = in_order(score for score in judged if score.verdict == verdict)
+        if within:
+            return choice_of(within[0], name), judged
+    usable = [score for score in judged if score.verdict == "kl"]
     inducing = [score for score in usable if score.induce >= rule.min_induce]
     if not usable:
         raise nothing_usable()

@@ -75,6 +75,14 @@ def paired_difference(before: Sequence[float], after: Sequence[float], *, resamp
     return Difference(value=float(change.mean()), low=low, high=high)
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of their mean; 0 where it cannot be told: of one value, or where one is not finite."""
+    count, mean = len(values), math.fsum(values) / max(1, len(values)) if all(map(math.isfinite, values)) else math.nan
+    if count < 2 or math.isnan(mean):
+        return 0.0
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
 def spearman(a: Float[Tensor, "*m n"], b: Float[Tensor, "*m n"]) -> Float[Tensor, "*m"]:
     """Spearman's rank correlation, ties given their mean rank; NaN where one side is all the same."""
     first, second = _centred_ranks(a), _centred_ranks(b)

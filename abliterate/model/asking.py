@@ -76,7 +76,7 @@ class Asked:
         values, done = self.scores.values(figure, candidate), self.scores.done(figure, candidate)
         if done.all():
             mean = float(values.mean())
-            return Seen(mean=mean, least=mean, whole=True)
+            return Seen(mean=mean, least=mean, whole=True, error=self.scores.error(figure, candidate))
         known = float(values[done].sum())
         least = (known + float(self.least[figure][~done].sum())) / len(values)
         if math.isfinite(least):

@@ -163,6 +163,7 @@ def score_candidates(
             bypass=scores.get("bypass", place),
             induce=scores.get("induce", place),
             kl_nats=scores.get("kl_nats", place),
+            kl_error_nats=scores.error("kl_nats", place),
         )
         for place, candidate in enumerate(candidates)
     ]

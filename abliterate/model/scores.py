@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.method.few_scores import Figure
+from abliterate.method.statistics import standard_error
 
 Kind = Literal["ablated", "added"]
 
@@ -49,6 +50,10 @@ class Scores:
     def get(self, figure: Figure, candidate: int) -> float:
         """A score, the mean over its prompts; NaN where it is not known."""
         return float(self.values(figure, candidate).mean())
+
+    def error(self, figure: Figure, candidate: int) -> float:
+        """The standard error of a score that is known."""
+        return standard_error(self.values(figure, candidate).tolist())
 
     def has(self, figure: Figure, candidate: int) -> bool:
         """Whether a score is known."""

@@ -247,7 +247,7 @@ def _bounded(value: Any) -> Any:  # noqa: ANN401 - recipe values
     return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
 
 
-BEFORE_LABELS = {"labels": "first-token", "estimators": ["difference-of-means"]}
+BEFORE_LABELS = {"labels": "first-token", "estimators": ["difference-of-means"], "kl_margin": 0.0}
 """What a recipe did that has no such options."""
 COUNTED = ("kept", "of", "labels", "calibration")
 """What a direction file says of the prompts it was measured on."""

@@ -164,6 +164,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     calibration = directions.metadata.get("calibration")
     rule = SelectionRule(
         max_kl_nats=recipe.find.max_kl_nats,
+        kl_margin=recipe.find.kl_margin,
         min_induce=recipe.find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
         prune_layers=recipe.find.prune_layers,
     )
