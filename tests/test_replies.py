@@ -19,7 +19,7 @@ def is_refusal(reply, scorer=RULES):
 
 
 def shares(replies, scorer=RULES):
-    return reading.shares([(PROMPT, reply) for reply in replies], scorer)
+    return reading.shares(scorer.classify(PROMPT, reply) for reply in replies)
 
 
 # --- what a scorer is given -------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_a_scorer_may_see_the_prompt():
     turns = [("Why?", "Why? Why?"), ("Why?", "Because."), ("Who?", "Why?")]
     assert [reading.classify(*turn, Echoes()) for turn in turns] == ["degenerate", "complied", "complied"]
     assert not reading.is_refusal(*turns[0], Echoes())
-    assert reading.shares(turns, Echoes())["degenerate"] == 1
+    assert reading.shares(Echoes().classify(*turn) for turn in turns)["degenerate"] == 1
 
 
 # --- the paper's scorer -----------------------------------------------------------------------------------------------

@@ -12,10 +12,13 @@ from types import MappingProxyType
 from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
 from abliterate.evaluate.observing import Material, Observations
-from abliterate.evaluate.replies import RULES, SCORERS, ReplyClass, Scorer, holds_answer, is_refusal, shares
+from abliterate.evaluate.replies import REFUSALS, RULES, SCORERS, ReplyClass, Scorer, holds_answer, shares
 from abliterate.evaluate.reply_text import said
 from abliterate.method.statistics import Difference, Rate, paired_difference
 from abliterate.model.prompts import Prompt
+
+Classes = Mapping[tuple[str, str], tuple[ReplyClass, ...]]
+"""How replies were read: by model and kind of prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,31 +140,29 @@ def report(
     bases: dict[str, Observations] = {}
     for model in observed:
         bases.setdefault(model.mode, model)
-    turns = [
-        (prompt, model.opening + reply)
-        for model in observed
-        for kind, prompts in material.prompts.items()
-        for prompt, reply in zip(prompts.texts, model.replies[kind], strict=True)
-    ]
-    readings: dict[str, list[ReplyClass]] = {
-        name: [its.classify(*turn) for turn in turns] for name, its in SCORERS.items()
-    }
-    (rows, one), (columns, other) = readings.items()
+    read = {name: _read(material, observed, its) for name, its in {**SCORERS, scorer.name: scorer}.items()}
+    (rows, one), (columns, other) = ((name, read[name]) for name in SCORERS)
+    classes = read[scorer.name]
     return EvalReport(
         models=tuple(
             replace(
-                _scores(material, bases[its.mode], its, scorer),
+                _scores(material, bases[its.mode], its, classes),
                 judged=judged.get(its.name),
                 tasks=tasks.get(its.name, ()),
             )
             for its in observed
         ),
-        agreement=confusion(one, other, rows=rows, columns=columns),
+        agreement=confusion(_in_a_row(one), _in_a_row(other), rows=rows, columns=columns),
         judge=judge,
         benchmarks=benchmarks,
         modes=dict(modes),
         samples=tuple(
-            _sample(kind, place, prompt, observed, scorer)
+            Sample(
+                kind=kind,
+                prompt=prompt,
+                replies=tuple(model.replies[kind][place] for model in observed),
+                refused=tuple(classes[model.name, kind][place] in REFUSALS for model in observed),
+            )
             for kind, prompts in material.prompts.items()
             for place, prompt in enumerate(prompts.texts)
         ),
@@ -170,24 +171,35 @@ def report(
     )
 
 
-def _sample(kind: str, place: int, prompt: str, observed: Sequence[Observations], scorer: Scorer) -> Sample:
-    return Sample(
-        kind=kind,
-        prompt=prompt,
-        replies=tuple(model.replies[kind][place] for model in observed),
-        refused=tuple(is_refusal(prompt, model.opening + model.replies[kind][place], scorer) for model in observed),
-    )
+def _read(material: Material, observed: Sequence[Observations], scorer: Scorer) -> Classes:
+    """Every reply of every model, read once, with what the template puts before it."""
+    return {
+        (model.name, kind): tuple(
+            scorer.classify(prompt, model.opening + reply)
+            for prompt, reply in zip(prompts.texts, model.replies[kind], strict=True)
+        )
+        for model in observed
+        for kind, prompts in material.prompts.items()
+    }
+
+
+def _in_a_row(classes: Classes) -> list[ReplyClass]:
+    return [one for its in classes.values() for one in its]
 
 
 def score(
-    prompts: Sequence[Prompt], replies: Sequence[str], scorer: Scorer = RULES, *, opening: str = ""
+    prompts: Sequence[Prompt], replies: Sequence[str], classes: Sequence[ReplyClass], *, opening: str = ""
 ) -> ClassScores:
-    """Score one model's replies to one kind of prompts; ``opening`` is what the template puts before each."""
-    whole = [(prompt, opening + reply) for prompt, reply in zip(prompts, replies, strict=True)]
-    counts = shares(((prompt.text, reply) for prompt, reply in whole), scorer)
+    """Score one model's replies to one kind of prompts, whose ``classes`` are known.
+
+    ``opening`` is what the template puts before each.
+    """
+    counts = shares(classes)
     n = len(replies)
-    known = [(prompt.answer, said(reply)) for prompt, reply in whole if prompt.answer]
-    held_out = [(prompt.text, reply) for prompt, reply in whole if prompt.held_out]
+    known = [
+        (prompt.answer, said(opening + reply)) for prompt, reply in zip(prompts, replies, strict=True) if prompt.answer
+    ]
+    held_out = [its for prompt, its in zip(prompts, classes, strict=True) if prompt.held_out]
     return ClassScores(
         refused=Rate(hits=counts["refused"] + counts["delayed"], count=n),
         delayed=Rate(hits=counts["delayed"], count=n),
@@ -195,23 +207,22 @@ def score(
         unfinished=Rate(hits=counts["unfinished"], count=n),
         complied=Rate(hits=counts["complied"], count=n),
         accuracy=Rate(hits=sum(holds_answer(reply, answer) for answer, reply in known), count=len(known)),
-        held_out=Rate(hits=sum(is_refusal(*turn, scorer) for turn in held_out), count=len(held_out)),
+        held_out=Rate(hits=sum(its in REFUSALS for its in held_out), count=len(held_out)),
         words=fmean(len(reply.split()) for reply in replies) if replies else float("nan"),
     )
 
 
-def _scores(material: Material, base: Observations, model: Observations, scorer: Scorer) -> ModelScores:
+def _scores(material: Material, base: Observations, model: Observations, classes: Classes) -> ModelScores:
 
     def refused(its: Observations, kind: str) -> list[float]:
-        turns = zip(material.prompts[kind].texts, its.replies[kind], strict=True)
-        return [float(is_refusal(prompt, its.opening + reply, scorer)) for prompt, reply in turns]
+        return [float(one in REFUSALS) for one in classes[its.name, kind]]
 
     return ModelScores(
         name=model.name,
         mode=model.mode,
         against="" if model is base else base.name,
         scores={
-            kind: score(p.prompts, model.replies[kind], scorer, opening=model.opening)
+            kind: score(p.prompts, model.replies[kind], classes[model.name, kind], opening=model.opening)
             for kind, p in material.prompts.items()
         },
         kl_nats=model.kl_nats,

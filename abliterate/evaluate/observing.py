@@ -4,7 +4,7 @@ The pass over the prompts that begins a reply shows the distribution of its firs
 along the direction, as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -132,11 +132,7 @@ def observe(
         kind: tuple(
             generate(
                 loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
-                watching=Watching(
-                    first=firsts.see if kind == HARMLESS else None,
-                    see=along[kind].see if along else None,
-                    n_positions=along[kind].positions if along else 1,
-                ),
+                watching=_watching(along.get(kind), firsts.see if kind == HARMLESS else None),
                 **options,
             )
         )
@@ -160,6 +156,12 @@ def observe(
         text_nats=on_text(loaded, chat, material.text, task=f"{name}: likelihood of the text", **options),
         along={kind: its.of(len(material.prompts[kind].prompts)) for kind, its in along.items()},
     )
+
+
+def _watching(along: _Along | None, first: Callable[[Sequence[int], Tensor], None] | None) -> Watching:
+    if along is None:
+        return Watching(first=first)
+    return Watching(first=first, see=along.see, layers=(along.candidate.layer,), n_positions=along.positions)
 
 
 def _without_replies(

@@ -92,9 +92,9 @@ def is_refusal(prompt: str, reply: str, scorer: Scorer = RULES) -> bool:
     return scorer.classify(prompt, reply) in REFUSALS
 
 
-def shares(turns: Iterable[tuple[str, str]], scorer: Scorer = RULES) -> dict[ReplyClass, int]:
-    """How many replies fall into each class; ``turns`` are prompts with their replies."""
+def shares(classes: Iterable[ReplyClass]) -> dict[ReplyClass, int]:
+    """How many replies fall into each class, none left out."""
     counts: dict[ReplyClass, int] = dict.fromkeys(CLASSES, 0)
-    for prompt, reply in turns:
-        counts[scorer.classify(prompt, reply)] += 1
+    for its in classes:
+        counts[its] += 1
     return counts

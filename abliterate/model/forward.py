@@ -1,7 +1,7 @@
 """Forward passes over lists of prompts: log-probabilities of the next token, residuals, replies."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -226,11 +226,12 @@ class Watching:
     """Who is shown what of the pass over prompts that begins replies to them.
 
     ``first(rows, logits)``: the logits of the first new token after some prompts.  ``see(rows, l, values)``: what
-    enters each block at their last ``n_positions`` tokens.
+    enters each block of ``layers`` at their last ``n_positions`` tokens.
     """
 
     first: Callable[[Sequence[int], Tensor], None] | None = None
-    see: Callable[[Sequence[int], int, Tensor], None] | None = None
+    see: Callable[[Sequence[int], int, Tensor], None] = lambda *_: None
+    layers: Collection[int] = ()
     n_positions: int = 1
 
 
@@ -251,12 +252,11 @@ def generate(
     def reply(batch: Batch) -> Tensor:
         its = watching or Watching()
         told = None if its.first is None else partial(its.first, batch.rows)
-        if its.see is None:
-            tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=told)
-        else:
-            tokens, residuals = reply_and_see(loaded, chat, batch, max_new_tokens, its.n_positions, told)
-            for layer, values in enumerate(residuals):
-                its.see(batch.rows, layer, values)
+        tokens, residuals = reply_and_see(
+            loaded, chat, batch, max_new_tokens, layers=its.layers, n_positions=its.n_positions, first=told
+        )
+        for layer, values in residuals.items():
+            its.see(batch.rows, layer, values)
         on_event(Advanced(task=task, amount=len(batch.rows)))
         return tokens
 
@@ -316,17 +316,23 @@ def reply_and_see(
     chat: ChatFormat,
     batch: Batch,
     max_new_tokens: int,
+    *,
+    layers: Collection[int],
     n_positions: int,
     first: Callable[[Tensor], None] | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The greedy continuation of a batch, and what entered each block at the last tokens of its prompts.
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The greedy continuation of a batch, and what entered each block of ``layers`` at the last tokens of its prompts.
 
     One forward pass over the prompts serves both.  Residuals are ``[rows, n_positions, d]`` in float32, on the host.
     """
     seen: dict[int, Tensor] = {}
+    if not layers:
+        return generate_ids(loaded, chat, batch, max_new_tokens, first=first), seen
 
     def show(layer: int, x: Tensor) -> None:
-        if layer not in seen:  # the first forward pass has the prompts, the others one new token each
+        if (
+            layer in layers and layer not in seen
+        ):  # the first forward pass has the prompts, the others one new token each
             seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
 
     with observed(loaded, show):
@@ -335,4 +341,4 @@ def reply_and_see(
         seen.clear()
         with observed(loaded, show):
             run_batch(loaded, batch, keep=n_positions)
-    return tokens, [seen[layer] for layer in range(loaded.n_layers)]
+    return tokens, seen

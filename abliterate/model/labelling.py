@@ -104,8 +104,8 @@ def label(
     }
     found = _Found(len(texts), max_new_tokens)
 
-    def add(batch: Batch, residuals: Sequence[Tensor]) -> None:
-        for layer, values in enumerate(residuals):
+    def add(batch: Batch, residuals: Mapping[int, Tensor]) -> None:
+        for layer, values in residuals.items():
             check_finite(values, [texts[row] for row in batch.rows], f"activations entering block {layer}")
             for group, its in measured.items():
                 here = [p for p, row in enumerate(batch.rows) if flat[row][0] == group and found.is_(its.wanted, row)]
@@ -114,9 +114,9 @@ def label(
                     sums[group].add(layer, rows, values[here], [row in its.half for row in rows])
 
     on_event(Started(task=task, total=len(texts), unit="prompts"))
-    positions = len(chat.positions) if measured else 1
+    layers = range(loaded.n_layers if measured else 0)
     batches = _batches(chat, [group.partition("/")[0] for group, _ in flat], texts, batch_size)
-    for batch, tokens, residuals in _each(loaded, chat, texts, batches, found, positions, max_new_tokens):
+    for batch, tokens, residuals in _each(loaded, chat, texts, batches, found, layers, max_new_tokens):
         for row, its in zip(batch.rows, tokens, strict=True):
             reply = str(chat.tokenizer.decode(its, skip_special_tokens=True)).strip()
             found.put(row, its, read(texts[row], reply), chat.pad_id)
@@ -193,18 +193,21 @@ def _each(
     texts: Sequence[str],
     batches: Iterable[Batch],
     found: _Found,
-    positions: int,
+    layers: Collection[int],
     max_new_tokens: int,
-) -> Iterator[tuple[Batch, Tensor, list[Tensor]]]:
-    """Each batch of prompts with the tokens of its replies and what entered each block."""
-    kept: dict[tuple[int, ...], list[Tensor]] = {}
+) -> Iterator[tuple[Batch, Tensor, Mapping[int, Tensor]]]:
+    """Each batch of prompts with the tokens of its replies and what entered each block of ``layers``."""
+    kept: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
+    positions = len(chat.positions)
 
     def work(batch: Batch) -> Tensor:
         first = partial(found.first, batch.rows, [texts[row] for row in batch.rows])
-        tokens, kept[batch.rows] = reply_and_see(loaded, chat, batch, max_new_tokens, positions, first)
+        tokens, kept[batch.rows] = reply_and_see(
+            loaded, chat, batch, max_new_tokens, layers=layers, n_positions=positions, first=first
+        )
         return tokens
 
     jobs = ((batch, partial(work, batch)) for batch in batches)
-    waiting = positions * loaded.n_layers * loaded.d_model * torch.float32.itemsize
+    waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
     for batch, tokens in each_job(loaded, jobs, result_bytes=waiting, new_tokens=max_new_tokens):
         yield batch, tokens, kept.pop(batch.rows)
