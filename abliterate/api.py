@@ -11,6 +11,7 @@ from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.data.bundled import is_bundled, open_model
+from abliterate.editing.asked import stream_asked
 from abliterate.editing.planning import along, plan
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
@@ -26,7 +27,6 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import stream_edit
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
@@ -123,7 +123,7 @@ def edit(
     pipeline.check_names(recipe)
     checkpoint = fetch(open_model(model, revision=revision))
     made = plan(checkpoint, **recipe.plan_options)
-    made = along(made, change or stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
+    made = along(made, change or stream_asked(recipe.edit, direction, made.model_map.n_layers))
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)
@@ -187,7 +187,7 @@ def export_lora(
         raise UsageError("an adapter needs a direction", "give one, or an edited folder")
     made = plan(fetch(open_model(base)), **(recipe if finished is None else finished.recipe).plan_options)
     if direction is not None:
-        change = stream_edit(recipe.edit.change, direction, made.model_map.n_layers)
+        change = stream_asked(recipe.edit, direction, made.model_map.n_layers)
     else:
         change = finished.stream if finished is not None else StreamEdit()
     return _export_lora(along(made, change), Path(out), on_event=on_event)
@@ -390,7 +390,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        context = edited(loaded, stream_edit(session.recipe.edit.change, direction, loaded.n_layers))
+        context = edited(loaded, stream_asked(session.recipe.edit, direction, loaded.n_layers))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:

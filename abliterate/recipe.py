@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from abliterate.errors import RecipeError
 from abliterate.events import Noted, OnEvent, ignore
+from abliterate.method.places import Role
 
 DEFAULT_EDIT_BYTES = 512 * 2**20
 MOST_EDIT_BYTES = 2**30
@@ -116,6 +117,13 @@ class EditOptions(Section):
         default=False, description="Edit what is known of an incomplete map, and brand the result."
     )
     change: str = Field(default="removal", description="What is done along the chosen direction: removal.")
+    roles: Annotated[tuple[Role, ...], Flag(written="list")] = Field(
+        default=("embedding", "attention", "mlp"), description="Writers to edit, e.g. attention,mlp. Default: all."
+    )
+    exclude_layers: str = Field(
+        default="", description='Layers to leave alone: "0-7,20", or by depth "0%-33%". Default: none.'
+    )
+    strength: float = Field(default=1.0, gt=0, le=2, description="How much of it: 1 all, 0.5 half.")
 
 
 class ModelOptions(Section):

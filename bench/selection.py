@@ -31,7 +31,7 @@ from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import SelectionRule, choose
 from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
-from abliterate.model.measuring import Chosen, Filtered, choose_candidate, measure_class, score_candidates
+from abliterate.model.measuring import Chosen, Filtered, Validation, choose_candidate, measure_class, score_candidates
 from abliterate.model.prompts import SplitSizes, contrast_set
 from abliterate.model.scoring import candidate_scorer
 from bench.edit_speed import machine
@@ -119,15 +119,16 @@ class Case:
 
     def scored(self) -> list[CandidateScore]:
         """The scores, our way."""
-        return score_candidates(
-            self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, batch_size=PROMPTS
-        )
+        return score_candidates(self.loaded, self.chat, self.candidates, self.on, batch_size=PROMPTS)
 
     def chosen(self) -> Chosen:
         """The choice, our way: from no more scores than it depends on."""
-        return choose_candidate(
-            self.loaded, self.chat, self.candidates, self.prompts, self.refusal_ids, self.rule, batch_size=PROMPTS
-        )
+        return choose_candidate(self.loaded, self.chat, self.candidates, self.on, self.rule, batch_size=PROMPTS)
+
+    @property
+    def on(self) -> Validation:
+        """What the candidates are scored on."""
+        return Validation(prompts=self.prompts, refusal_ids=self.refusal_ids)
 
     @property
     def prefix(self) -> int:

@@ -9,8 +9,18 @@ import torch
 from abliterate.checkpoint.direction_file import load, save
 from abliterate.errors import PromptError, UsageError
 from abliterate.method.directions import Candidate, Subspace
-from abliterate.method.estimators import ESTIMATORS, Estimator, difference_of_means, estimate, needs_of
+from abliterate.method.estimators import (
+    ESTIMATORS,
+    Estimator,
+    biprojected_difference,
+    difference_of_means,
+    estimate,
+    needs_of,
+    per_layer,
+    self_organising_map,
+)
 from abliterate.method.moments import ActivationStats, Moments
+from abliterate.method.som import batch_map, directions_of, hexagonal
 from abliterate.model.forward import see_residuals
 from abliterate.model.measuring import measure_class
 from abliterate.recipe import Recipe, load_recipe
@@ -176,3 +186,104 @@ def test_a_run_finds_what_version_1_found(tmp_path):
         assert ours.candidate == theirs.candidate
         assert ours.bypass == pytest.approx(theirs.bypass, abs=1e-3, nan_ok=True)
     assert estimate(found.statistics)[0].id == found.candidates[0].id
+
+
+# --- a direction of its own in each layer -----------------------------------------------------------------------------
+
+
+def test_every_layer_has_its_own_direction_but_where_a_class_makes_no_difference():
+    stats = statistics()
+    same = {kind: its.mean.clone() for kind, its in stats.moments.items()}
+    same["harmless"][:, 0] = same["harmful"][:, 0] * (1 + 1e-9)
+    moments = {kind: Moments(count=3, mean=mean) for kind, mean in same.items()}
+    found = per_layer(ActivationStats(positions=stats.positions, moments=moments))
+    assert [one.id for one in found] == ["per-layer/-3", "per-layer/-2", "per-layer/-1"]
+    for p, one in enumerate(found):
+        assert list(one.subspace) == [1, 2, 3]
+        assert one.layer == 2
+        for layer, its in one.subspace.items():
+            assert torch.equal(its.vectors[:, 0], (same["harmful"] - same["harmless"])[p, layer])
+
+
+def test_where_no_layer_differs_there_is_no_candidate():
+    stats = statistics()
+    moments = dict.fromkeys(("harmful", "harmless"), stats.moments["harmful"])
+    assert per_layer(ActivationStats(positions=stats.positions, moments=moments)) == ()
+
+
+def test_a_biprojected_direction_leaves_the_harmless_mean_of_every_edited_layer():
+    stats = statistics()
+    plain = {one.id.partition("/")[2]: one.vector.double() for one in difference_of_means(stats)}
+    found = biprojected_difference(stats)
+    assert len(found) == len(plain)
+    for one in found:
+        p = stats.positions.index(one.position)
+        assert list(one.subspace) == [0, 1, 2, 3]
+        for layer, its in one.subspace.items():
+            h = stats.mean("harmless")[p, layer]
+            r = its.vectors[:, 0] / its.vectors.norm()
+            assert torch.allclose(h - r * (r @ h), h, atol=1e-12)
+            expected = plain[f"{one.position}/{one.layer}"] - (plain[f"{one.position}/{one.layer}"] @ h) * h / (h @ h)
+            assert torch.allclose(its.vectors[:, 0], expected, atol=1e-6)
+
+
+# --- self-organising maps ---------------------------------------------------------------------------------------------
+
+
+def test_a_map_of_one_neuron_is_the_mean():
+    """So the difference of means is the map's smallest case, exactly."""
+    samples = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    harmless = torch.randn(7, dtype=torch.float64)
+    neurons, won = batch_map(samples, rows=1, columns=1)
+    assert torch.allclose(neurons[0], samples.mean(0), atol=1e-14)
+    assert torch.allclose(directions_of(neurons, won, harmless)[:, 0], samples.mean(0) - harmless, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_map_finds_clusters_whatever_the_order_of_the_samples(seed):
+    generator = torch.Generator().manual_seed(seed)
+    centres = 20 * torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    counts = (40, 25, 10)
+    samples = torch.cat([c + torch.randn(n, 9, generator=generator) for c, n in zip(centres, counts, strict=True)])
+    neurons, won = batch_map(samples, rows=1, columns=3, seed=seed)
+    found = directions_of(neurons, won, torch.zeros(9))
+    assert found.shape == (9, 3)
+    for column, centre in zip(found.T, centres, strict=True):  # most prompts first
+        assert torch.dist(column, centre) < 0.1 * torch.cdist(centres, centres).max()  # its neighbours pull by 1 %
+    order = torch.randperm(len(samples), generator=generator)
+    again, won_again = batch_map(samples[order], rows=1, columns=3, seed=seed + 1)
+    assert torch.allclose(directions_of(again, won_again, torch.zeros(9)), found, atol=1e-9)
+
+
+def test_neighbours_on_the_map_pull_each_other_by_the_width_of_the_neighbourhood():
+    places = hexagonal(4, 4)
+    apart = torch.cdist(places, places)
+    neighbours = ((apart - 1).abs() < 1e-9).sum(1)
+    assert neighbours.max() == 6
+    assert apart[apart > 0].min() == pytest.approx(1)
+    samples = torch.tensor([[0.0], [0.0], [10.0]], dtype=torch.float64)
+    alone, _ = batch_map(samples, rows=1, columns=2, sigma=0.01)
+    assert sorted(alone[:, 0].tolist()) == [0.0, 10.0]
+    wide, _ = batch_map(samples, rows=1, columns=2, sigma=100.0)
+    assert torch.allclose(wide, samples.mean().expand(2, 1), atol=1e-3)
+
+
+def test_the_largest_neurons_of_each_layer_are_a_candidate():
+    generator = torch.Generator().manual_seed(3)
+    samples = {kind: torch.randn(30, 4, 6, generator=generator) for kind in ("harmful", "harmless")}
+    stats = dataclasses.replace(statistics(), samples=samples)
+    found = self_organising_map(stats)
+    assert {one.provenance["k"] for one in found} <= set(range(2, 8))
+    for one in found:
+        assert one.subspace.vectors.shape == (6, one.provenance["k"])
+        assert one.id == f"self-organising-map/{one.provenance['k']}/{one.layer}"
+    three = next(one for one in found if one.provenance["k"] == 3)
+    two = next(one for one in found if one.provenance["k"] == 2 and one.layer == three.layer)
+    assert torch.equal(three.subspace.vectors[:, :2], two.subspace.vectors)
+
+
+def test_one_prompt_makes_no_map_of_two_directions():
+    samples = {kind: torch.randn(1, 4, 6) for kind in ("harmful", "harmless")}
+    assert self_organising_map(dataclasses.replace(statistics(), samples=samples)) == ()
+    with pytest.raises(ValueError, match="nothing"):
+        batch_map(torch.empty(0, 3))

@@ -19,7 +19,7 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import generate, last_log_probs, see_residuals
 from abliterate.model.load import _placement, _rooms, load_model
 from abliterate.model.lockstep import groups
-from abliterate.model.measuring import Filtered, measure_class, score_candidates
+from abliterate.model.measuring import Filtered, Validation, measure_class, score_candidates
 from abliterate.model.memory import Sizes, can_prefetch, plan_memory, sizes_of
 from abliterate.recipe import Recipe
 from abliterate.workflow.passes import running
@@ -102,7 +102,11 @@ class TestBundledModel:
             candidates = difference_of_means(ActivationStats(positions=chat.positions, moments=moments))
             filtered = Filtered(harmful=harmful, harmless=harmless, harmful_before=2, harmless_before=2)
             before = block_loads(loaded)[0] if loaded.offload else 0
-            scores.append(score_candidates(loaded, chat, candidates, filtered, [5, 6], batch_size=2))
+            scores.append(
+                score_candidates(
+                    loaded, chat, candidates, Validation(prompts=filtered, refusal_ids=[5, 6]), batch_size=2
+                )
+            )
         assert max(block_loads(loaded)) <= before + 3
         assert largest_difference(*scores) < 1e-5
         assert len({score.kl_nats for score in scores[0] if score.kl_nats > 0}) > 8

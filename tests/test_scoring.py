@@ -18,7 +18,7 @@ from abliterate.model.equivalence import stream_share
 from abliterate.model.forward import last_log_probs, padding_is_harmless, run_batch, see_residuals
 from abliterate.model.interventions import ablated, ablated_each, added, added_each, edited, observed
 from abliterate.model.load import attach
-from abliterate.model.measuring import Filtered, choose_candidate, score_candidates
+from abliterate.model.measuring import Filtered, Validation, choose_candidate, score_candidates
 from abliterate.model.scores import ScoreFile, Scores
 from bench.sweep import largest_difference, sweep
 from tests import factories, zoo
@@ -66,6 +66,7 @@ def prompts(*lengths, seed, prefix=PREFIX):
 
 HARMFUL, HARMLESS = prompts(5, 3, 5, 8, 5, seed=1), prompts(4, 5, 12, 4, seed=2)
 FILTERED = Filtered(harmful=HARMFUL, harmless=HARMLESS, harmful_before=5, harmless_before=4)
+ASKED = Validation(prompts=FILTERED, refusal_ids=REFUSAL)
 
 
 def candidates(n_layers, d=D, positions=POSITIONS):
@@ -90,9 +91,7 @@ def models():
 
 
 def scored(loaded, **options):
-    return score_candidates(
-        loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL, **{"batch_size": 3, **options}
-    )
+    return score_candidates(loaded, Chat(loaded), candidates(loaded.n_layers), ASKED, **{"batch_size": 3, **options})
 
 
 def swept(loaded):
@@ -152,7 +151,7 @@ def test_subspaces_of_several_dimensions_are_scored_as_well(name, models):
         made = several(loaded.n_layers)
         rival = sweep(loaded, Chat(loaded), made, FILTERED, REFUSAL)
         for options in ({}, {"max_tokens": 20}):
-            ours = score_candidates(loaded, Chat(loaded), made, FILTERED, REFUSAL, batch_size=3, **options)
+            ours = score_candidates(loaded, Chat(loaded), made, ASKED, batch_size=3, **options)
             assert largest_difference(ours, rival) < 1e-9
     assert [(one.candidate, one.layer) for one in ours] == [(one.id, one.layer) for one in made]
     assert len({one.bypass for one in ours}) == len(made)
@@ -168,9 +167,9 @@ def test_another_subspace_in_each_layer_is_scored_by_hooks(name, models):
         with edited(loaded, removal(layered)):
             log_probs = last_log_probs(loaded, chat, FILTERED.harmful, batch_size=1)
         expected = float(refusal_metric(log_probs, list(REFUSAL)).mean())
-        alone = score_candidates(loaded, chat, [one, *made[1:]], FILTERED, REFUSAL, batch_size=3)
+        alone = score_candidates(loaded, chat, [one, *made[1:]], ASKED, batch_size=3)
         for options in ({}, {"max_tokens": 20}):
-            ours = score_candidates(loaded, chat, made, FILTERED, REFUSAL, batch_size=3, **options)
+            ours = score_candidates(loaded, chat, made, ASKED, batch_size=3, **options)
             assert ours[0].bypass == pytest.approx(expected, abs=1e-9)
             assert abs(ours[0].bypass - alone[0].bypass) > 1e-6
             assert ours[0].induce == pytest.approx(alone[0].induce, abs=1e-9)
@@ -222,7 +221,7 @@ def rules(scores):
 
 def chosen(loaded, rule, **options):
     return choose_candidate(
-        loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL, rule, **{"batch_size": 3, **options}
+        loaded, Chat(loaded), candidates(loaded.n_layers), ASKED, rule, **{"batch_size": 3, **options}
     )
 
 
@@ -259,14 +258,12 @@ def test_another_subspace_in_each_layer_is_chosen_from_few_scores_as_well(name, 
         nowhere = replace(rest[0], id="x/nowhere", subspace={0: one.subspace}, layer=1)
         made = [layered, second, *rest, nowhere]
         chat, chosen = Chat(loaded), set()
-        every = score_candidates(loaded, chat, made, FILTERED, REFUSAL, batch_size=3)
+        every = score_candidates(loaded, chat, made, ASKED, batch_size=3)
         known = {its.candidate: its for its in every}
         for usable in ([*made], [layered, nowhere, rest[0]], [second, nowhere, rest[0]]):
             its = [known[candidate.id] for candidate in usable]
             for rule in rules([score for score in its if score.candidate != "x/nowhere"]):
-                ours = choose_candidate(
-                    loaded, chat, usable, FILTERED, REFUSAL, rule, batch_size=3, on_event=events.append
-                )
+                ours = choose_candidate(loaded, chat, usable, ASKED, rule, batch_size=3, on_event=events.append)
                 assert ours.choice == choose(its, loaded.n_layers, rule)[0]
                 assert ours.of == 13 * (len(usable) - 1)
                 assert {score.verdict for score in ours.scores if score.candidate == "x/nowhere"} == {"nan"}
@@ -314,9 +311,7 @@ def test_a_stopped_choice_goes_on(many, models, monkeypatch, tmp_path):
     again = chosen(loaded, rule, store=store)
     assert again.choice == expected.choice
     assert again.prompt_passes <= expected.prompt_passes
-    every = score_candidates(
-        loaded, Chat(loaded), candidates(loaded.n_layers), FILTERED, REFUSAL, batch_size=3, store=store
-    )
+    every = score_candidates(loaded, Chat(loaded), candidates(loaded.n_layers), ASKED, batch_size=3, store=store)
     assert largest_difference(every, scored(loaded)) < 1e-9
     assert chosen(loaded, rule, store=store).choice == expected.choice
 

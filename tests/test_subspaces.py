@@ -111,8 +111,9 @@ def test_a_subspace_for_each_layer_is_scored_by_hooks(session, estimators):
         harmful_before=4, harmless_before=4,
     )  # fmt: skip
     ids, notes = [5], []
+    on = measuring.Validation(prompts=prompts, refusal_ids=ids)
     scores = measuring.score_candidates(
-        session.loaded, session.chat, [whole, one, elsewhere], prompts, ids, batch_size=8, on_event=notes.append
+        session.loaded, session.chat, [whole, one, elsewhere], on, batch_size=8, on_event=notes.append
     )
     for found, around in (
         ((scores[1].bypass, prompts.harmful), edited(session.loaded, removal(one))),

@@ -41,9 +41,12 @@ def plan(
         show_guess(open_model(model, revision=revision), as_json=json)
         return
     from abliterate.cli.tables import show_plan
+    from abliterate.editing.asked import scope_asked
     from abliterate.editing.planning import plan as make_plan
+    from abliterate.editing.planning import within
 
     made = make_plan(open_model(model, revision=revision), **recipe.plan_options)
+    made = within(made, scope_asked(recipe.edit, made.model_map.n_layers).holds)
     from abliterate.workflow.passes import running
     from abliterate.workflow.session import with_default_prompts
 

@@ -60,7 +60,7 @@ def measure(
 
 
 @guarded
-@takes("find", "model", file=True)
+@takes("find", "roles", "exclude_layers", "strength", "model", file=True)
 def select(
     model: opt.Model,
     candidates: opt.DirectionFile,

@@ -106,7 +106,9 @@ def _colour(plan: "EditPlan") -> str:
 
 def _worth(plan: "EditPlan") -> str:
     """What the result is worth, by family and edit together."""
-    if plan.exactness == "C" or plan.stream is None or (plan.stream.removed is not None and plan.claim != "bytes only"):
+    stream, whole = plan.stream, len(plan.writers) == len(plan.model_map.writers)
+    of_all = whole if stream is None else stream.removed is not None and plan.claim != "bytes only"
+    if plan.exactness == "C" or of_all:
         return EXACTNESS[plan.exactness]
     return OF_OTHER_EDITS[plan.claim]
 

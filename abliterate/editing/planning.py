@@ -5,7 +5,7 @@ the edit does to the residual stream (``along``); for that the small gains of no
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, UnsupportedFormatError
 from abliterate.method.edits import behind_norm
-from abliterate.method.places import Place
+from abliterate.method.places import Place, in_words
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 
@@ -68,17 +68,30 @@ def along(made: EditPlan, edit: StreamEdit) -> EditPlan:
             f"{made.checkpoint.name}: the edit names layer {max(layers)}, and there are {made.model_map.n_layers}",
             "use an edit that was made for this model",
         )
-    writers = tuple(writer for writer in made.writers if edit.at(*writer.place) is not None)
+    found = within(made, lambda place: edit.at(*place) is not None)
+    edits = _Edits(made.checkpoint, made.model_map, edit, found.writers)
+    return replace(found, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in found.writers})
+
+
+def within(made: EditPlan, holds: Callable[[Place], bool]) -> EditPlan:
+    """``made`` without the writers at places where ``holds`` is false; a note says where they are.
+
+    Raises:
+        PlanRefusedError: none is left.
+    """
+    writers = tuple(writer for writer in made.writers if holds(writer.place))
     if not writers:
         raise PlanRefusedError(
             f"{made.checkpoint.name}: the edit changes no writer of this model", "use an edit that was made for it"
         )
-    edits = _Edits(made.checkpoint, made.model_map, edit, writers)
-    found = replace(
-        made, writers=writers, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in writers}
-    )
-    if made.model_map.tied and edit.at(None, "embedding") is None:  # whatever was asked for, the head stays as it is
-        notes = tuple(note for note in made.notes if note not in _head_notes(made.model_map, made.tied))
+    found = made
+    if len(writers) < len(made.writers):
+        alone = in_words(writer.place for writer in made.writers if not holds(writer.place))
+        left = len(made.writers) - len(writers)
+        note = f"{left} of {len(made.writers)} writers are left alone and may still write the direction: {alone}"
+        found = replace(made, writers=writers, notes=(*made.notes, note))
+    if made.model_map.tied and not holds((None, "embedding")):  # whatever was asked for, the head stays as it is
+        notes = tuple(note for note in found.notes if note not in _head_notes(made.model_map, made.tied))
         partial = not made.model_map.complete or bool(made.model_map.reason)
         exactness = "C" if partial else made.model_map.family.exactness
         found = replace(found, added_head=None, sets_untied=False, notes=notes, exactness=exactness)

@@ -9,14 +9,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from abliterate.errors import UsageError
-from abliterate.method.directions import Candidate, grid
+from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.method.linalg import cosine
 from abliterate.method.moments import ActivationStats
+from abliterate.method.som import batch_map, directions_of
 
 Need = Literal["means", "covariance", "samples"]
 DIFFERENCE_OF_MEANS, PROJECTED_DIFFERENCE = "difference-of-means", "projected-difference"
+PER_LAYER, BIPROJECTED, SOM = "per-layer", "biprojected-difference", "self-organising-map"
+SAME = 1e-6
+"""A difference of means that is shorter than this share of them is rounding."""
+MAP_LEAST, MAP_MOST = 2, 7
+"""Directions of a self-organising map, as published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +62,78 @@ def projected_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
     return grid(PROJECTED_DIFFERENCE, r.to(torch.float32), stats.positions)
 
 
+def per_layer(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``r[i, l]`` of every layer for what that layer adds: one candidate for each position ``i``, "per-layer/i".
+
+    The practice of Labonne (2024) and of FailSpy's library.  The embedding is left alone.  So are layers where a class
+    makes no difference, as at the first, where a token of the template is itself alone (``SAME``).  Addition adds the
+    one of layer ``0.6 L``, Labonne's.
+    """
+    difference = stats.mean("harmful") - stats.mean("harmless")
+    differs = difference.norm(dim=-1) > SAME * stats.mean("harmless").norm(dim=-1)
+    return _layered(PER_LAYER, {position: (difference[p], differs[p]) for p, position in enumerate(stats.positions)})
+
+
+def biprojected_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``r[i, m] - (r[i, m] . h_t) h_t`` for what layer ``t`` adds, ``h_t`` the unit harmless mean entering it.
+
+    "Biprojected abliteration" (grimjim 2025): the direction of one layer ``m`` is made orthogonal to the harmless mean
+    of each layer that is edited, not of the one it was measured at.  One candidate for each position and layer ``m``,
+    "biprojected-difference/i/m".  The embedding is left alone.
+    """
+    harmless, made = stats.mean("harmless"), []
+    difference = stats.mean("harmful") - harmless
+    h = harmless / harmless.norm(dim=-1, keepdim=True)
+    for p, position in enumerate(stats.positions):
+        for layer in range(stats.n_layers):
+            r = difference[p, layer].expand_as(h[p])
+            for _ in range(2):
+                r = r - (r * h[p]).sum(-1, keepdim=True) * h[p]
+            subspaces = {target: Subspace(vectors=vector[:, None]) for target, vector in enumerate(r)}
+            provenance = {"estimator": BIPROJECTED, "position": position}
+            name = f"{BIPROJECTED}/{position}/{layer}"
+            made.append(Candidate(id=name, subspace=subspaces, layer=layer, provenance=provenance))
+    return tuple(made)
+
+
+def self_organising_map(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``w_j - mean_harmless`` of the ``k`` neurons that won most prompts, of a map of the harmful residuals (``som``).
+
+    At the last position of every layer, ``k`` from 2 to 7 (Piras et al. 2025): "self-organising-map/k/l".  What is
+    removed is their span, whatever their order.
+    """
+    harmful, harmless = stats.samples["harmful"], stats.samples["harmless"]
+    made = []
+    for layer in range(stats.n_layers):
+        neurons, won = batch_map(harmful[:, layer])
+        vectors = directions_of(neurons, won, harmless[:, layer].to(torch.float64).mean(0))
+        for k in range(MAP_LEAST, min(MAP_MOST, vectors.shape[1]) + 1):
+            provenance = {"estimator": SOM, "position": -1, "k": k}
+            subspace = Subspace(vectors=vectors[:, :k].contiguous())
+            made.append(Candidate(id=f"{SOM}/{k}/{layer}", subspace=subspace, layer=layer, provenance=provenance))
+    return tuple(made)
+
+
+def _layered(
+    name: str, found: Mapping[int, tuple[Float[Tensor, "layers d"], Bool[Tensor, " layers"]]]
+) -> tuple[Candidate, ...]:
+    """A candidate for each position that has another vector in each layer, where it has one."""
+    made = []
+    for position, (vectors, wanted) in found.items():
+        its = {n: Subspace(vectors=vector[:, None]) for n, vector in enumerate(vectors) if wanted[n]}
+        layer = min(its, key=lambda n: abs(n - round(0.6 * len(vectors))), default=None)
+        if layer is not None:
+            provenance = {"estimator": name, "position": position}
+            made.append(Candidate(id=f"{name}/{position}", subspace=its, layer=layer, provenance=provenance))
+    return tuple(made)
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     DIFFERENCE_OF_MEANS: Estimator(needs=frozenset({"means"}), candidates=difference_of_means),
     PROJECTED_DIFFERENCE: Estimator(needs=frozenset({"means"}), candidates=projected_difference),
+    PER_LAYER: Estimator(needs=frozenset({"means"}), candidates=per_layer),
+    BIPROJECTED: Estimator(needs=frozenset({"means"}), candidates=biprojected_difference),
+    SOM: Estimator(needs=frozenset({"means", "samples"}), candidates=self_organising_map),
 }
 DEFAULT = (DIFFERENCE_OF_MEANS,)
 

@@ -1,6 +1,6 @@
 """The places of a model where something is added to the residual stream."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 Kind = Literal["embedding", "attention", "MLP", "next-token block"]
@@ -12,6 +12,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 IN_BLOCKS: tuple[Kind, Kind] = ("attention", "MLP")
 """The kinds that every layer may have."""
+
+Role = Literal["embedding", "attention", "mlp"]
+ROLES: Mapping[Role, Kind] = {"embedding": "embedding", "attention": "attention", "mlp": "MLP"}
+"""What recipes call the kinds of places that they can name."""
 
 Place = tuple[int | None, Kind]
 """Layer (None for the embedding and for next-token blocks) and kind."""

@@ -12,7 +12,7 @@ it, and one made outside of them acts on all.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.method.directions import Candidate, Subspace
-from abliterate.method.edits import removal
+from abliterate.method.edits import removal, removing
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
+from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 from abliterate.model.load import LoadedModel
@@ -78,14 +79,27 @@ def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
 
 
 @contextmanager
-def without(loaded: LoadedModel, candidate: Candidate) -> Iterator[None]:
-    """Run with what ``candidate`` holds taken out: everywhere, or, where each layer has its own, of what that adds."""
+def without(loaded: LoadedModel, candidate: Candidate, scope: Scope = WHOLE) -> Iterator[None]:
+    """Run with what ``candidate`` holds taken out: everywhere, or, where each layer has its own, of what that adds.
+
+    With a ``scope`` that is not the whole, of what is added where it holds.
+    """
     subspace = candidate.subspace
-    taken_out = (
-        ablated(loaded, subspace.vectors) if isinstance(subspace, Subspace) else edited(loaded, removal(candidate))
-    )
+    if isinstance(subspace, Subspace):
+        taken_out = removed(loaded, subspace.vectors, scope)
+    else:
+        taken_out = edited(loaded, scope.of(removal(candidate), loaded.n_layers))
     with taken_out:
         yield
+
+
+def removed(
+    loaded: LoadedModel, directions: Float[Tensor, "d k"], scope: Scope = WHOLE
+) -> AbstractContextManager[None]:
+    """Run with ``directions`` taken out: everywhere, or of what is added where ``scope`` holds."""
+    if scope.is_whole:
+        return ablated(loaded, directions)
+    return edited(loaded, scope.of(removing(directions), loaded.n_layers))
 
 
 def operator(edit: WeightEdit, *, constant_factor: float = 1.0) -> Change:
@@ -107,8 +121,10 @@ def operator(edit: WeightEdit, *, constant_factor: float = 1.0) -> Change:
 
 
 @contextmanager
-def ablated_each(loaded: LoadedModel, directions: Float[Tensor, "k d"]) -> Iterator[None]:
+def ablated_each(loaded: LoadedModel, directions: Float[Tensor, "k d"], scope: Scope = WHOLE) -> Iterator[None]:
     """Run with one direction for each of ``k`` equal stretches of the rows of a batch: ``x_b - (x_b . r_b) r_b``.
+
+    Where ``scope`` holds: if that is everywhere, on the inputs of blocks as well; else on what is added to the stream.
 
     Every place must give ``[rows, tokens, d]`` or ``[rows * tokens, d]``; see ``rows_apart``.
 
@@ -126,9 +142,9 @@ def ablated_each(loaded: LoadedModel, directions: Float[Tensor, "k d"]) -> Itera
         r = prepared[key]
         of_each = x.to(dtype).reshape(len(r), -1, r.shape[-1])
         along = (of_each * r).sum(-1, keepdim=True)
-        return torch.addcmul(of_each, along, r, value=-1).view(x.shape).to(x.dtype)
+        return torch.addcmul(of_each, along, r, value=-scope.strength).view(x.shape).to(x.dtype)
 
-    with everywhere(loaded, change):
+    with everywhere(loaded, change) if scope.is_whole else at_writers(loaded, change, scope):
         yield
 
 
@@ -178,6 +194,22 @@ def everywhere(loaded: LoadedModel, change: Change) -> Iterator[None]:
     undoing = [_on_output(loaded.embedding, change)]
     undoing += [_on_input(block, change) for block in loaded.blocks]
     undoing += [_on_output(site, change) for sites in loaded.sites for site in sites]
+    try:
+        yield
+    finally:
+        for undo in undoing:
+            undo()
+
+
+@contextmanager
+def at_writers(loaded: LoadedModel, change: Change, scope: Scope) -> Iterator[None]:
+    """Run with ``change`` made of what is added to the residual stream where ``scope`` holds."""
+    undoing = []
+    if scope.holds((None, "embedding")):
+        undoing += [_on_output(module, change) for module in (loaded.embedding, *loaded.other_embeddings)]
+    for layer, (sites, kinds) in enumerate(zip(loaded.sites, loaded.kinds, strict=True)):
+        its = [site for site, kind in zip(sites, kinds, strict=True) if scope.holds((layer, kind))]
+        undoing += [_on_output(site, change) for site in its]
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from abliterate.method.class_sums import ClassSums
 from abliterate.method.directions import Candidate, CandidateScore, Choice, Subspace
 from abliterate.method.estimators import Need
 from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
+from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.selection import SelectionRule, choose, is_late
 from abliterate.method.statistics import refusal_metric
 from abliterate.model.asking import AT_ONCE, STOPPING, Asked, can_be_scored
@@ -37,6 +38,15 @@ class Filtered:
     harmless: tuple[str, ...]
     harmful_before: int
     harmless_before: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What candidates are scored on: prompts, the tokens that refusals begin with, and where candidates are ablated."""
+
+    prompts: Filtered
+    refusal_ids: Sequence[int]
+    scope: Scope = WHOLE
 
 
 def keep_typical(
@@ -125,8 +135,7 @@ def score_candidates(
     loaded: LoadedModel,
     chat: ChatFormat,
     candidates: Sequence[Candidate],
-    prompts: Filtered,
-    refusal_ids: Sequence[int],
+    on: Validation,
     *,
     batch_size: int,
     max_tokens: int | None = None,
@@ -140,7 +149,7 @@ def score_candidates(
     Where a candidate has another subspace in each layer, that of its own layer is the one that is added.
     """
     usable = _usable(candidates, on_event)
-    scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
+    scores, save = _kept(loaded, chat, candidates, on, store)
     todo = [place for place in usable if not scores.complete(place)]
     on_event(Started(task=TASK, total=len(candidates), unit="candidates"))
     on_event(Advanced(task=TASK, amount=len(candidates) - len(todo)))
@@ -150,8 +159,8 @@ def score_candidates(
         save()
 
     if todo:
-        options = {"batch_size": batch_size, "max_tokens": max_tokens}
-        with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, **options) as scorer:
+        options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": on.scope}
+        with candidate_scorer(loaded, *_encoded(chat, on.prompts), on.refusal_ids, **options) as scorer:
             table = Asked(scorer, candidates, scores, parts=AT_ONCE, done=done)
             table.ask([(figure, n) for figure in FIGURES for n in todo if not table.seen(figure, n).whole])
     on_event(Finished(task=TASK))
@@ -193,8 +202,7 @@ def choose_candidate(
     loaded: LoadedModel,
     chat: ChatFormat,
     candidates: Sequence[Candidate],
-    prompts: Filtered,
-    refusal_ids: Sequence[int],
+    on: Validation,
     rule: SelectionRule,
     *,
     batch_size: int,
@@ -208,8 +216,8 @@ def choose_candidate(
     Raises:
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
-    scores, save = _kept(loaded, chat, candidates, prompts, refusal_ids, store)
-    each = _each(prompts)
+    scores, save = _kept(loaded, chat, candidates, on, store)
+    each = _each(on.prompts)
     usable = [candidates[place] for place in _usable(candidates, on_event)]
     most = each * sum(not is_late(one.layer, loaded.n_layers, rule) for one in usable)
     advance = partial(Advanced, task=TASK)
@@ -221,7 +229,8 @@ def choose_candidate(
         on_event(advance(amount=amount))
         save()
 
-    with candidate_scorer(loaded, *_encoded(chat, prompts), refusal_ids, batch_size=batch_size) as scorer:
+    options = {"batch_size": batch_size, "scope": on.scope}
+    with candidate_scorer(loaded, *_encoded(chat, on.prompts), on.refusal_ids, **options) as scorer:
         pace, parts = (Pace(), STOPPING) if loaded.offload is None else (OUT_OF_CORE, AT_ONCE)
         table = Asked(scorer, candidates, scores, parts=parts, done=done)
         choice, judged = choose_from_few(candidates, table, loaded.n_layers, rule, pace)
@@ -234,8 +243,7 @@ def choose_from_all(
     loaded: LoadedModel,
     chat: ChatFormat,
     candidates: Sequence[Candidate],
-    prompts: Filtered,
-    refusal_ids: Sequence[int],
+    on: Validation,
     rule: SelectionRule,
     *,
     batch_size: int,
@@ -248,9 +256,9 @@ def choose_from_all(
         PromptError: every candidate has a NaN score or lies in a pruned layer.
     """
     options = {"batch_size": batch_size, "store": store, "on_event": on_event}
-    scores = score_candidates(loaded, chat, candidates, prompts, refusal_ids, **options)
+    scores = score_candidates(loaded, chat, candidates, on, **options)
     choice, judged = choose(scores, loaded.n_layers, rule)
-    passes = _each(prompts) * sum(map(can_be_scored, candidates))
+    passes = _each(on.prompts) * sum(map(can_be_scored, candidates))
     return Chosen(choice=choice, scores=judged, prompt_passes=passes, of=passes)
 
 
@@ -276,13 +284,12 @@ def _kept(
     loaded: LoadedModel,
     chat: ChatFormat,
     candidates: Sequence[Candidate],
-    prompts: Filtered,
-    refusal_ids: Sequence[int],
+    on: Validation,
     store: ScoreFile | None,
 ) -> tuple[Scores, Callable[[], None]]:
     """What is known of this work already, and how to keep what follows."""
-    shape = len(candidates), len(prompts.harmful), len(prompts.harmless)
-    key = _work_key(loaded, chat, candidates, prompts, refusal_ids)
+    shape = len(candidates), len(on.prompts.harmful), len(on.prompts.harmless)
+    key = _work_key(loaded, chat, candidates, on)
     if store is None:
         return Scores.none_of(*shape), lambda: None
     scores = store.load(key, *shape)
@@ -293,13 +300,12 @@ def _work_key(
     loaded: LoadedModel,
     chat: ChatFormat,
     candidates: Sequence[Candidate],
-    prompts: Filtered,
-    refusal_ids: Sequence[int],
+    on: Validation,
 ) -> str:
     """What tells this work from any other."""
     places = [(candidate.id, candidate.layer, _shape(candidate)) for candidate in candidates]
-    parts = [loaded.name, chat.template_sha256, chat.system, places, prompts.harmful, prompts.harmless]
-    digest = hashlib.sha256(json.dumps([*parts, list(refusal_ids)]).encode())
+    parts = [loaded.name, chat.template_sha256, chat.system, places, on.prompts.harmful, on.prompts.harmless]
+    digest = hashlib.sha256(json.dumps([*parts, list(on.refusal_ids), *on.scope.as_plain]).encode())
     for candidate in candidates:
         for subspace in candidate.subspaces:
             digest.update(subspace.vectors.contiguous().numpy().tobytes())

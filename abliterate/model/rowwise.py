@@ -8,19 +8,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.method.directions import Subspace
-from abliterate.model.interventions import ablated_each, everywhere
+from abliterate.method.scope import WHOLE, Scope
+from abliterate.model.interventions import ablated_each, at_writers, everywhere
 from abliterate.model.load import LoadedModel
 
 
-def subspaces_ablated(loaded: LoadedModel, subspaces: Sequence[Subspace]) -> AbstractContextManager[None]:
-    """Run with one of ``subspaces`` ablated in each of as many equal stretches of the rows.
+def subspaces_ablated(
+    loaded: LoadedModel, subspaces: Sequence[Subspace], scope: Scope = WHOLE
+) -> AbstractContextManager[None]:
+    """Run with one of ``subspaces`` ablated in each of as many equal stretches of the rows, where ``scope`` holds.
 
     Raises:
         ValueError: a subspace is empty or not finite.
     """
     if all(subspace.k == 1 for subspace in subspaces):
-        return ablated_each(loaded, torch.stack([subspace.vectors[:, 0] for subspace in subspaces]))
-    return _ablated(loaded, padded_bases(subspaces))
+        return ablated_each(loaded, torch.stack([subspace.vectors[:, 0] for subspace in subspaces]), scope)
+    return _ablated(loaded, padded_bases(subspaces), scope)
 
 
 def padded_bases(subspaces: Sequence[Subspace]) -> Float[Tensor, "n k d"]:
@@ -33,7 +36,7 @@ def padded_bases(subspaces: Sequence[Subspace]) -> Float[Tensor, "n k d"]:
 
 
 @contextmanager
-def _ablated(loaded: LoadedModel, bases: Float[Tensor, "n k d"]) -> Iterator[None]:
+def _ablated(loaded: LoadedModel, bases: Float[Tensor, "n k d"], scope: Scope) -> Iterator[None]:
     """Run with ``x - Q^T Q x`` for ``x``, one ``Q`` of ``bases`` for each of ``n`` equal stretches of the rows."""
     prepared: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -44,7 +47,7 @@ def _ablated(loaded: LoadedModel, bases: Float[Tensor, "n k d"]) -> Iterator[Non
             prepared[key] = bases.to(device=x.device, dtype=dtype)
         q = prepared[key]
         of_each = x.to(dtype).reshape(len(q), -1, q.shape[-1])
-        return torch.baddbmm(of_each, of_each @ q.mT, q, alpha=-1).view(x.shape).to(x.dtype)
+        return torch.baddbmm(of_each, of_each @ q.mT, q, alpha=-scope.strength).view(x.shape).to(x.dtype)
 
-    with everywhere(loaded, change):
+    with everywhere(loaded, change) if scope.is_whole else at_writers(loaded, change, scope):
         yield

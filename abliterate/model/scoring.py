@@ -26,11 +26,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import last_of_batch
-from abliterate.model.interventions import ablated, added_each, observed, plus_each, rows_apart, without
+from abliterate.model.interventions import added_each, observed, plus_each, removed, rows_apart, without
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
@@ -119,9 +120,11 @@ class CandidateScorer:
         *,
         batch_size: int,
         max_tokens: int | None,
+        scope: Scope,
     ) -> None:
         self.loaded = loaded
         self.short = short
+        self.scope = scope
         self.refusal_ids = list(refusal_ids)
         self.n_harmful = len(harmful)
         self.n_prompts = len(harmful) + len(harmless)
@@ -222,11 +225,11 @@ class CandidateScorer:
     def _intervening(self, job: Job, state: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """The hooks of a job.  ``state`` gives what enters its layer in the base run, where the pass begins there."""
         if job.alone is not None:
-            return without(self.loaded, job.alone)
+            return without(self.loaded, job.alone, self.scope)
         if job.kind == "ablated":
             if len(job.candidates) == 1:  # for models whose rows cannot be told apart as well
-                return ablated(self.loaded, job.subspaces[0].vectors)
-            return subspaces_ablated(self.loaded, job.subspaces)
+                return removed(self.loaded, job.subspaces[0].vectors, self.scope)
+            return subspaces_ablated(self.loaded, job.subspaces, self.scope)
         vectors = torch.stack([subspace.added for subspace in job.subspaces])
         if not self._begins_late(job):
             return added_each(self.loaded, vectors, job.layer)
@@ -373,12 +376,12 @@ def candidate_scorer(
     *,
     batch_size: int,
     max_tokens: int | None = None,
+    scope: Scope = WHOLE,
 ) -> Iterator[CandidateScorer]:
-    """A ``CandidateScorer`` for encoded prompts, its base run done."""
+    """A ``CandidateScorer`` for encoded prompts, its base run done; candidates are ablated where ``scope`` holds."""
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": scope}
     with shortened(loaded) as short:
-        yield CandidateScorer(
-            loaded, short, harmful, harmless, refusal_ids, batch_size=batch_size, max_tokens=max_tokens
-        )
+        yield CandidateScorer(loaded, short, harmful, harmless, refusal_ids, **options)
 
 
 def _groups(encoded: Sequence[list[int]], places: Sequence[int], most: int) -> Iterator[Group]:

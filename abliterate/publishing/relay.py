@@ -22,6 +22,7 @@ from abliterate.checkpoint.shells import RemoteFiles, write_shell
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, looks_like_path, open_folder
 from abliterate.checkpoint.transfer import one_core
 from abliterate.checkpoint.upload_errors import plain_upload_errors, quiet_client
+from abliterate.editing.asked import stream_asked
 from abliterate.editing.planning import along, plan
 from abliterate.editing.shards import Editor
 from abliterate.editing.writing import TASK as EDIT
@@ -29,7 +30,6 @@ from abliterate.editing.writing import editor_for, edits_of, plain_failures, wri
 from abliterate.errors import CheckpointError, UsageError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import stream_edit
 from abliterate.publishing import manifest
 from abliterate.publishing.journal import Journal
 from abliterate.publishing.keeping import keep_origin, require_verified
@@ -109,7 +109,7 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
-    made = along(made, stream_edit(recipe.edit.change, direction, made.model_map.n_layers))
+    made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

@@ -11,13 +11,14 @@ from typing import Any
 
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
+from abliterate.editing.asked import scope_asked
 from abliterate.errors import NonFiniteError, TooFewPromptsError, UsageError
 from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
 from abliterate.method.selection import WHY, SelectionRule
-from abliterate.model.measuring import Filtered, choose_candidate, choose_from_all
+from abliterate.model.measuring import Filtered, Validation, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
 from abliterate.publishing import manifest
 from abliterate.recipe import NOT_IN_NUMBERS
@@ -138,7 +139,8 @@ def few_to_score(prompts: Filtered) -> str:
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Choose a candidate by the paper's rule, from its scores on the validation prompts.
 
-    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.
+    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.  Candidates are
+    ablated where the recipe edits.
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
 
     Raises:
@@ -168,8 +170,9 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
         min_induce=recipe.find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
         prune_layers=recipe.find.prune_layers,
     )
+    on = Validation(prompts=prompts, refusal_ids=ids, scope=scope_asked(recipe.edit, loaded.n_layers))
     choosing = choose_from_all if recipe.find.all_scores else choose_candidate
-    chosen = choosing(loaded, chat, directions.candidates, prompts, ids, rule, store=store, **options)
+    chosen = choosing(loaded, chat, directions.candidates, on, rule, store=store, **options)
     if chosen.choice.rule in WHY:
         session.on_event(Noted(text=WHY[chosen.choice.rule]))
     if chosen.prompt_passes < chosen.of:

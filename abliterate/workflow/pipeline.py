@@ -12,13 +12,14 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.planning import along, plan
+from abliterate.editing.asked import scope_asked, stream_asked
+from abliterate.editing.planning import along, plan, within
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
-from abliterate.method.edits import check_edit, stream_edit
+from abliterate.method.edits import check_edit
 from abliterate.method.estimators import needs_of
 from abliterate.model import harness, vllm_backend
 from abliterate.publishing import manifest
@@ -156,12 +157,13 @@ def run(
         check_evaluation(recipe)
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
+    edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
     check_prompts(session, with_evaluation=with_evaluation)
     output = _prepared(out, session, edit_plan, direction)
     known = direction or _resume_direction(output)
     last = ("verify", "replies") if with_evaluation else ("verify",)
     directions = known or find(session, output, ("edit", *last), output_bytes=edit_plan.output_bytes)
-    edit_plan = along(edit_plan, stream_edit(session.recipe.edit.change, directions, edit_plan.model_map.n_layers))
+    edit_plan = along(edit_plan, stream_asked(session.recipe.edit, directions, edit_plan.model_map.n_layers))
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)
