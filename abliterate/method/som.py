@@ -25,14 +25,14 @@ def hexagonal(rows: int, columns: int) -> Float[Tensor, "neurons 2"]:
 
 
 def batch_map(
-    samples: Float[Tensor, "n d"], *, rows: int = ROWS, columns: int = COLUMNS, sigma: float = SIGMA, seed: int = 0
+    samples: Float[Tensor, "n d"], *, rows: int = ROWS, columns: int = COLUMNS, sigma: float = SIGMA
 ) -> tuple[Float[Tensor, "neurons d"], Int[Tensor, " n"]]:
     """The neurons of a map of ``samples``, and which neuron each sample is nearest to; in float64.
 
     Every neuron is the mean of all samples, weighted by ``exp(-distance^2 / 2 sigma^2)`` of the neuron that won them to
     it on the map, again and again until no sample changes its neuron (the batch map of Kohonen 2013).  The published
     code takes samples one by one in a random order instead, with a falling rate; this has no order and no rate.
-    Neurons begin as samples: a random one, then each time the one farthest from all so far.
+    Neurons begin as samples: the one farthest from the mean, then each time the one farthest from all so far.
 
     Raises:
         ValueError: there is no sample.
@@ -42,7 +42,7 @@ def batch_map(
     x = samples.to(torch.float64)
     places = hexagonal(rows, columns)
     kernel = torch.exp(-torch.cdist(places, places).square() / (2 * sigma**2))
-    neurons = _spread_out(x, len(places), seed)
+    neurons = _spread_out(x, len(places))
     won = torch.full((len(x),), -1)
     for _ in range(ROUNDS):
         nearest = torch.cdist(x, neurons).argmin(1)
@@ -54,9 +54,8 @@ def batch_map(
     return neurons, won
 
 
-def _spread_out(x: Float[Tensor, "n d"], count: int, seed: int) -> Float[Tensor, "count d"]:
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+def _spread_out(x: Float[Tensor, "n d"], count: int) -> Float[Tensor, "count d"]:
+    chosen = [int((x - x.mean(0)).square().sum(1).argmax())]
     distance = torch.full((len(x),), torch.inf, dtype=x.dtype)
     while len(chosen) < count:
         distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
