@@ -11,7 +11,7 @@ from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.data.bundled import is_bundled, open_model
-from abliterate.editing.asked import stream_asked
+from abliterate.editing.asked import plan_asked, stream_asked
 from abliterate.editing.planning import along, plan
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
@@ -123,7 +123,7 @@ def edit(
     pipeline.check_names(recipe)
     checkpoint = fetch(open_model(model, revision=revision))
     made = plan(checkpoint, **recipe.plan_options)
-    made = along(made, change or stream_asked(recipe.edit, direction, made.model_map.n_layers))
+    made = along(made, change) if change else plan_asked(made, recipe.edit, direction)
     fingerprint = pipeline.fingerprint_of(made, recipe, direction)
     output = prepare(Path(out), source=checkpoint.folder, fingerprint=fingerprint, needed_bytes=made.output_bytes)
     pipeline.edit(made, direction, output, recipe, on_event=on_event)

@@ -329,5 +329,12 @@ def read_plain(root: Path, info: TensorInfo) -> Tensor:
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
+def read_rows(root: Path, info: TensorInfo, most: int) -> Tensor:
+    """The first rows of a plain matrix of the checkpoint in ``root``, at most ``most`` of them."""
+    rows = min(most, info.shape[0])
+    raw = read_stretch(root / info.shard, info.start, rows * (info.size_bytes // info.shape[0]))
+    return raw.view(DTYPES[info.dtype]).reshape(rows, *info.shape[1:])
+
+
 def _counted(rows: Tensor, first: int) -> Int[Tensor, " rows"]:
     return torch.arange(first, first + len(rows))

@@ -130,8 +130,46 @@ def removal(candidate: Candidate) -> StreamEdit:
     return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
 
 
+def removal_with_kept_norms(candidate: Candidate) -> StreamEdit:
+    """``removal``, and every column of a writer gets its length back.
+
+    "Norm-preserving" ablation, of columns: nothing is left along the direction, and what the writer writes otherwise
+    grows with what was taken from the column.  The form published by grimjim (2025) keeps the lengths of *rows*, which
+    puts a part of the direction back.
+
+    Raises:
+        ValueError: as for ``removal``.
+    """
+    plain = removal(candidate)
+    scaled = {id(edit): replace(edit, column_scale="kept norms") for edit in plain.edits()}
+    return StreamEdit(
+        everywhere=None if plain.everywhere is None else scaled[id(plain.everywhere)],
+        places={place: None if edit is None else scaled[id(edit)] for place, edit in plain.places.items()},
+    )
+
+
+def affine_removal(directions: DirectionSet) -> StreamEdit:
+    """``x' = x - Q Q^T (x - mean)`` with the harmless mean where the candidate was read (ACE, arXiv 2411.09003, eq. 4).
+
+    Every writer loses what it writes along ``Q``, and the embedding gains ``Q Q^T mean``, which no block takes away
+    again: the component of the stream is that of the harmless mean everywhere.
+
+    Raises:
+        ValueError: there is no harmless mean, the candidate was read at no position, or it has another subspace in each
+            layer.
+    """
+    chosen, stats = directions.chosen, directions.statistics
+    if stats is None or chosen.position is None:
+        raise ValueError("the harmless mean where the direction was read is not known")
+    basis = chosen.everywhere.basis
+    mean = stats.mean("harmless")[stats.positions.index(chosen.position), chosen.layer]
+    return StreamEdit(everywhere=orthogonal(basis), places={(None, "embedding"): affine(basis, mean)})
+
+
 EDITS: Mapping[str, Callable[[DirectionSet, int], StreamEdit]] = {
     "removal": lambda directions, _: removal(directions.chosen),
+    "kept-norms": lambda directions, _: removal_with_kept_norms(directions.chosen),
+    "affine": lambda directions, _: affine_removal(directions),
 }
 """What a recipe may do with a chosen candidate in a model of so many layers, by name.
 

@@ -109,7 +109,7 @@ def _prepare(
             files.fill(needed_elsewhere(made), base.folder)
         journal.filled = True
         journal.write()
-    made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))
+    made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))  # no rows to read yet
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

@@ -12,8 +12,8 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.asked import scope_asked, stream_asked
-from abliterate.editing.planning import along, plan, within
+from abliterate.editing.asked import plan_asked, scope_asked
+from abliterate.editing.planning import plan, within
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import AbliterateError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
@@ -163,7 +163,7 @@ def run(
     known = direction or _resume_direction(output)
     last = ("verify", "replies") if with_evaluation else ("verify",)
     directions = known or find(session, output, ("edit", *last), output_bytes=edit_plan.output_bytes)
-    edit_plan = along(edit_plan, stream_asked(session.recipe.edit, directions, edit_plan.model_map.n_layers))
+    edit_plan = plan_asked(edit_plan, session.recipe.edit, directions)
     edit(edit_plan, directions, output, session.recipe, on_event=on_event)
     on_bytes = verify(session, edit_plan, output.path, behaviour=False)
     require_verified(on_bytes, output)

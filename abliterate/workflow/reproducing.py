@@ -11,8 +11,8 @@ from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.hashes import sha256_file, sha256_tensor
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.asked import stream_asked
-from abliterate.editing.planning import along, plan
+from abliterate.editing.asked import plan_asked
+from abliterate.editing.planning import plan
 from abliterate.errors import UsageError
 from abliterate.events import OnEvent, ignore
 from abliterate.method.directions import DirectionSet
@@ -113,7 +113,7 @@ def _measured(session: Session) -> tuple[DirectionSet, EditPlan]:
     recipe = session.recipe
     directions = pipeline.select(session, pipeline.measure(session))
     made = plan(session.checkpoint, **recipe.plan_options)
-    return directions, along(made, stream_asked(recipe.edit, directions, made.model_map.n_layers))
+    return directions, plan_asked(made, recipe.edit, directions)
 
 
 def _other_tensors(again: Checkpoint, ours: Checkpoint, shards: list[str], document: Mapping[str, Any]) -> list[str]:
