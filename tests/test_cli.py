@@ -336,6 +336,7 @@ def no_constants(text):
         (("diff", "base", "edited"), "only_writers"),
         (("diff", "base", "nan"), "changed"),
         (("recipes",), "arditi-2024"),
+        (("methods",), None),
         (("architectures",), None),
         ((*EDIT, "--out", "as json"), "out"),
     ],
@@ -444,7 +445,7 @@ def test_quick_is_a_recipe():
     small, found = typer.Typer(), {}
 
     @small.command()
-    @takes("evaluate", file=True, quick=True)
+    @takes("evaluate", file=True, method=True, quick=True)
     def command(*, recipe: Recipe) -> None:
         found["recipe"] = recipe
 
@@ -455,5 +456,9 @@ def test_quick_is_a_recipe():
     assert found["recipe"] == load_recipe("quick").with_changes({"max_new_tokens": 7})
     assert "Quick look" in found["recipe"].title
     assert isinstance(call("--quick", "--recipe", "arditi-2024").exception, UsageError)
+    assert isinstance(call("--quick", "--method", "projected").exception, UsageError)
+    assert isinstance(call("--method", "quick").exception, UsageError)
+    assert call("--method", "projected").exit_code == 0
+    assert found["recipe"] == load_recipe("projected")
     assert call().exit_code == 0
     assert found["recipe"] == Recipe()

@@ -10,7 +10,7 @@ from abliterate.cli.chat import chat
 from abliterate.cli.evaluate import compare, evaluate
 from abliterate.cli.importing import import_gguf
 from abliterate.cli.inspect import inspect
-from abliterate.cli.look import architectures, diff, plan, recipes
+from abliterate.cli.look import architectures, diff, methods, plan, recipes
 from abliterate.cli.lora import lora
 from abliterate.cli.patch import patch
 from abliterate.cli.publish import push
@@ -65,6 +65,7 @@ for _name, _command in {
     "chat": chat,
     "architectures": architectures,
     "recipes": recipes,
+    "methods": methods,
 }.items():
     app.command(_name)(_command)
 

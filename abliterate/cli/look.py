@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: plan, diff, architectures, recipes."""
+"""Commands that look and change nothing: plan, diff, architectures, recipes, methods."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -189,4 +189,32 @@ def recipes(json: opt.Json = False) -> None:
     shown = table("recipes", "name", "title", "max KL", "tied", right=(2,))
     for name, recipe in loaded.items():
         shown.add_row(name, recipe.title, f"{recipe.find.max_kl_nats:g}", recipe.edit.tied)
+    out.print(shown)
+
+
+@guarded
+def methods(model: opt.OptionalMap = None, *, revision: opt.Revision = None, json: opt.Json = False) -> None:
+    """Show the published methods: what they do, where they are from and, with MODEL, what their results are worth.
+
+    Example: abliterate methods Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from dataclasses import asdict
+
+    from abliterate.data.methods import methods as known
+
+    worth = {}
+    if model is not None:
+        from abliterate.data.bundled import open_model
+        from abliterate.editing.planning import plan as make_plan
+
+        exactness = make_plan(open_model(model, revision=revision)).exactness
+        worth = {name: its.worth(exactness) for name, its in known().items()}
+    if json:
+        show_json([{**asdict(its), "worth": worth.get(name)} for name, its in known().items()])
+        return
+    from abliterate.cli.tables import table
+
+    shown = table("methods (--method NAME)", "name", "what", "published in", *(("its result is",) if worth else ()))
+    for name, its in known().items():
+        shown.add_row(name, its.what, its.source, *((worth[name],) if worth else ()))
     out.print(shown)

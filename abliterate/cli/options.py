@@ -14,6 +14,9 @@ OptionalModel = Annotated[
     str | None,
     typer.Argument(help="A checkpoint folder or a Hub name (owner/model). Default: the bundled tiny chat model."),
 ]
+OptionalMap = Annotated[
+    str | None, typer.Argument(help="A checkpoint folder or a Hub name: what each result would be worth there.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Finished = Annotated[str, typer.Argument(help="A folder that abliterate wrote, or its name on the Hub (owner/model).")]
 Base = Annotated[str | None, typer.Option(help="The base checkpoint. Default: the one the manifest names.")]
@@ -26,6 +29,9 @@ ShowReplies = Annotated[
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="A first look: fewer prompts, shorter replies (recipe quick). Not a result.")
+]
+Method = Annotated[
+    str | None, typer.Option("--method", help="A published method, as `abliterate methods` lists them: its recipe.")
 ]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]

@@ -14,6 +14,7 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import show_note
+from abliterate.data.methods import check_method
 from abliterate.errors import UsageError
 from abliterate.recipe import SECTIONS, Flag, Recipe, Trait, load_recipe, option
 
@@ -22,22 +23,22 @@ Given = Mapping[str, Any]
 """The values of the options that stand on the command line, by the names of their fields."""
 RECEIVERS = ("recipe", "given")
 """The parameters of a command that are made from its options."""
-FILE, QUICK = "recipe_file", "quick"
+FILE, METHOD, QUICK = "recipe_file", "method", "quick"
 
 
 def takes(
-    *wanted: str, leaving_out: Collection[str] = (), file: bool = False, quick: bool = False
+    *wanted: str, leaving_out: Collection[str] = (), file: bool = False, method: bool = False, quick: bool = False
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a command the options ``wanted``, which are names of tables or of single options.
 
     A parameter ``recipe`` of the command becomes the defaults, or with ``file`` the recipe of ``--recipe``, changed by
     what the flags say; a parameter ``given`` becomes what the flags say alone.  The options stand in their place.  With
-    ``quick`` there is a flag for the recipe of that name.
+    ``quick`` there is a flag for the recipe of that name, with ``method`` one for those of published methods.
     """
     names = [name for name in _offered(wanted) if name not in leaving_out]
-    of_files = [_other_parameter(FILE, None, opt.RecipeFile)] * file + [
-        _other_parameter(QUICK, False, opt.Quick)
-    ] * quick
+    of_files = [_other_parameter(FILE, None, opt.RecipeFile)] * file
+    of_files += [_other_parameter(METHOD, None, opt.Method)] * method
+    of_files += [_other_parameter(QUICK, False, opt.Quick)] * quick
     made = of_files + [_parameter(name) for name in names]
 
     def decorate(command: Callable[..., R]) -> Callable[..., R]:
@@ -50,7 +51,7 @@ def takes(
         def wrapper(**arguments: Any) -> R:  # noqa: ANN401 - whatever the command takes
             read = {name: _read(name, arguments.pop(name)) for name in names}
             given = {name: value for name, value in read.items() if value is not None}
-            source = _source(arguments.pop(FILE, None), quick=arguments.pop(QUICK, False))
+            source = _source(**{name: arguments.pop(name, None) for name in (FILE, METHOD, QUICK)})
             if "recipe" in receives:
                 start = load_recipe(source, on_event=show_note) if source else Recipe()
                 arguments["recipe"] = start.with_changes(given)
@@ -85,15 +86,19 @@ def _other_parameter(name: str, default: Any, annotation: Any) -> inspect.Parame
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _source(file: str | None, *, quick: bool) -> str | None:
+def _source(*, recipe_file: str | None, method: str | None, quick: bool | None) -> str | None:
     """The recipe to begin with.
 
     Raises:
-        UsageError: two are named.
+        UsageError: two are named, or there is no such method.
     """
-    if quick and file:
-        raise UsageError("--quick is a recipe, and --recipe names another", "give one of the two")
-    return QUICK if quick else file
+    named = {"--recipe": recipe_file, "--method": method, "--quick": QUICK if quick else None}
+    flags = [flag for flag, name in named.items() if name]
+    if len(flags) > 1:
+        raise UsageError(f"{flags[1]} is a recipe, and {flags[0]} names another", "give one of the two")
+    if method:
+        check_method(method)
+    return next((name for name in named.values() if name), None)
 
 
 def _parameter(name: str) -> inspect.Parameter:

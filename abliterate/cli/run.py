@@ -32,7 +32,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, check pr
 
 
 @guarded
-@takes("find", "edit", "model", "evaluate", "publish", file=True, quick=True)
+@takes("find", "edit", "model", "evaluate", "publish", file=True, method=True, quick=True)
 def run(
     model: opt.OptionalModel = None,
     *,

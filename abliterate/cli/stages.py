@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @guarded
-@takes("find", "model", file=True)
+@takes("find", "model", file=True, method=True)
 def measure(
     model: opt.Model,
     *,
@@ -60,7 +60,7 @@ def measure(
 
 
 @guarded
-@takes("find", "roles", "exclude_layers", "strength", "model", file=True)
+@takes("find", "roles", "exclude_layers", "strength", "model", file=True, method=True)
 def select(
     model: opt.Model,
     candidates: opt.DirectionFile,
