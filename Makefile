@@ -27,7 +27,7 @@ report: $(VENV)/installed
 
 # Three processes of one thread each: most tests are too small for two threads, and many wait for others they started.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Formats, lints, layers, types (pyright brings its own node where there is none), generated pages.
 check: $(VENV)/installed-dev

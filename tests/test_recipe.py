@@ -47,7 +47,7 @@ def test_all_recipe_files_are_bundled():
 def test_the_default_is_a_recipe_and_the_paper_differs_from_it_in_who_says_what_is_refused():
     assert load_recipe("default").model_copy(update={"title": ""}) == Recipe()
     assert load_recipe("arditi-2024").model_copy(update={"title": ""}) == Recipe(
-        labels="first-token", estimators=("difference-of-means",)
+        labels="first-token", estimators=("difference-of-means",), kl_margin=0.0
     )
 
 
@@ -169,6 +169,10 @@ LATER = {
     "allow_few": False,
     "labels": "replies",
     "reply_tokens": 32,
+    "kl_margin": 1.0,
+    "roles": ("embedding", "attention", "mlp"),
+    "exclude_layers": "",
+    "strength": 1.0,
 }
 """Options that version 1 did not have, with what it did."""
 
