@@ -17,7 +17,8 @@ from abliterate.model.load import quiet_transformers
 from tests import factories, measured
 
 LONG = (
-    "newcomer", "memory", "scoring", "run", "patch", "relay", "out_of_core", "subspaces", "quantised_running", "quarter",
+    "newcomer", "memory", "scoring", "run", "patch", "relay", "out_of_core", "subspaces",
+    "quantised_running", "quarter",
 )  # fmt: skip
 """Files that take longest, in this order: begun first, none of them is left alone at the end of a parallel run."""
 

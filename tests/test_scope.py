@@ -78,7 +78,7 @@ SCOPES = [
 ]
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=repr)
+@pytest.mark.parametrize("scope", SCOPES, ids=["blocks", "a layer less", "half"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_candidates_are_scored_as_they_are_edited(scope, k):
     """Row by row, alone, and by the hooks that a written checkpoint is compared with: the same logits."""
