@@ -152,10 +152,10 @@ def test_what_stands_in_files_only_is_offered_nowhere():
 
 TAKEN = {
     "measure": ["find", "model"],
-    "select": ["find", "model"],
+    "select": ["find", "roles", "exclude_layers", "strength", "model"],
     "edit": ["edit", "memory_bytes", "publish"],
     "push": ["publish"],
-    "plan": ["tied", "mtp", "allow_partial"],
+    "plan": ["tied", "mtp", "allow_partial", "roles", "exclude_layers", "strength"],
     "reproduce": ["trust_remote_code"],
     "eval": ["harmful", "harmless", "model", "evaluate"],
     "diff": [],

@@ -8,18 +8,20 @@ import torch
 
 from abliterate.checkpoint.direction_file import load, save
 from abliterate.errors import PromptError, UsageError
-from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.directions import Candidate, DirectionSet, Subspace
+from abliterate.method.edits import removal
 from abliterate.method.estimators import (
     ESTIMATORS,
     Estimator,
     biprojected_difference,
     difference_of_means,
     estimate,
+    least_squares_erasure,
     needs_of,
     per_layer,
     self_organising_map,
 )
-from abliterate.method.moments import ActivationStats, Moments
+from abliterate.method.moments import ActivationStats, Moments, shrunk, within_classes
 from abliterate.method.som import batch_map, directions_of, hexagonal
 from abliterate.model.forward import see_residuals
 from abliterate.model.measuring import measure_class
@@ -287,3 +289,98 @@ def test_one_prompt_makes_no_map_of_two_directions():
     assert self_organising_map(dataclasses.replace(statistics(), samples=samples)) == ()
     with pytest.raises(ValueError, match="nothing"):
         batch_map(torch.empty(0, 3))
+
+
+# --- least squares erasure --------------------------------------------------------------------------------------------
+
+
+def two_classes(*, n=60, d=5, seed=0):
+    """Samples of two classes around other means, with one strongly skewed covariance, and their statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) * torch.logspace(0, 1, d, dtype=torch.float64)
+    classes = {
+        kind: torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix
+        + shift * torch.randn(d, generator=generator)
+        for kind, shift in (("harmful", 4.0), ("harmless", 1.0))
+    }
+    moments = {
+        kind: Moments(count=n, mean=its.mean(0)[None, None], covariance=its.T.cov()[None])
+        for kind, its in classes.items()
+    }
+    return classes, ActivationStats(positions=(-1,), moments=moments)
+
+
+def erased(x, candidate):
+    """The closed form, written out."""
+    delta, w = candidate.subspace.vectors[:, 0].double(), candidate.subspace.read[:, 0].double()
+    return x - torch.outer(x @ w, delta) / (w @ delta)
+
+
+def test_erasure_makes_the_means_of_the_classes_one():
+    classes, stats = two_classes()
+    (one,) = least_squares_erasure(stats)
+    assert one.id == "least-squares-erasure/-1/0"
+    means = [erased(its, one).mean(0) for its in classes.values()]
+    assert torch.allclose(*means, atol=1e-10)
+    assert not torch.allclose(*(its.mean(0) for its in classes.values()), atol=0.1)
+
+
+def test_erasure_changes_less_than_the_orthogonal_projection_in_the_metric_of_the_covariance():
+    classes, stats = two_classes()
+    (one,) = least_squares_erasure(stats)
+    delta = one.subspace.vectors[:, 0].double()
+    inverse = torch.linalg.inv(within_classes(stats, 0))
+
+    def cost(change):
+        return float(((change @ inverse) * change).sum(1).mean())
+
+    everything = torch.cat(list(classes.values())) - torch.cat(list(classes.values())).mean(0)
+    ours = cost(everything - erased(everything, one))
+    r = delta / delta.norm()
+    assert ours < cost(torch.outer(everything @ r, r))
+    elsewhere = torch.randn(len(delta), dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    assert ours < cost(torch.outer(everything @ elsewhere, delta) / (elsewhere @ delta))
+
+
+def test_no_linear_probe_tells_the_classes_apart_afterwards():
+    """Least squares on labels, the best linear probe there is for two classes of one covariance, has nothing left."""
+    classes, stats = two_classes(n=400)
+    (one,) = least_squares_erasure(stats)
+    x, labels = torch.cat(list(classes.values())), torch.cat([torch.ones(400), -torch.ones(400)]).double()
+
+    def accuracy(values):
+        columns = torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], 1)
+        told = columns @ torch.linalg.lstsq(columns, labels[:, None]).solution[:, 0]
+        return float(((told > 0) == (labels > 0)).double().mean()), float(told.var())
+
+    assert accuracy(x)[0] > 0.8
+    assert accuracy(erased(x, one))[1] < 1e-12
+
+
+def test_a_covariance_of_few_prompts_is_shrunk_and_one_of_none_gives_no_candidate():
+    s = torch.diag(torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
+    assert torch.allclose(shrunk(s, 10**9), s, atol=1e-6)
+    few = shrunk(s, 2)
+    assert float(few.trace()) == pytest.approx(6.0)
+    assert torch.allclose(few, 2 * torch.eye(3, dtype=torch.float64))
+    a = 1 - 36 / 20 / (18 - 12)
+    assert torch.allclose(shrunk(s, 20), a * s + (1 - a) * 2 * torch.eye(3, dtype=torch.float64))
+    _, stats = two_classes()
+    same = {kind: dataclasses.replace(its, covariance=its.covariance * 0) for kind, its in stats.moments.items()}
+    assert least_squares_erasure(ActivationStats(positions=(-1,), moments=same)) == ()
+
+
+def test_what_is_read_along_others_survives_a_file_and_is_removed_as_it_says(tmp_path):
+    _, stats = two_classes(d=8)
+    (one,) = estimate(stats, ["least-squares-erasure"])
+    before = DirectionSet(candidates=(one,)).choose_candidate(one.id)
+    after = load(save(before, tmp_path / "d.safetensors"))
+    assert after.sha256 == before.sha256
+    assert torch.equal(after.chosen.subspace.read, one.subspace.read)
+    assert not after.chosen.is_vector
+    (edit,) = removal(after.chosen).edits()
+    assert edit.removes
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert torch.allclose(x - (x @ edit.read) @ edit.write.T, erased(x, one), atol=1e-10)
+    plain = dataclasses.replace(one, subspace=Subspace(vectors=one.subspace.vectors))
+    assert DirectionSet(candidates=(plain,)).choose_candidate(one.id).sha256 != before.sha256

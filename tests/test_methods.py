@@ -11,7 +11,7 @@ from abliterate.method.estimators import ESTIMATORS
 from abliterate.recipe import bundled_recipes, load_recipe
 from abliterate.workflow import pipeline
 
-FEW = {"n_train": 24, "n_val": 8, "n_test": 4}
+FEW = {"n_train": 16, "n_val": 3, "n_test": 2, "reply_tokens": 12}
 RUNS = [name for name in methods() if name != "ace"]
 
 

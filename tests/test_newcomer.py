@@ -98,8 +98,8 @@ def day(installed, tmp_path_factory):
     package = content(installed.packages / "abliterate")
     with running(token=TOKEN) as hub:
         author = Person.new(place / "author", installed.program, hub, TOKEN)
-        author.types("run", "run")
-        author.types("run again", "run")
+        author.types("run", "run", "--quick")
+        author.types("run again", "run", "--quick")
         author.types("patch export", "patch", "export", OUT, "--base", "tiny-chat", "--out", PATCH)
         author.types("push", "push", OUT, NAME)
         pushed = hub.files(NAME) if NAME in hub.repos else {}

@@ -204,7 +204,7 @@ def test_headers_tell_the_sizes(kind, made):
 def test_a_whole_run_is_the_same_out_of_core(tmp_path):
     base = quantised_tiny_chat(tmp_path / "base")
     source = "bundled:tiny-chat"
-    recipe = Recipe(harmful=source, harmless=source, n_train=24, n_val=6, n_test=20)
+    recipe = Recipe(harmful=source, harmless=source, n_train=16, n_val=4, n_test=20, reply_tokens=8, max_new_tokens=16)
     results = []
     for name, budget in (("whole", None), ("parts", 36 * 2**20)):
         its = recipe if budget is None else recipe.with_changes({"memory_bytes": budget})

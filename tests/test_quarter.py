@@ -15,6 +15,8 @@ harmless = "bundled:tiny-chat"
 n_train = 6
 n_val = 1
 n_test = 4
+reply_tokens = 5
+estimators = ["difference-of-means"]
 refusal_tokens = ["I"]
 [model]
 batch_size = 4

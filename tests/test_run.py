@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     return abliterate.run(None, tmp_path_factory.mktemp("run") / "out", RECIPE)
 
 
-FEW = RECIPE.with_changes({"n_train": 24, "n_val": 6, "n_test": 6, "max_new_tokens": 8})
+FEW = RECIPE.with_changes({"n_train": 16, "n_val": 4, "n_test": 4, "max_new_tokens": 8})
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_halves_are_drawn_by_seed_and_make_up_the_whole():
 
 def test_a_run_says_what_its_direction_rests_on(tmp_path):
     notes = []
-    recipe = Recipe(n_train=16, n_val=8, n_test=4, max_new_tokens=8)
+    recipe = Recipe(n_train=16, n_val=4, n_test=4, max_new_tokens=8)
     result = api.run(None, tmp_path / "out", recipe, on_event=notes.append)
     document = manifest.read(result.out)
     kept = document["direction"]["measurement"]["kept"]

@@ -15,7 +15,10 @@ from abliterate.workflow.steps import Steps
 from tests import factories
 
 SOURCE = "bundled:tiny-chat"
-RECIPE = Recipe(harmful=SOURCE, harmless=SOURCE, n_train=24, n_val=8, n_test=8, max_new_tokens=8)
+RECIPE = Recipe(
+    harmful=SOURCE, harmless=SOURCE, n_train=24, n_val=8, n_test=8, max_new_tokens=8,
+    estimators=("difference-of-means",),
+)  # fmt: skip
 
 
 def never():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import abliterate
 from abliterate.checkpoint import direction_file
 from abliterate.cli.app import app
+from abliterate.editing import asked
 from abliterate.errors import NonFiniteError, UsageError
 from abliterate.evaluate.observing import components
 from abliterate.evaluate.page import write_report
@@ -192,6 +193,7 @@ class Killed:
 @pytest.mark.parametrize("name", ["planes", "layered", "difference-of-means"])
 def test_a_run_that_was_stopped_gives_the_same_bytes(name, estimators, monkeypatch, tmp_path):
     monkeypatch.setitem(edits.EDITS, "affine", affine_edit)
+    monkeypatch.setattr(asked, "MOST_OF_EMBEDDING", math.inf)
     recipe = RECIPE.with_changes({"estimators": (name,), "change": "affine", "controls": False})
     options = {"with_evaluation": False}
     whole = pipeline.run(None, tmp_path / "whole", recipe, **options)

@@ -35,8 +35,9 @@ def to_bytes(directions: DirectionSet) -> bytes:
     """A direction file.
 
     Tensors, all float32: ``candidates [positions, layers, d]``, where an estimator made a vector for each position and
-    layer; the vectors of every other candidate, ``subspace.N [d, k]``; the mean of each class, ``CLASS_mean [positions,
-    layers, d]``, where it was measured; and the chosen ``direction [d]``, where it is one vector.
+    layer; the vectors of every other candidate, ``subspace.N [d, k]``, and ``read.N [d, k]`` where it is read along
+    others; the mean of each class, ``CLASS_mean [positions, layers, d]``, where it was measured; and the chosen
+    ``direction [d]``, where it is one vector.
     The metadata is one JSON document under the key ``abliterate``.  It names the estimator of ``candidates``, lists the
     other candidates with the numbers of their tensors, and holds the scores column by column.
     """
@@ -138,6 +139,8 @@ def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list
     def number(subspace: Subspace) -> int:
         found = numbers.setdefault(id(subspace), len(numbers))
         tensors[f"subspace.{found}"] = subspace.vectors
+        if subspace.read is not None:
+            tensors[f"read.{found}"] = subspace.read
         return found
 
     return [
@@ -285,9 +288,11 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
     if not all("estimator" in one.provenance for one in listed):
         raise ValueError("a candidate comes from an estimator")
     numbers = {one.subspace for one in listed} | {number for one in listed for number in (one.by_layer or {}).values()}
-    subspaces = {n: Subspace(vectors=tensors[f"subspace.{n}"]) for n in numbers if n is not None}
-    if any(one.vectors.ndim != 2 for one in subspaces.values()):
-        raise ValueError("a subspace is a matrix")
+    subspaces = {
+        n: Subspace(vectors=tensors[f"subspace.{n}"], read=tensors.get(f"read.{n}")) for n in numbers if n is not None
+    }
+    if any(its.ndim != 2 or its.shape != one.vectors.shape for one in subspaces.values() for its in one.tensors):
+        raise ValueError("a subspace is a matrix, and so is what it is read along")
     return [
         Candidate(
             id=one.id,

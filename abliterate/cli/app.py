@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli.chat import chat
+from abliterate.cli.directions import directions
 from abliterate.cli.evaluate import compare, evaluate
 from abliterate.cli.importing import import_gguf
 from abliterate.cli.inspect import inspect
@@ -52,6 +53,7 @@ for _name, _command in {
     "plan": plan,
     "measure": measure,
     "select": select,
+    "directions": directions,
     "edit": edit,
     "dequantize": dequantize,
     "import": import_gguf,

@@ -23,9 +23,13 @@ GIVEN = "given"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Subspace:
-    """The span of ``vectors``, columns of any lengths and angles.  Ablation needs the span, addition the lengths."""
+    """The span of ``vectors``, columns of any lengths and angles.  Ablation needs the span, addition the lengths.
+
+    ``read``: along what a stream is read for what is taken out along ``vectors`` (LEACE); None: along these themselves.
+    """
 
     vectors: Float[Tensor, "d k"]
+    read: Float[Tensor, "d k"] | None = None
 
     @property
     def k(self) -> int:
@@ -48,12 +52,19 @@ class Subspace:
 
     def to(self, dtype: torch.dtype) -> "Subspace":
         """With its vectors in ``dtype``: itself, where they are that already."""
-        return self if self.vectors.dtype == dtype else Subspace(vectors=self.vectors.to(dtype))
+        if self.vectors.dtype == dtype and (self.read is None or self.read.dtype == dtype):
+            return self
+        return Subspace(vectors=self.vectors.to(dtype), read=None if self.read is None else self.read.to(dtype))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+        return (self.vectors,) if self.read is None else (self.vectors, self.read)
 
     @property
     def usable(self) -> bool:
         """Whether all vectors are finite, and one of them is not zero."""
-        return bool(torch.isfinite(self.vectors).all() and torch.any(self.vectors != 0))
+        return all(bool(torch.isfinite(its).all() and torch.any(its != 0)) for its in self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,8 +127,13 @@ class Candidate:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it is a single vector, the same in all layers."""
-        return isinstance(self.subspace, Subspace) and self.subspace.k == 1
+        """Whether it is a single vector, the same in all layers, and read along itself."""
+        return isinstance(self.subspace, Subspace) and self.subspace.k == 1 and self.subspace.read is None
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether it is one subspace, the same in all layers, and read along itself."""
+        return isinstance(self.subspace, Subspace) and self.subspace.read is None
 
     @property
     def vector(self) -> Float[Tensor, " d"]:
@@ -284,7 +300,8 @@ class DirectionSet:
         if not isinstance(subspace, Subspace):
             found.update(repr(sorted(subspace)).encode())
         for subspace in self.chosen.subspaces:
-            found.update(subspace.vectors.contiguous().numpy().tobytes())
+            for tensor in subspace.tensors:
+                found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
     def choose(self, position: int, layer: int, rule: str = GIVEN) -> "DirectionSet":

@@ -115,8 +115,14 @@ def removing(directions: Float[Tensor, "d k"]) -> StreamEdit:
     return StreamEdit(everywhere=orthogonal(orthonormal_basis(directions)))
 
 
+def _removal(subspace: Subspace) -> WeightEdit:
+    if subspace.read is None:
+        return orthogonal(subspace.basis)
+    return oblique(subspace.read, subspace.vectors)
+
+
 def removal(candidate: Candidate) -> StreamEdit:
-    """Nothing writes along the subspace of ``candidate`` any more.
+    """Nothing writes along the subspace of ``candidate`` any more; where it is read along others, along those.
 
     Where it has another subspace in each layer, each is removed from what that layer adds, and places that it does not
     name are left alone.
@@ -125,8 +131,8 @@ def removal(candidate: Candidate) -> StreamEdit:
         ValueError: a subspace is empty or not finite.
     """
     if isinstance(candidate.subspace, Subspace):
-        return removing(candidate.subspace.vectors)
-    of_layers = {layer: orthogonal(subspace.basis) for layer, subspace in candidate.subspace.items()}
+        return StreamEdit(everywhere=_removal(candidate.subspace))
+    of_layers = {layer: _removal(subspace) for layer, subspace in candidate.subspace.items()}
     return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from abliterate.errors import UsageError
 from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.method.linalg import cosine
-from abliterate.method.moments import ActivationStats
+from abliterate.method.moments import ActivationStats, within_classes
 from abliterate.method.som import batch_map, directions_of
 
 Need = Literal["means", "covariance", "samples"]
 DIFFERENCE_OF_MEANS, PROJECTED_DIFFERENCE = "difference-of-means", "projected-difference"
 PER_LAYER, BIPROJECTED, SOM = "per-layer", "biprojected-difference", "self-organising-map"
+LEACE = "least-squares-erasure"
 SAME = 1e-6
 """A difference of means that is shorter than this share of them is rounding."""
 MAP_LEAST, MAP_MOST = 2, 7
@@ -114,6 +115,28 @@ def self_organising_map(stats: ActivationStats) -> tuple[Candidate, ...]:
     return tuple(made)
 
 
+def least_squares_erasure(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``x - delta (w^T x) / (w^T delta)`` with ``w = S^-1 delta``: LEACE for two classes (Belrose et al. 2023).
+
+    It takes out along the difference of means ``delta`` and reads along ``w``, Fisher's discriminant, so that no linear
+    probe tells the classes apart and the stream changes least in the metric of its covariance.  ``S``, the covariance
+    within the classes at the last position, gives the ``w`` of the whole covariance but for its length.  It is shrunk
+    towards a multiple of the identity (``moments.shrunk``), as there are fewer prompts than dimensions.  The published
+    form also keeps the mean, which takes a constant; this is its linear part.
+    """
+    made, last = [], stats.positions.index(-1)
+    delta = (stats.mean("harmful") - stats.mean("harmless"))[last].to(torch.float64)
+    for layer, vector in enumerate(delta):
+        spread = within_classes(stats, layer)
+        if spread is None or not vector.any():
+            continue
+        read = torch.linalg.solve(spread, vector)
+        subspace = Subspace(vectors=vector[:, None], read=read[:, None] / read.norm())
+        provenance = {"estimator": LEACE, "position": -1}
+        made.append(Candidate(id=f"{LEACE}/-1/{layer}", subspace=subspace, layer=layer, provenance=provenance))
+    return tuple(made)
+
+
 def _layered(
     name: str, found: Mapping[int, tuple[Float[Tensor, "layers d"], Bool[Tensor, " layers"]]]
 ) -> tuple[Candidate, ...]:
@@ -133,6 +156,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
     PROJECTED_DIFFERENCE: Estimator(needs=frozenset({"means"}), candidates=projected_difference),
     PER_LAYER: Estimator(needs=frozenset({"means"}), candidates=per_layer),
     BIPROJECTED: Estimator(needs=frozenset({"means"}), candidates=biprojected_difference),
+    LEACE: Estimator(needs=frozenset({"means", "covariance"}), candidates=least_squares_erasure),
     SOM: Estimator(needs=frozenset({"means", "samples"}), candidates=self_organising_map),
 }
 DEFAULT = (DIFFERENCE_OF_MEANS,)
@@ -167,13 +191,17 @@ def stability(stats: ActivationStats, names: Sequence[str] = DEFAULT) -> dict[st
     names = [name for name in names if ESTIMATORS[name].needs <= {"means"}]
     others = {candidate.id: candidate for candidate in estimate(second, names)}
     return {
-        candidate.id: _agreement(candidate, others[candidate.id])
+        candidate.id: agreement(candidate, others[candidate.id])
         for candidate in estimate(first, names)
         if candidate.id in others
     }
 
 
-def _agreement(first: Candidate, second: Candidate) -> float:
+def agreement(first: Candidate, second: Candidate) -> float:
+    """The cosine of two vectors; of subspaces, the mean cosine of their principal angles, over all layers.
+
+    NaN where nothing of them can be compared.
+    """
     if first.is_vector and second.is_vector:
         return float(cosine(first.vector, second.vector))
     angles = [

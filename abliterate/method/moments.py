@@ -64,6 +64,36 @@ class ActivationStats:
         return self.moments[kind].mean
 
 
+def shrunk(covariance: Float[Tensor, "d d"], count: int) -> Float[Tensor, "d d"]:
+    """``a S + b I`` of a covariance ``S`` of ``count`` observations, with the ``a`` and ``b`` of least expected error.
+
+    Optimal linear shrinkage to a multiple of the identity (Bodnar, Gupta and Parolya 2014, arXiv 1308.2608), as LEACE
+    uses it: ``a = 1 - (tr^2 / n) / (|S|^2 - tr^2 / d)``, ``b = (1 - a) tr / d``, in float64.
+    """
+    s = covariance.to(torch.float64)
+    d, trace = len(s), float(s.trace())
+    spread = float(s.square().sum()) - trace**2 / d
+    a = min(1.0, max(0.0, 1 - trace**2 / count / spread)) if spread > 0 else 0.0
+    return a * s + (1 - a) * trace / d * torch.eye(d, dtype=torch.float64)
+
+
+def within_classes(stats: ActivationStats, layer: int) -> Float[Tensor, "d d"] | None:
+    """The covariance around the mean of each class at the last position, shrunk; None where all prompts are the same.
+
+    Raises:
+        ValueError: no covariance was measured.
+    """
+    total, degrees = None, 0
+    for moments in stats.moments.values():
+        if moments.covariance is None:
+            raise ValueError("no covariance was measured")
+        its = moments.covariance[layer].to(torch.float64) * (moments.count - 1)
+        total, degrees = its if total is None else total + its, degrees + moments.count - 1
+    if total is None or degrees < 1 or not float(total.trace()) > 0:
+        return None
+    return shrunk(total / degrees, degrees)
+
+
 class RunningMoments:
     """Accumulates observations batch by batch; ``finish`` gives the frozen value."""
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.directions import Candidate
 from abliterate.method.few_scores import Figure, Question, Seen
 from abliterate.method.statistics import LEAST_REFUSAL, least_kl_nats
 from abliterate.model.scores import Scores
@@ -97,7 +97,7 @@ class Asked:
     def _jobs(self, questions: Sequence[Question]) -> Iterator[Job]:
         """The work of ``questions``: candidates that are ablated on the same prompts, and those added at one layer.
 
-        A candidate that has another subspace in each layer is ablated by itself.
+        A candidate that has another subspace in each layer, or is read along other vectors, is ablated by itself.
         """
         ablated: dict[int, tuple[int, ...]] = {}
         added: dict[int, list[int]] = {}
@@ -108,7 +108,7 @@ class Asked:
                 ablated[n] = tuple(sorted({*ablated.get(n, ()), *self._next(figure, n)}))
         for prompts in sorted(set(ablated.values())):
             some = [n for n, its in ablated.items() if its == prompts]
-            layered = [n for n in some if not isinstance(self.candidates[n].subspace, Subspace)]
+            layered = [n for n in some if not self.candidates[n].is_orthogonal]
             if alike := [n for n in some if n not in layered]:
                 yield self._job(alike, Job(kind="ablated", prompts=prompts))
             for n in layered:

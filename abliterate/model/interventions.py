@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.directions import Candidate
 from abliterate.method.edits import removal, removing
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
 from abliterate.method.scope import WHOLE, Scope
@@ -82,11 +82,11 @@ def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
 def without(loaded: LoadedModel, candidate: Candidate, scope: Scope = WHOLE) -> Iterator[None]:
     """Run with what ``candidate`` holds taken out: everywhere, or, where each layer has its own, of what that adds.
 
+    What is read along other vectors than it is taken out along is taken out of what writers add.
     With a ``scope`` that is not the whole, of what is added where it holds.
     """
-    subspace = candidate.subspace
-    if isinstance(subspace, Subspace):
-        taken_out = removed(loaded, subspace.vectors, scope)
+    if candidate.is_orthogonal:
+        taken_out = removed(loaded, candidate.everywhere.vectors, scope)
     else:
         taken_out = edited(loaded, scope.of(removal(candidate), loaded.n_layers))
     with taken_out:

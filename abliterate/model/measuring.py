@@ -307,8 +307,8 @@ def _work_key(
     parts = [loaded.name, chat.template_sha256, chat.system, places, on.prompts.harmful, on.prompts.harmless]
     digest = hashlib.sha256(json.dumps([*parts, list(on.refusal_ids), *on.scope.as_plain]).encode())
     for candidate in candidates:
-        for subspace in candidate.subspaces:
-            digest.update(subspace.vectors.contiguous().numpy().tobytes())
+        for tensor in (tensor for subspace in candidate.subspaces for tensor in subspace.tensors):
+            digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

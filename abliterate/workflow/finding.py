@@ -94,7 +94,11 @@ def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidat
     Raises:
         NonFiniteError: none is left.
     """
-    broken = [one.id for one in candidates if not all(bool(its.vectors.isfinite().all()) for its in one.subspaces)]
+    broken = [
+        one.id
+        for one in candidates
+        if not all(bool(tensor.isfinite().all()) for its in one.subspaces for tensor in its.tensors)
+    ]
     left_out = frozenset(broken)
     finite = tuple(one for one in candidates if one.id not in left_out)
     if not finite:
