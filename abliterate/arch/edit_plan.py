@@ -100,6 +100,7 @@ class EditPlan:
             "strength": edit.strength,
             "column_scale": edit.column_scale,
             "constant": edit.constant is not None,
+            "oblique": edit.is_oblique,
             "removes": edit.removes,
             "writers": len(places),
             "places": in_words(places),

@@ -108,6 +108,7 @@ def _worth(plan: "EditPlan") -> str:
     """What the result is worth, by family and edit together."""
     stream, whole = plan.stream, len(plan.writers) == len(plan.model_map.writers)
     of_all = whole if stream is None else stream.removed is not None and plan.claim != "bytes only"
+    of_all = of_all and not any(edit.is_oblique for edit in (stream.edits() if stream else ()))
     if plan.exactness == "C" or of_all:
         return EXACTNESS[plan.exactness]
     return OF_OTHER_EDITS[plan.claim]

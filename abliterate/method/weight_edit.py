@@ -76,6 +76,11 @@ class WeightEdit:
         return not self.kept.any() and self.constant is None
 
     @property
+    def is_oblique(self) -> bool:
+        """Whether it takes out along other vectors than it reads."""
+        return self.read is not self.write and not torch.equal(self.read, self.write)
+
+    @property
     def scales(self) -> bool:
         """Whether columns get another length than the edit leaves them."""
         return self.column_scale != "none"

@@ -28,7 +28,8 @@ def removes(edit: Mapping[str, Any]) -> bool:
 
 def is_ablation(edit: Mapping[str, Any]) -> bool:
     """Whether it is directional ablation by weights: whatever writes is orthogonalized, and nothing else done to it."""
-    return removes(edit) and edits_of(edit)[0]["column_scale"] == "none"
+    its = edits_of(edit)[0]
+    return removes(edit) and its["column_scale"] == "none" and not its.get("oblique")
 
 
 def summary(edit: Mapping[str, Any]) -> str:
@@ -82,6 +83,8 @@ def _line(its: Mapping[str, Any]) -> str:
     parts = [f"{_directions(its, one='1 direction')} {'removed' if its['removes'] else 'edited'}"]
     if its["strength"] != 1:
         parts.append(f"strength {its['strength']:g}")
+    if its.get("oblique"):
+        parts.append("read along one, taken out along another")
     if its["column_scale"] != "none":
         parts.append("columns keep their lengths")
     if its["constant"]:
@@ -97,7 +100,7 @@ def _directions(its: Mapping[str, Any], *, one: str) -> str:
 
 
 def _is_plain(its: Mapping[str, Any]) -> bool:
-    return {key: its[key] for key in REMOVAL} == REMOVAL
+    return {key: its[key] for key in REMOVAL} == REMOVAL and not its.get("oblique")
 
 
 def _coverage(edit: Mapping[str, Any]) -> tuple[int, int]:
