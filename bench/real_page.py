@@ -13,7 +13,7 @@ from abliterate.errors import SourceError
 from bench.edit_speed import machine
 from bench.real_models import MODELS
 from bench.real_norms import NEARLY, summary
-from bench.real_picture import landscape
+from bench.real_picture import landscape, with_error
 from bench.real_steps import result_of, stages
 
 PICTURE = "real-landscape.svg"
@@ -214,7 +214,7 @@ def _direction(document: Mapping[str, Any]) -> Iterator[str]:
     yield table(("", ""), rows, left=2)
     best = [
         (f"`{its['candidate']}`", number(its.get("bypass"), ".2f"), number(its.get("induce"), ".2f"),
-         ("> " if its.get("kl_stopped") else "") + number(its.get("kl_nats"), ".3f"), str(its.get("verdict")))
+         with_error(its, number(its.get("kl_nats"), ".3f")), str(its.get("verdict")))
         for its in direction.get("scores") or []
     ]  # fmt: skip
     if best:

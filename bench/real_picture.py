@@ -1,7 +1,9 @@
 """The scores of all candidates as one picture that stands alone: the maps of the HTML report, one below the other."""
 
 import re
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from abliterate.evaluate.page import landscape_charts
 from abliterate.method.directions import DirectionSet
@@ -30,3 +32,9 @@ def landscape(directions: DirectionSet) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" width="{width}" height="{top}">'
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
+
+
+def with_error(score: Mapping[str, Any], kl_nats: str) -> str:
+    """The KL of a score with its standard error, or as the bound that it is."""
+    error = score.get("kl_error_nats")
+    return ("> " if score.get("kl_stopped") else "") + kl_nats + (f" ± {error:.3f}" if error else "")
