@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-metrics bench-quarter bench-large bench-post-norm bench-quantised real
+  bench-selection bench-metrics bench-quarter bench-large bench-post-norm bench-quantised real methods
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -91,6 +91,11 @@ bench-quarter: $(VENV)/installed-dev
 # it was stopped.  Writes docs/real-models.md.
 real: $(VENV)/installed-dev
 	$(BIN)/python -m bench.real
+
+# All published methods side by side, on the bundled model; a real one beside it: make methods
+# MODELS=qwen=/path/to/folder:--quick,--dtype,bfloat16.  Writes docs/methods.md.
+methods: $(VENV)/installed-dev
+	$(BIN)/python -m bench.methods $(MODELS)
 
 # The kill and memory tests at a large size, and ten minutes of coverage-guided fuzzing.
 soak: $(VENV)/installed-dev

@@ -1,0 +1,119 @@
+"""All published methods side by side, on the same prompts and under the same proof; writes docs/methods.md.
+
+    python -m bench.methods [NAME=FOLDER[:OPTIONS] ...] [--work FOLDER] [--write PAGE]
+
+The bundled model always, and other models that are named: OPTIONS are those of ``abliterate run``, by commas, such as
+``--quick`` or ``--dtype bfloat16``.  Every finished run is kept in ``--work`` (out/methods), so that the same command
+goes on where it was stopped.  The page holds what is in ``--work`` and no figure from anywhere else.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from abliterate.checkpoint.output import write_atomically
+from abliterate.data.methods import Method, methods
+from bench.edit_speed import machine
+from bench.real_page import at, number, percent, table
+from bench.real_steps import command, result_of
+
+BUNDLED = "tiny-chat"
+INTRO = """# Methods side by side
+
+Written by `make methods`. Every method of [`abliterate methods`](cli.md), run as `abliterate run MODEL --method NAME`:
+the same prompts, the same rule of selection, the same proof. Percentages have 95 % Wilson intervals; where those of two
+methods overlap, the figures do not tell them apart. Refusals are told by the scorer `rules`, on greedy replies to
+prompts that neither measuring nor selecting saw. KL and cross-entropy are in nats, on harmless prompts. A method that
+refuses to write says so.
+"""
+KNOWN_TRUTH = """The bundled model is small and was trained to refuse, so that what is true of it is known: its
+figures are a test of the code, and say nothing of other models.
+"""
+
+
+def main() -> None:
+    """Run what is not kept yet, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="NAME=FOLDER[:OPTIONS]")
+    parser.add_argument("--work", type=Path, default=Path("out/methods"))
+    parser.add_argument("--write", type=Path, default=Path("docs/methods.md"))
+    args = parser.parse_args()
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    tried = {BUNDLED: (BUNDLED, [])} | dict(map(_model, args.models))
+    for name, (folder, options) in tried.items():
+        for method in methods():
+            out = work / f"{name}-{method}"
+            words = ["run", folder, "--out", out, "--method", method, *options]
+            command(work, f"{name}-{method}", words, key={}, out=out)
+    page = [INTRO, *(part for name, (_, options) in tried.items() for part in _section(work, name, options))]
+    write_atomically(args.write, ("\n".join([*page, f"Machine: {machine()}."]).rstrip() + "\n").encode())
+
+
+def _model(text: str) -> tuple[str, tuple[str, list[str]]]:
+    name, _, rest = text.partition("=")
+    folder, _, options = rest.partition(":")
+    return name, (folder, options.split(",") if options else [])
+
+
+def _section(work: Path, name: str, options: Sequence[str]) -> Iterator[str]:
+    yield f"## {name}\n"
+    if name == BUNDLED:
+        yield KNOWN_TRUTH
+    if options:
+        yield f"With `{' '.join(options)}`.\n"
+    rows, refusals = [], []
+    for method in methods().values():
+        step = result_of(work, f"{name}-{method.name}")
+        if step is None:
+            continue
+        if step["exit"]:
+            refusals.append(f"- `{method.name}` stops with exit code {step['exit']}: {_why(step)}")
+        else:
+            rows.append(_row(method, step))
+    base = next((at(row, "evaluation", "models", 0) for row in _documents(work, name)), None)
+    if base is not None:
+        rows.insert(0, ("base", *_figures(base), "", "", "", ""))
+    head = ("method", "harmful refused", "look-alikes refused", "harmless refused", "facts kept", "KL, first token",
+            "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
+    yield table(head, rows)
+    yield from refusals
+    yield ""
+
+
+def _documents(work: Path, name: str) -> Iterator[Mapping[str, Any]]:
+    for method in methods():
+        step = result_of(work, f"{name}-{method}")
+        if step is not None and not step["exit"]:
+            yield step["document"]
+
+
+def _row(method: Method, step: Mapping[str, Any]) -> tuple[str, ...]:
+    document = step["document"]
+    return (
+        f"[`{method.name}`](../recipes/{method.name}.toml)",
+        *_figures(at(document, "evaluation", "models", 1) or {}),
+        f"`{at(document, 'direction', 'choice', 'candidate')}`",
+        str(at(document, "edit", "coverage")),
+        str(at(document, "edit", "claim")),
+        number(step["cpu_seconds"], ",.0f"),
+    )
+
+
+def _figures(model: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        *(percent(at(model, "prompts", kind, "refused")) for kind in ("harmful", "look-alike", "harmless")),
+        percent(at(model, "prompts", "harmless", "accuracy")),
+        number(model.get("kl_nats"), ".3f"),
+        number(model.get("kl_tokens_nats"), ".3f"),
+        number(model.get("completion_nats"), ".3f"),
+    )
+
+
+def _why(step: Mapping[str, Any]) -> str:
+    return next((line.removeprefix("error: ") for line in step["said"] if line.startswith("error:")), "").strip()
+
+
+if __name__ == "__main__":
+    main()
