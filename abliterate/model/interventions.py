@@ -25,12 +25,14 @@ from torch.utils.hooks import RemovableHandle
 from abliterate.method.directions import Candidate
 from abliterate.method.edits import removal, removing
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
+from abliterate.method.places import Place
 from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 from abliterate.model.load import LoadedModel
 from abliterate.model.tasks import Task, current
 
+EMBEDDING: Place = (None, "embedding")
 Change = Callable[[Tensor], Tensor]
 Undo = Callable[[], None]
 
@@ -58,24 +60,17 @@ def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
 
     Not on the inputs of blocks: what is already in the stream stays, as it does when weights are edited.
     """
-    undoing = []
-    for module, constant_factor in (
-        (loaded.embedding, 1 / loaded.embedding_factor),
-        *((m, 0.0) for m in loaded.other_embeddings),
-    ):
-        edit = stream.at(None, "embedding")
-        if edit is not None:
-            undoing.append(_on_output(module, operator(edit, constant_factor=constant_factor)))
-    for layer, (sites, kinds) in enumerate(zip(loaded.sites, loaded.kinds, strict=True)):
-        for site, kind in zip(sites, kinds, strict=True):
-            edit = stream.at(layer, kind)
-            if edit is not None:
-                undoing.append(_on_output(site, operator(edit)))
-    try:
+
+    def change_at(place: Place, module: nn.Module) -> Change | None:
+        edit = stream.at(*place)
+        if edit is None:
+            return None
+        if place != EMBEDDING:
+            return operator(edit)
+        return operator(edit, constant_factor=1 / loaded.embedding_factor if module is loaded.embedding else 0.0)
+
+    with at_writers(loaded, change_at):
         yield
-    finally:
-        for undo in undoing:
-            undo()
 
 
 @contextmanager
@@ -144,7 +139,7 @@ def ablated_each(loaded: LoadedModel, directions: Float[Tensor, "k d"], scope: S
         along = (of_each * r).sum(-1, keepdim=True)
         return torch.addcmul(of_each, along, r, value=-scope.strength).view(x.shape).to(x.dtype)
 
-    with everywhere(loaded, change) if scope.is_whole else at_writers(loaded, change, scope):
+    with where(loaded, change, scope):
         yield
 
 
@@ -202,19 +197,25 @@ def everywhere(loaded: LoadedModel, change: Change) -> Iterator[None]:
 
 
 @contextmanager
-def at_writers(loaded: LoadedModel, change: Change, scope: Scope) -> Iterator[None]:
-    """Run with ``change`` made of what is added to the residual stream where ``scope`` holds."""
-    undoing = []
-    if scope.holds((None, "embedding")):
-        undoing += [_on_output(module, change) for module in (loaded.embedding, *loaded.other_embeddings)]
+def at_writers(loaded: LoadedModel, change_at: Callable[[Place, nn.Module], Change | None]) -> Iterator[None]:
+    """Run with a change of its own made of what each writer adds to the stream; None leaves a writer alone."""
+    places: list[tuple[Place, nn.Module]] = [(EMBEDDING, one) for one in (loaded.embedding, *loaded.other_embeddings)]
     for layer, (sites, kinds) in enumerate(zip(loaded.sites, loaded.kinds, strict=True)):
-        its = [site for site, kind in zip(sites, kinds, strict=True) if scope.holds((layer, kind))]
-        undoing += [_on_output(site, change) for site in its]
+        places += [((layer, kind), site) for site, kind in zip(sites, kinds, strict=True)]
+    changes = [(module, change_at(place, module)) for place, module in places]
+    undoing = [_on_output(module, change) for module, change in changes if change is not None]
     try:
         yield
     finally:
         for undo in undoing:
             undo()
+
+
+def where(loaded: LoadedModel, change: Change, scope: Scope) -> AbstractContextManager[None]:
+    """Run with ``change`` made wherever something enters the stream; of less than that, where writers add to it."""
+    if scope.is_whole:
+        return everywhere(loaded, change)
+    return at_writers(loaded, lambda place, _: change if scope.holds(place) else None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from abliterate.method.directions import Subspace
 from abliterate.method.scope import WHOLE, Scope
-from abliterate.model.interventions import ablated_each, at_writers, everywhere
+from abliterate.model.interventions import ablated_each, where
 from abliterate.model.load import LoadedModel
 
 
@@ -49,5 +49,5 @@ def _ablated(loaded: LoadedModel, bases: Float[Tensor, "n k d"], scope: Scope) -
         of_each = x.to(dtype).reshape(len(q), -1, q.shape[-1])
         return torch.baddbmm(of_each, of_each @ q.mT, q, alpha=-scope.strength).view(x.shape).to(x.dtype)
 
-    with everywhere(loaded, change) if scope.is_whole else at_writers(loaded, change, scope):
+    with where(loaded, change, scope):
         yield
