@@ -123,7 +123,9 @@ class EditOptions(Section):
     exclude_layers: str = Field(
         default="", description='Layers to leave alone: "0-7,20", or by depth "0%-33%". Default: none.'
     )
-    strength: float = Field(default=1.0, gt=0, le=2, description="How much of it: 1 all, 0.5 half.")
+    strength: float = Field(
+        default=1.0, ge=-2, le=2, description="How much of it: 1 all, 0.5 half; below 0 the opposite."
+    )
 
 
 class ModelOptions(Section):

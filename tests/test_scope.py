@@ -9,10 +9,11 @@ from abliterate.arch.registry import family_of
 from abliterate.editing.asked import scope_asked, stream_asked
 from abliterate.errors import UsageError
 from abliterate.method.directions import Subspace, given
-from abliterate.method.edits import removing
+from abliterate.method.edits import affine, removing
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.scope import WHOLE, Scope, layers_of, scope_of
-from abliterate.model.interventions import ablated_each, edited, removed
+from abliterate.method.stream_edit import StreamEdit
+from abliterate.model.interventions import ablated_each, edited, operator, removed
 from abliterate.model.load import attach
 from abliterate.model.rowwise import subspaces_ablated
 from abliterate.recipe import Recipe
@@ -69,6 +70,14 @@ def test_places_strengths_and_no_others():
             assert edit is None or edit.strength == 0.5
     assert len(list(stream.edits())) == 1
     assert stream.removed is None
+
+
+def test_a_constant_is_as_strong_as_what_is_taken_out():
+    mean = torch.randn(D, dtype=torch.float64)
+    plain = affine(torch.eye(D, dtype=torch.float64)[:, :1], mean)
+    half = Scope(strength=0.5).of(StreamEdit(everywhere=plain), LAYERS).at(0, "MLP")
+    x = torch.randn(4, D, dtype=torch.float64)
+    assert torch.allclose(operator(half)(x), (x + operator(plain)(x)) / 2)
 
 
 SCOPES = [

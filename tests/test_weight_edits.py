@@ -18,7 +18,8 @@ from abliterate.editing.blocks import TensorEdit, Workspace
 from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, SourceError
-from abliterate.method.edits import affine, apply, behind_norm, oblique, orthogonal, removing
+from abliterate.method.directions import Candidate, Subspace
+from abliterate.method.edits import addition, affine, apply, behind_norm, oblique, orthogonal, removing
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.rounding import round_keeping
 from abliterate.method.stream_edit import StreamEdit
@@ -462,6 +463,24 @@ def test_a_constant_goes_into_the_bias_of_its_place(base, tmp_path):
     assert holders == ["model.layers.1.self_attn.o_proj.bias"]
     with pytest.raises(PlanRefusedError, match="no one bias"):
         along(plan(base("llama")), stream)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2"])
+def test_addition_is_written_where_there_is_a_bias(name, layer, base, tmp_path):
+    """The written bias adds what the hook adds; nothing else changes, and at layer 0 it is the embedding that does."""
+    one = Candidate(
+        id="x", subspace=Subspace(vectors=factories.random_directions(D)), layer=layer, provenance={"estimator": "x"}
+    )
+    stream = addition(one)
+    difference, made = written_and_hooked(base(name), stream, tmp_path / "edited")
+    assert difference <= LOGITS
+    assert made.claim == "equal to hooks"
+    assert [edit.constant is not None for edit in made.edits.values()] == [True]
+    assert (made.writers[0].role == "embedding") == (layer == 0)
+    assert (logits(tmp_path / "edited") - logits(base(name), StreamEdit())).abs().max() > 1e-3
+    with pytest.raises(PlanRefusedError, match="no one bias"):
+        along(plan(base("llama")), addition(dataclasses.replace(one, layer=1)))
 
 
 @pytest.mark.parametrize("name", ["granite", "gemma", "falcon-h1"])

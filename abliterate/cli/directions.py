@@ -22,6 +22,9 @@ def directions(
     file: opt.DirectionFile,
     other: Annotated[Path | None, typer.Argument(help="Another direction file, to compare with.")] = None,
     *,
+    control_vector: Annotated[
+        Path | None, typer.Option("--control-vector", help="Write what was chosen as a control vector of llama.cpp.")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Show what is in a direction file: estimators, layers, scores, stability, cosines; or compare two files.
@@ -33,6 +36,10 @@ def directions(
     first = direction_file.load(file)
     second = None if other is None else direction_file.load(other)
     found = {**_summary(first), **({} if second is None else {"compared": _compared(first, second)})}
+    if control_vector is not None:
+        from abliterate.exports.control_vector import export
+
+        found["control_vector"] = {"file": str(control_vector), "blocks": export(first, control_vector)}
     if json:
         show_json(found)
         return
@@ -48,6 +55,10 @@ def directions(
         for layer, row in enumerate(found["cosines"]):
             shades = "".join(SHADES[min(len(SHADES) - 1, int(abs(value) * len(SHADES)))] * 2 for value in row)
             out.print(f"{layer:>3} {shades}", markup=False, highlight=False)
+    if control_vector is not None:
+        out.print(
+            f"control vector for the output of blocks {_runs(found['control_vector']['blocks'])}: {control_vector}"
+        )
     if second is not None:
         compared = found["compared"]
         if compared["chosen"] is not None:

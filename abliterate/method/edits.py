@@ -18,7 +18,7 @@ from torch import Tensor
 
 from abliterate.errors import UsageError
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
-from abliterate.method.linalg import orthonormal_basis
+from abliterate.method.linalg import orthonormal_basis, unit
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import NOTHING_LEFT, ColumnScale, WeightEdit
@@ -172,10 +172,29 @@ def affine_removal(directions: DirectionSet) -> StreamEdit:
     return StreamEdit(everywhere=orthogonal(basis), places={(None, "embedding"): affine(basis, mean)})
 
 
+def addition(candidate: Candidate) -> StreamEdit:
+    """``x' = x + vector`` for what enters the layer of the candidate (activation addition, eq. 3; CAA; RepE).
+
+    Nothing is removed.  The vector is added by the MLP of the block below, whose output bias holds it, or by the
+    embedding where the candidate was read at layer 0.
+
+    Raises:
+        ValueError: the vector is zero.
+    """
+    subspace = candidate.at(candidate.layer)
+    if subspace is None:
+        raise ValueError("the candidate has nothing at its layer")
+    vector = subspace.added.to(torch.float64)
+    q = unit(vector)[:, None]
+    adding = WeightEdit(read=q, write=q, strength=0.0, constant=vector)
+    return StreamEdit(places={(candidate.layer - 1, "MLP") if candidate.layer else (None, "embedding"): adding})
+
+
 EDITS: Mapping[str, Callable[[DirectionSet, int], StreamEdit]] = {
     "removal": lambda directions, _: removal(directions.chosen),
     "kept-norms": lambda directions, _: removal_with_kept_norms(directions.chosen),
     "affine": lambda directions, _: affine_removal(directions),
+    "addition": lambda directions, _: addition(directions.chosen),
 }
 """What a recipe may do with a chosen candidate in a model of so many layers, by name.
 

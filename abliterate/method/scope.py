@@ -52,11 +52,17 @@ class Scope:
             edit = stream.at(*place) if self.holds(place) else None
             if edit is None or self.strength == 1:
                 return edit
-            return weaker.setdefault(id(edit), replace(edit, strength=self.strength * edit.strength))
+            return weaker.setdefault(id(edit), _times(edit, self.strength))
 
         in_blocks = [(layer, kind) for layer in range(n_layers) for kind in IN_BLOCKS]
         outside: list[Place] = [(None, "embedding"), (None, "next-token block")]
         return StreamEdit(places={place: at(place) for place in [*outside, *in_blocks]})
+
+
+def _times(edit: WeightEdit, strength: float) -> WeightEdit:
+    """``edit`` by ``strength``: what it takes out, and what it adds."""
+    constant = None if edit.constant is None else strength * edit.constant
+    return replace(edit, strength=strength * edit.strength, constant=constant)
 
 
 WHOLE = Scope()
@@ -72,8 +78,10 @@ def scope_of(roles: Collection[Role], exclude_layers: str, strength: float, n_la
     if len(kinds) == len(ROLES):
         kinds = frozenset(KINDS)
     left_out = frozenset(layers_of(exclude_layers, n_layers))
-    if not kinds or (not kinds & {"embedding"} and len(left_out) == n_layers):
-        raise UsageError("nothing is left to edit", "leave out fewer layers, or name more --roles")
+    if not strength or not kinds or (not kinds & {"embedding"} and len(left_out) == n_layers):
+        raise UsageError(
+            "nothing is left to edit", "leave out fewer layers, name more --roles, or give another --strength"
+        )
     return Scope(kinds=kinds, left_out=left_out, strength=strength)
 
 
