@@ -2,7 +2,7 @@
 
 Tensors ``direction.N``: added to what leaves block ``N``, counted from 0, which is what enters block ``N + 1``.  So the
 candidate of layer ``l`` is ``direction.{l - 1}``; ``direction.0`` is not allowed there, so layers 0 and 1 are left
-out.  The format is llama.cpp's and repeng's; strength and sign are given where it is used (``--control-vector-scaled``).
+out.  The format is llama.cpp's and repeng's; strength and sign are given where it is used.
 """
 
 from pathlib import Path
