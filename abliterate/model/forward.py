@@ -17,6 +17,7 @@ from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes, 
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
+from abliterate.model.room import reply_rows
 
 DEFAULT_BATCH_SIZE = 32
 PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
@@ -261,12 +262,20 @@ def generate(
         return tokens
 
     replies: list[str] = [""] * len(prompts)
-    batches = chat.batches(prompts, batch_size)
+    batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
     for batch, rows in each_batch(loaded, batches, reply, new_tokens=max_new_tokens):
         for row, tokens in zip(batch.rows, rows, strict=True):
             replies[row] = str(chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     on_event(Finished(task=task))
     return replies
+
+
+def rows_of_replies(
+    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], batch_size: int, max_new_tokens: int
+) -> int:
+    """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
+    longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
+    return reply_rows(loaded, batch_size, longest + max_new_tokens)
 
 
 def generate_ids(

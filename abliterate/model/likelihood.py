@@ -46,7 +46,7 @@ def on_completions(
     kept: dict[int, Tensor] = {}
 
     def see(row: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
-        losses[row] = float(-log_probs.gather(1, ids[:, None]).mean())
+        losses[row] = float(-log_probs.gather(1, ids[:, None]).to(torch.float64).mean())
         if row < KL_PROMPTS:
             kept[row] = log_probs[:KL_TOKENS].float()
 
@@ -66,7 +66,7 @@ def on_text(
     losses: list[Tensor] = []
 
     def see(_: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
-        losses.append(-log_probs.gather(1, ids[:, None]).flatten())
+        losses.append(-log_probs.gather(1, ids[:, None]).flatten().to(torch.float64))
 
     if windows:
         lengths = [len(window) - 1 for window in windows]
@@ -87,6 +87,8 @@ def predict(
 ) -> None:
     """Show ``see`` each row's log-probabilities at its last ``lengths[row]`` tokens, and those tokens.
 
+    They are in float32 or wider: float64 would be most of the time, where the vocabulary is large.
+
     Batches are small enough for the memory of their logits.
     """
     longest = max(lengths, default=0) + 1
@@ -97,13 +99,18 @@ def predict(
         logits = run_batch(loaded, batch, keep=longest)
         for place, row in enumerate(batch.rows):
             n = lengths[row]
-            log_probs = logits[place, -n - 1 : -1].to(device="cpu", dtype=torch.float64).log_softmax(-1)
+            log_probs = logits[place, -n - 1 : -1].to(device="cpu", dtype=wide(logits.dtype)).log_softmax(-1)
             see(row, log_probs, batch.input_ids[place, -n:])
         advance(len(batch.rows))
         return torch.empty(0)
 
     for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=longest * vocabulary * 4):
         pass
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _tokens(chat: ChatFormat, text: str) -> list[int]:

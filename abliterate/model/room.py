@@ -9,6 +9,8 @@ from abliterate.model.load import LoadedModel, free_on_gpu
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """More tokens in a pass make it no faster: a processor's caches are full, a card is busy."""
 
+REPLY_BATCHES = 4
+
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, or of the host."""
@@ -29,6 +31,20 @@ def pass_tokens(loaded: LoadedModel, cached: int, shortest: int) -> int:
     if room is not None:
         free = min(free, room)
     return max(1, min(MOST_TOKENS[loaded.device.type], free // 2 // token))
+
+
+def reply_rows(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
+    """Rows of a batch of replies of ``tokens`` tokens each, prompt and all.
+
+    Each new token reads all weights, whatever the number of rows: ``REPLY_BATCHES`` batches are written together where
+    the weights are held and half of the free memory has room for them.
+    """
+    if loaded.offload is not None:
+        return batch_size
+    free = free_bytes(loaded.device)
+    free = free if loaded.room_bytes is None else min(free, loaded.room_bytes)
+    row = tokens * (cache_bytes(loaded) + running_bytes(loaded)) + logit_bytes(loaded)
+    return max(batch_size, min(REPLY_BATCHES * batch_size, free // 2 // row))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
