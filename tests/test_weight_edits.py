@@ -476,8 +476,10 @@ def test_addition_is_written_where_there_is_a_bias(name, layer, base, tmp_path):
     difference, made = written_and_hooked(base(name), stream, tmp_path / "edited")
     assert difference <= LOGITS
     assert made.claim == "equal to hooks"
-    assert [edit.constant is not None for edit in made.edits.values()] == [True]
-    assert (made.writers[0].role == "embedding") == (layer == 0)
+    assert [name for name, edit in made.edits.items() if edit.constant is not None] == [
+        writer.tensor.name for writer in made.writers if writer.role == "embedding" or writer.role == "MLP out bias"
+    ]
+    assert {writer.place for writer in made.writers} == {(None, "embedding") if layer == 0 else (1, "MLP")}
     assert (logits(tmp_path / "edited") - logits(base(name), StreamEdit())).abs().max() > 1e-3
     with pytest.raises(PlanRefusedError, match="no one bias"):
         along(plan(base("llama")), addition(dataclasses.replace(one, layer=1)))

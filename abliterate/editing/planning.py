@@ -69,11 +69,8 @@ def along(made: EditPlan, edit: StreamEdit) -> EditPlan:
             "use an edit that was made for this model",
         )
     found = within(made, lambda place: edit.at(*place) is not None)
-    made_of = _Edits(made.checkpoint, made.model_map, edit, found.writers)
-    edits = {writer.tensor.name: made_of.of(writer) for writer in found.writers}
-    edits = {name: its for name, its in edits.items() if not its.is_nothing}  # where a constant goes to a bias alone
-    writers = tuple(writer for writer in found.writers if writer.tensor.name in edits)
-    return replace(found, writers=writers, stream=edit, edits=edits)
+    edits = _Edits(made.checkpoint, made.model_map, edit, found.writers)
+    return replace(found, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in found.writers})
 
 
 def within(made: EditPlan, holds: Callable[[Place], bool]) -> EditPlan:

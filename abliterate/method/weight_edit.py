@@ -76,11 +76,6 @@ class WeightEdit:
         return not self.kept.any() and self.constant is None
 
     @property
-    def is_nothing(self) -> bool:
-        """Whether it leaves a writer as it is."""
-        return not self.strength and self.constant is None and not self.scales
-
-    @property
     def is_oblique(self) -> bool:
         """Whether it takes out along other vectors than it reads."""
         return self.read is not self.write and not torch.equal(self.read, self.write)
