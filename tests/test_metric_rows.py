@@ -52,7 +52,7 @@ def test_candidates_together_give_what_each_gives_alone(loaded, chat):
             alone = whole(loaded, chat, encoded)
             said = generate(loaded, chat, PROMPTS, max_new_tokens=12)
         for mine, its in zip(forced[3 * place : 3 * place + 3], alone, strict=True):
-            torch.testing.assert_close(mine.double(), its, **NEAR)
+            torch.testing.assert_close(mine.double(), its.double(), **NEAR)
         assert replies[3 * place : 3 * place + 3] == said
 
 
