@@ -201,7 +201,9 @@ def at_writers(loaded: LoadedModel, change_at: Callable[[Place, nn.Module], Chan
     """Run with a change of its own made of what each writer adds to the stream; None leaves a writer alone."""
     places: list[tuple[Place, nn.Module]] = [(EMBEDDING, one) for one in (loaded.embedding, *loaded.other_embeddings)]
     for layer, (sites, kinds) in enumerate(zip(loaded.sites, loaded.kinds, strict=True)):
-        places += [((layer, kind), site) for site, kind in zip(sites, kinds, strict=True)]
+        for site, kind in zip(sites, kinds, strict=True):
+            place: Place = (layer, kind)
+            places.append((place, site))
     changes = [(module, change_at(place, module)) for place, module in places]
     undoing = [_on_output(module, change) for module, change in changes if change is not None]
     try:
