@@ -17,7 +17,7 @@ from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.class_sums import ClassSums
 from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import check_finite, each_job, log_probs_of, reply_and_see, rows_of_replies
+from abliterate.model.forward import check_finite, each_job, log_probs_of, reply_and_see
 from abliterate.model.load import LoadedModel
 
 Label = Literal["refused", "answered", "unclear"]
@@ -115,8 +115,8 @@ def label(
 
     on_event(Started(task=task, total=len(texts), unit="prompts"))
     layers = range(loaded.n_layers if measured else 0)
-    rows = rows_of_replies(loaded, chat, texts, batch_size, max_new_tokens)
-    batches = _batches(chat, [group.partition("/")[0] for group, _ in flat], texts, rows)
+    # not in larger batches where the model is held: out of core the direction is the same to the last bit
+    batches = _batches(chat, [group.partition("/")[0] for group, _ in flat], texts, batch_size)
     for batch, tokens, residuals in _each(loaded, chat, texts, batches, found, layers, max_new_tokens):
         for row, its in zip(batch.rows, tokens, strict=True):
             reply = str(chat.tokenizer.decode(its, skip_special_tokens=True)).strip()
