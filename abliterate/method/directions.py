@@ -128,7 +128,7 @@ class Candidate:
     @property
     def is_vector(self) -> bool:
         """Whether it is a single vector, the same in all layers, and read along itself."""
-        return isinstance(self.subspace, Subspace) and self.subspace.k == 1 and self.subspace.read is None
+        return self.is_orthogonal and self.everywhere.k == 1
 
     @property
     def is_orthogonal(self) -> bool:

@@ -146,12 +146,7 @@ def removal_with_kept_norms(candidate: Candidate) -> StreamEdit:
     Raises:
         ValueError: as for ``removal``.
     """
-    plain = removal(candidate)
-    scaled = {id(edit): replace(edit, column_scale="kept norms") for edit in plain.edits()}
-    return StreamEdit(
-        everywhere=None if plain.everywhere is None else scaled[id(plain.everywhere)],
-        places={place: None if edit is None else scaled[id(edit)] for place, edit in plain.places.items()},
-    )
+    return removal(candidate).with_edits(lambda edit: replace(edit, column_scale="kept norms"))
 
 
 def affine_removal(directions: DirectionSet) -> StreamEdit:

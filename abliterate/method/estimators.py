@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from abliterate.errors import UsageError
 from abliterate.method.directions import Candidate, Subspace, grid
@@ -72,7 +70,14 @@ def per_layer(stats: ActivationStats) -> tuple[Candidate, ...]:
     """
     difference = stats.mean("harmful") - stats.mean("harmless")
     differs = difference.norm(dim=-1) > SAME * stats.mean("harmless").norm(dim=-1)
-    return _layered(PER_LAYER, {position: (difference[p], differs[p]) for p, position in enumerate(stats.positions)})
+    made = []
+    for p, position in enumerate(stats.positions):
+        its = {n: Subspace(vectors=vector[:, None]) for n, vector in enumerate(difference[p]) if differs[p, n]}
+        layer = min(its, key=lambda n: abs(n - round(0.6 * stats.n_layers)), default=None)
+        if layer is not None:
+            provenance = {"estimator": PER_LAYER, "position": position}
+            made.append(Candidate(id=f"{PER_LAYER}/{position}", subspace=its, layer=layer, provenance=provenance))
+    return tuple(made)
 
 
 def biprojected_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
@@ -134,20 +139,6 @@ def least_squares_erasure(stats: ActivationStats) -> tuple[Candidate, ...]:
         subspace = Subspace(vectors=vector[:, None], read=read[:, None] / read.norm())
         provenance = {"estimator": LEACE, "position": -1}
         made.append(Candidate(id=f"{LEACE}/-1/{layer}", subspace=subspace, layer=layer, provenance=provenance))
-    return tuple(made)
-
-
-def _layered(
-    name: str, found: Mapping[int, tuple[Float[Tensor, "layers d"], Bool[Tensor, " layers"]]]
-) -> tuple[Candidate, ...]:
-    """A candidate for each position that has another vector in each layer, where it has one."""
-    made = []
-    for position, (vectors, wanted) in found.items():
-        its = {n: Subspace(vectors=vector[:, None]) for n, vector in enumerate(vectors) if wanted[n]}
-        layer = min(its, key=lambda n: abs(n - round(0.6 * len(vectors))), default=None)
-        if layer is not None:
-            provenance = {"estimator": name, "position": position}
-            made.append(Candidate(id=f"{name}/{position}", subspace=its, layer=layer, provenance=provenance))
     return tuple(made)
 
 

@@ -6,7 +6,7 @@ of every writer's matrix, where the gain of a norm behind the writer has to be t
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,12 @@ class StreamEdit:
             if edit is not None and id(edit) not in seen:
                 seen.add(id(edit))
                 yield edit
+
+    def with_edits(self, change: Callable[[WeightEdit], WeightEdit]) -> "StreamEdit":
+        """The same with other edits at the same places: ``change`` is called once for each."""
+        changed: dict[int, WeightEdit | None] = {id(edit): change(edit) for edit in self.edits()} | {id(None): None}
+        places = {place: changed[id(edit)] for place, edit in self.places.items()}
+        return StreamEdit(everywhere=changed[id(self.everywhere)], places=places)
 
     @property
     def d_model(self) -> int:
