@@ -93,7 +93,7 @@ class FindOptions(Section):
         default=0.1, gt=0, description="The most that ablating a candidate may change harmless prompts."
     )
     kl_margin: Annotated[float, Trait.FILE_ONLY] = Field(
-        default=1.0, ge=0, description="Standard errors of its mean that this KL must stay below that (the paper: 0)."
+        default=1.645, ge=0, description="Standard errors of its mean that this KL must stay below that (the paper: 0)."
     )
     min_induce: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.0, ge=float("-inf"), description="The least that adding a candidate must induce refusal; not NaN."

@@ -169,7 +169,7 @@ LATER = {
     "allow_few": False,
     "labels": "replies",
     "reply_tokens": 32,
-    "kl_margin": 1.0,
+    "kl_margin": 1.645,
     "roles": ("embedding", "attention", "mlp"),
     "exclude_layers": "",
     "strength": 1.0,
