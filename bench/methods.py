@@ -1,10 +1,11 @@
 """All published methods side by side, on the same prompts and under the same proof; writes docs/methods.md.
 
-    python -m bench.methods [NAME=FOLDER[:OPTIONS] ...] [--work FOLDER] [--write PAGE]
+    python -m bench.methods [NAME=FOLDER[:OPTIONS] ...] [--at NAME=FOLDER:DIRECTION ...] [--work FOLDER] [--write PAGE]
 
 The bundled model always, and other models that are named: OPTIONS are those of ``abliterate run``, by commas, such as
-``--quick`` or ``--dtype bfloat16``.  Every finished run is kept in ``--work`` (out/methods), so that the same command
-goes on where it was stopped.  The page holds what is in ``--work`` and no figure from anywhere else.
+``--quick`` or ``--dtype bfloat16``.  ``--at``: all methods at the place of a direction file (``bench.methods_at``).
+Every finished run is kept in ``--work`` (out/methods), so that the same command goes on where it was stopped.  The page
+holds what is in ``--work`` and no figure from anywhere else.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.data.methods import Method, methods
+from bench import methods_at
 from bench.edit_speed import machine
-from bench.real_page import at, number, percent, table
+from bench.methods_picture import trade
+from bench.page_parts import at, number, percent, table
 from bench.real_steps import command, result_of
 
 BUNDLED = "tiny-chat"
@@ -27,6 +30,13 @@ methods overlap, the figures do not tell them apart. Refusals are told by the sc
 prompts that neither measuring nor selecting saw. KL and cross-entropy are in nats, on harmless prompts. A method that
 refuses to write says so.
 """
+HEAD = ("method", "harmful refused", "look-alikes refused", "harmless refused", "facts kept", "KL, first token",
+        "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
+AT_ONE_PLACE = """Every method takes its candidate where the default chose its own, `{chosen}`, as far as it has one
+there, so that what differs is what the method does, not where. {n_test} prompts of each class (50 look-alikes), replies
+of at most {max_new_tokens} tokens. Controls: `random`, a random direction, and `shuffled`, the difference of means of
+two classes that are both half harmful; neither should do anything.
+"""
 KNOWN_TRUTH = """The bundled model is small and was trained to refuse, so that what is true of it is known: its
 figures are a test of the code, and say nothing of other models.
 """
@@ -36,6 +46,7 @@ def main() -> None:
     """Run what is not kept yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="NAME=FOLDER[:OPTIONS]")
+    parser.add_argument("--at", nargs="*", default=[], help="NAME=FOLDER:DIRECTION")
     parser.add_argument("--work", type=Path, default=Path("out/methods"))
     parser.add_argument("--write", type=Path, default=Path("docs/methods.md"))
     args = parser.parse_args()
@@ -48,6 +59,11 @@ def main() -> None:
             words = ["run", folder, "--out", out, "--method", method, *options]
             command(work, f"{name}-{method}", words, key={}, out=out)
     page = [INTRO, *(part for name, (_, options) in tried.items() for part in _section(work, name, options))]
+    for text in args.at:
+        name, (folder, (direction,)) = _model(text)
+        place = methods_at.place_of(name, Path(folder), Path(direction), work)
+        methods_at.run_all(place)
+        page += _section_at(place, args.write.parent)
     write_atomically(args.write, ("\n".join([*page, f"Machine: {machine()}."]).rstrip() + "\n").encode())
 
 
@@ -63,42 +79,57 @@ def _section(work: Path, name: str, options: Sequence[str]) -> Iterator[str]:
         yield KNOWN_TRUTH
     if options:
         yield f"With `{' '.join(options)}`.\n"
+    steps = {method: step for method in methods() if (step := result_of(work, f"{name}-{method}")) is not None}
     rows, refusals = [], []
     for method in methods().values():
-        step = result_of(work, f"{name}-{method.name}")
+        step = steps.get(method.name)
         if step is None:
             continue
         if step["exit"]:
-            refusals.append(f"- `{method.name}` stops with exit code {step['exit']}: {_why(step)}")
+            refusals.append(f"- `{method.name}` stops with exit code {step['exit']}: {methods_at.why(step)}")
         else:
             rows.append(_row(method, step))
-    base = next((at(row, "evaluation", "models", 0) for row in _documents(work, name)), None)
+    base = next((at(step, "document", "evaluation", "models", 0) for step in steps.values() if not step["exit"]), None)
     if base is not None:
         rows.insert(0, ("base", *_figures(base), "", "", "", ""))
-    head = ("method", "harmful refused", "look-alikes refused", "harmless refused", "facts kept", "KL, first token",
-            "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
-    yield table(head, rows)
+    yield table(HEAD, rows)
     yield from refusals
     yield ""
 
 
-def _documents(work: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    for method in methods():
-        step = result_of(work, f"{name}-{method}")
-        if step is not None and not step["exit"]:
-            yield step["document"]
+def _section_at(place: methods_at.Place, folder: Path) -> Iterator[str]:
+    """All methods at one place of a model, as a table and a picture."""
+    found = dict(methods_at.results(place.name, place.work))
+    known = methods()
+    yield f"## {place.name}, all at one place\n"
+    yield AT_ONE_PLACE.format(**methods_at.SIZES, chosen=place.chosen)
+    rows = [(_linked(known[name]) if name in known else name, *_figures(model)) for name, model in found.items()]
+    yield table(HEAD[: len(rows[0])] if rows else HEAD, rows)
+    for method, why in methods_at.refusals(place.name, place.work):
+        yield f"- `{method}` is refused: {why}"
+    yield ""
+    points = {
+        name: (at(model, "prompts", "harmful", "refused"), model["kl_nats"]) for name, model in found.items()
+    }  # fmt: skip
+    picture = folder / f"methods-{place.name}.svg"
+    write_atomically(picture, trade(points).encode())
+    yield f"![Refusals against KL]({picture.name})\n"
 
 
 def _row(method: Method, step: Mapping[str, Any]) -> tuple[str, ...]:
     document = step["document"]
     return (
-        f"[`{method.name}`](../recipes/{method.name}.toml)",
+        _linked(method),
         *_figures(at(document, "evaluation", "models", 1) or {}),
         f"`{at(document, 'direction', 'choice', 'candidate')}`",
         str(at(document, "edit", "coverage")),
         str(at(document, "edit", "claim")),
         number(step["cpu_seconds"], ",.0f"),
     )
+
+
+def _linked(method: Method) -> str:
+    return f"[`{method.name}`](../recipes/{method.name}.toml)"
 
 
 def _figures(model: Mapping[str, Any]) -> tuple[str, ...]:
@@ -109,10 +140,6 @@ def _figures(model: Mapping[str, Any]) -> tuple[str, ...]:
         number(model.get("kl_tokens_nats"), ".3f"),
         number(model.get("completion_nats"), ".3f"),
     )
-
-
-def _why(step: Mapping[str, Any]) -> str:
-    return next((line.removeprefix("error: ") for line in step["said"] if line.startswith("error:")), "").strip()
 
 
 if __name__ == "__main__":

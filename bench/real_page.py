@@ -3,7 +3,7 @@
 What the kept results do not hold is a dash.  Replies to prompts are never shown.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,15 @@ from abliterate.checkpoint import direction_file
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import SourceError
 from bench.edit_speed import machine
+from bench.page_parts import Rows, at, mebibytes, number, quoted, scores, table
 from bench.real_models import MODELS
 from bench.real_norms import NEARLY, summary
+from bench.real_peer import peer
 from bench.real_picture import landscape, with_error
 from bench.real_steps import result_of, stages
 
 PICTURE = "real-landscape.svg"
 TEXT = "bench/real_text.txt"
-RATES = {"refused": "refused", "delayed": "refused late, of these", "degenerate": "empty or broken"}
-NATS = {
-    "kl_nats": "KL to the base, first token, nats",
-    "kl_tokens_nats": "KL to the base, along its replies, nats",
-    "completion_nats": "cross-entropy on the base's replies, nats",
-    "text_nats": "cross-entropy on the text, nats",
-}
-Rows = Sequence[Sequence[str]]
 
 HEAD = """# Real models
 
@@ -57,7 +51,7 @@ def write(page: Path, work: Path, models: Path) -> None:
         HEAD,
         table(("model", "stored as", "licence", "from", "what it is here for"), _models(), left=5),
         *_qwen(work, run, picture),
-        *_peer(work),
+        *peer(work, page),
         *_smollm2(work),
         *_gemma(work),
         f"Machine: {machine()}.",
@@ -66,45 +60,6 @@ def write(page: Path, work: Path, models: Path) -> None:
     for folder in (work, models):
         text = text.replace(f"{folder}/", "")
     write_atomically(page, (text.rstrip() + "\n").encode())
-
-
-def table(head: Sequence[str], rows: Rows, *, left: int = 1) -> str:
-    """A table in Markdown; all columns but the first ``left`` hold figures."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "--:|" * (len(head) - left)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def at(document: Any, *path: str | int) -> Any:  # noqa: ANN401 - plain data
-    """What stands at ``path``; None where there is no such thing."""
-    for key in path:
-        try:
-            document = document[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return document
-
-
-def number(value: float | None, form: str = ".4f") -> str:
-    """A figure, or a dash."""
-    return "–" if value is None else format(value, form)
-
-
-def percent(rate: Mapping[str, Any] | None) -> str:
-    """A rate with its interval, or a dash."""
-    if rate is None:
-        return "–"
-    return f"{100 * rate['rate']:.1f} % ({100 * rate['low95']:.1f} to {100 * rate['high95']:.1f})"
-
-
-def mebibytes(value: int | None) -> str:
-    """Bytes, or a dash."""
-    return "–" if value is None else f"{value / 2**20:,.0f} MiB"
-
-
-def quoted(lines: Sequence[str]) -> str:
-    """What the tool said, word for word."""
-    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"]) + "\n" if lines else ""
 
 
 def _models() -> Rows:
@@ -159,36 +114,6 @@ def _qwen(work: Path, run: Mapping[str, Any] | None, picture: str) -> Iterator[s
     if run["said"]:
         yield "What it said besides:\n"
         yield quoted(run["said"])
-
-
-def scores(evaluation: Mapping[str, Any], names: Sequence[str]) -> str:
-    """All models side by side."""
-    models = evaluation.get("models", [])
-    rows = []
-    for kind in at(models, 0, "prompts") or {}:
-        for key, label in RATES.items():
-            cells = [at(model, "prompts", kind, key) for model in models]
-            if any(cells) and (key == "refused" or any(at(cell, "hits") for cell in cells)):
-                rows.append((f"{kind} ({at(cells, 0, 'count')}): {label}", *map(percent, cells)))
-        change = [at(model, "refusal_change", kind) for model in models]
-        rows.append(
-            (
-                f"{kind}: refusals against the base, paired, points",
-                *(_change(its, base=not n) for n, its in enumerate(change)),
-            )
-        )
-        rows.append((f"{kind}: words a reply", *(number(at(its, "prompts", kind, "words"), ".1f") for its in models)))
-    for key, label in NATS.items():
-        if any(model.get(key) is not None for model in models):
-            rows.append((label, *(number(model.get(key)) for model in models)))
-    return table(("", *names), rows)
-
-
-def _change(change: Mapping[str, Any] | None, *, base: bool) -> str:
-    value = at(change, "value")
-    if base or value is None:
-        return "–"
-    return f"{100 * value:+.1f} ({100 * at(change, 'low'):+.1f} to {100 * at(change, 'high'):+.1f})"
 
 
 def _direction(document: Mapping[str, Any]) -> Iterator[str]:
@@ -261,42 +186,6 @@ def _costs(run: Mapping[str, Any]) -> Iterator[str]:
 
 def _refused(step: Mapping[str, Any]) -> str:
     return f"It stops with exit code {step['exit']} after {step['wall_seconds']:.0f} s:\n\n" + quoted(step["said"])
-
-
-def _peer(work: Path) -> Iterator[str]:
-    compared, facts = result_of(work, "peer-compare"), result_of(work, "peer-facts")
-    if compared is None or facts is None or compared["exit"]:
-        return
-    yield f"## Beside {facts['tool']}\n"
-    yield f"By `abliterate compare`: one base, the same prompts, replies of the same length. {facts['how']}\n"
-    evaluation = compared["document"]
-    names = ["base", "abliterate", facts["tool"]]
-    yield scores(evaluation, names)
-    ours, diffs = result_of(work, "qwen-run") or {}, [result_of(work, "qwen-diff"), result_of(work, "peer-diff")]
-    found = sum(cpu or 0 for name, _, cpu in stages(ours) if not name.startswith("replies")) if ours else None
-    changed = [at(its, "document", "changed") for its in diffs]
-    rows = [
-        ("CPU seconds to make it", number(found, ",.0f"), number(facts.get("cpu_seconds"), ",.0f")),
-        ("peak memory", mebibytes(ours.get("peak_bytes")), mebibytes(facts.get("peak_bytes"))),
-        ("tensors that differ from the base", *("–" if its is None else str(len(its)) for its in changed)),
-        ("of these, one direction removed", *map(_projected, diffs)),
-        ("largest share of that direction left in them", *(number(_left(its), ".1e") for its in changed)),
-    ]
-    yield table(("", "abliterate", facts["tool"]), rows)
-    yield (
-        "The CPU seconds of abliterate are those of finding the direction, the edit and its proof on the bytes; those "
-        "of the other tool are its whole search, in which it writes replies to judge its trials. The peak of "
-        "abliterate is that of a run with its evaluation.\n"
-    )
-
-
-def _projected(diff: Mapping[str, Any] | None) -> str:
-    groups = at(diff, "document", "groups")
-    return "–" if groups is None else str(sum(group["projected"] for group in groups))
-
-
-def _left(changed: Sequence[Mapping[str, Any]] | None) -> float | None:
-    return max((its["left"] for its in changed or [] if its.get("left") is not None), default=None)
 
 
 def _smollm2(work: Path) -> Iterator[str]:

@@ -98,7 +98,7 @@ def select(
 
 
 @guarded
-@takes("edit", "memory_bytes", "publish")
+@takes("edit", "memory_bytes", "publish", file=True, method=True)
 def edit(
     model: opt.Model,
     direction: opt.DirectionFile,
