@@ -116,6 +116,7 @@ def _worth(plan: "EditPlan") -> str:
 
 def show_selection(directions: "DirectionSet", top: int = 5) -> None:
     """The best candidates and the chosen one."""
+    from abliterate.method.directions import chosen_by
     from abliterate.method.selection import WHY
 
     choice = directions.choice
@@ -145,6 +146,8 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.verdict,
         )
     out.print(best)
+    if by := chosen_by(directions.metadata):
+        out.print(by, style="yellow", markup=False)
     show_measured(directions.metadata)
     if choice is not None:
         place = (

@@ -156,6 +156,7 @@ class CandidateScore:
     ``candidate`` is its id; ``layer`` and ``position`` are where it was read.
     ``bypass``: mean refusal metric on harmful prompts with the candidate ablated (lower is better).
     ``induce``: mean refusal metric on harmless prompts with the candidate added at its layer (must be >= 0).
+    Chosen by COSMIC, ``bypass`` is ``-(S_comply + S_refuse)`` instead, and ``induce`` is ``S_refuse``, without a bound.
     ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts; with ``kl_stopped`` the least that
     it can be, because not all prompts were run.  ``kl_error_nats``: the standard error of that mean; 0 where it is not
     known.
@@ -179,7 +180,7 @@ class CandidateScore:
 class Choice:
     """The id of the candidate that was taken, where it was read, and by which rule it was taken.
 
-    Rules are "arditi-2024", "without-induce", "without-margin", "pareto-fallback" and "given".
+    Rules are "arditi-2024", "cosmic", "without-induce", "without-margin", "pareto-fallback" and "given".
     """
 
     candidate: str
@@ -324,6 +325,17 @@ def measured_on(measurement: Mapping[str, Any]) -> str:
         of = f" of {before[f'{kind}_train']}" if before else ""
         parts.append(f"{kept[f'{kind}_train']}{of} {kind}")
     return f"{' and '.join(parts)} prompts"
+
+
+def chosen_by(measurement: Mapping[str, Any]) -> str:
+    """Which metric the candidates were scored by, in words; empty where it is the first token, as ever."""
+    if measurement.get("choose_by") != "cosmic":
+        return ""
+    layers = ", ".join(map(str, measurement["cosmic_layers"]))
+    return (
+        f"candidates were scored by COSMIC at layers {layers}, not by tokens: bypass is -(S_comply + S_refuse), "
+        "induce S_refuse"
+    )
 
 
 def told_apart(measurement: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     every = {
         "measure": recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING,
-        "select": SELECTING - recipe.find.all_scores,
+        "select": SELECTING - recipe.find.scores_all,
         "verify": VERIFYING,
         "replies": models * (written + SCORING if written else SCORING_APART),
     }
