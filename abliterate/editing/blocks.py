@@ -81,9 +81,8 @@ class TensorEdit:
         """
         scale = edit.known_row_scale
         rows = feedback_rows(edit.read) if rounding == "direction" else []
-        compute = (
-            torch.float64 if edit.scales or edit.keeps_rows else codec.compute
-        )  # lengths are what large numbers leave
+        lengths = edit.scales or edit.keeps_rows  # are what large numbers leave
+        compute = torch.float64 if lengths else codec.compute
         return cls(
             where=where,
             edit=edit,

@@ -30,7 +30,7 @@ BLOCK_ELEMENTS = 2**20
 def with_row_lengths(plan: EditPlan) -> EditPlan:
     """``plan`` with the factors of every row, and a note of how much of the direction they put back.
 
-    The writers are read: six times where they lie in columns, twice where they lie in rows.
+    The writers are read: four times where they lie in columns, twice where they lie in rows.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
