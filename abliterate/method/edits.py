@@ -118,6 +118,8 @@ def removing(directions: Float[Tensor, "d k"]) -> StreamEdit:
 def _removal(subspace: Subspace) -> WeightEdit:
     if subspace.read is None:
         return orthogonal(subspace.basis)
+    if subspace.as_it_is:
+        return WeightEdit(read=subspace.read.to(torch.float64), write=subspace.vectors.to(torch.float64))
     return oblique(subspace.read, subspace.vectors)
 
 
@@ -133,7 +135,11 @@ def removal(candidate: Candidate) -> StreamEdit:
     if isinstance(candidate.subspace, Subspace):
         return StreamEdit(everywhere=_removal(candidate.subspace))
     of_layers = {layer: _removal(subspace) for layer, subspace in candidate.subspace.items()}
-    return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
+    of_mlps = of_layers
+    if candidate.of_mlps is not None:
+        of_mlps = {layer: _removal(subspace) for layer, subspace in candidate.of_mlps.items()}
+    by_kind = zip(IN_BLOCKS, (of_layers, of_mlps), strict=True)
+    return StreamEdit(places={(layer, kind): edit for kind, its in by_kind for layer, edit in its.items()})
 
 
 def removal_with_kept_norms(candidate: Candidate) -> StreamEdit:

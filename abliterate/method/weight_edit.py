@@ -27,6 +27,10 @@ ColumnScale = Literal["none", "kept norms"]
 ROUNDING = 1e-9
 """Entries of ``kept`` below this are the rounding of float64 arithmetic."""
 
+FEEDBACK_RANK = 32
+"""Of an edit along more directions than this every element is rounded to nearest: rows that take up the leak of all
+others would be most rows, each at the cost of inverting a matrix of this width."""
+
 NOTHING_LEFT = 2.0**-20
 """Share of a column's squared length: a column of which less is left keeps the length it is left with, as the rest is
 mostly rounding and would be blown up with it."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from abliterate.arch.codecs import Codec
 from abliterate.arch.formats import FORMATS
 from abliterate.arch.model_map import Writer
-from abliterate.method.weight_edit import NOTHING_LEFT, WeightEdit
+from abliterate.method.weight_edit import FEEDBACK_RANK, NOTHING_LEFT, WeightEdit
 
 KEPT = 2.0**-7
 """Share of what was there along ``u`` that may be left in a quantised matrix.  Measured: 1e-5 to 1e-4, in matrices 32
@@ -83,9 +83,7 @@ class Prover:
         self._turned = self._u if self._row_scale is None else self._row_scale[:, None] * self._u
         self.row_squares = torch.zeros(2, len(self._u), dtype=torch.float64)
         self._digests = (hashlib.sha256(), hashlib.sha256())
-        self._squares = torch.zeros(
-            7, dtype=torch.float64
-        )  # removed, total, wrong, total written, error, before, after
+        self._squares = torch.zeros(7, dtype=torch.float64)  # in the order of ``finish``
         self._worst = [0.0, 0.0]
         self._columns = 0
         self._format = FORMATS[writer.format]
@@ -198,7 +196,7 @@ class Prover:
             )  # what is left of a column, and its rounding with it
         allowed = self._format.unit_roundoff * size_new + arithmetic + slack
         d, k = self._u.shape
-        feedback = 1 + FEEDBACK_STEPS * k * min(1.0, FEEDBACK_ROWS / d) ** 0.5
+        feedback = 1 + (FEEDBACK_STEPS * k * min(1.0, FEEDBACK_ROWS / d) ** 0.5 if k <= FEEDBACK_RANK else 0)
         for place, (residual, factor) in enumerate(((wrong.abs().amax(0), 1.0), (error.sqrt(), feedback))):
             ratio = float((residual / (factor * allowed).clamp_min(1e-300)).amax()) if residual.numel() else 0.0
             self._worst[place] = max(self._worst[place], ratio) if ratio == ratio else float("inf")
