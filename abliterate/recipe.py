@@ -89,6 +89,11 @@ class FindOptions(Section):
         default=False,
         description="Score every candidate in full, for the landscape in the report; the choice is the same without.",
     )
+    choose_by: Literal["first-token", "cosmic"] = Field(
+        default="first-token",
+        description="What scores candidates: first-token (the paper's metric), or cosmic (residuals, no tokens; every "
+        "candidate in full).",
+    )
     max_kl_nats: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.1, gt=0, description="The most that ablating a candidate may change harmless prompts."
     )
@@ -101,6 +106,11 @@ class FindOptions(Section):
     prune_layers: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.2, ge=0, lt=1, description="The share of the layers, the last ones, that gives no candidates."
     )
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether every candidate is scored in full."""
+        return self.all_scores or self.choose_by == "cosmic"
 
 
 class EditOptions(Section):

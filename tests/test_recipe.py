@@ -165,6 +165,7 @@ def test_the_sets_of_options_that_do_not_matter():
 LATER = {
     "estimators": ("difference-of-means", "projected-difference"),
     "all_scores": False,
+    "choose_by": "first-token",
     "change": "removal",
     "allow_few": False,
     "labels": "replies",

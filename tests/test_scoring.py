@@ -17,6 +17,7 @@ from abliterate.model.chat import ChatFormat, left_padded
 from abliterate.model.equivalence import stream_share
 from abliterate.model.forward import last_log_probs, padding_is_harmless, run_batch, see_residuals
 from abliterate.model.interventions import ablated, ablated_each, added, added_each, edited, observed
+from abliterate.model.jobs import Job
 from abliterate.model.load import attach
 from abliterate.model.measuring import Filtered, Validation, choose_candidate, score_candidates
 from abliterate.model.scores import ScoreFile, Scores
@@ -360,8 +361,8 @@ def test_the_prefix_and_what_is_below_an_addition_are_run_once(models):
     of_harmless = sum(len(prompt.split()) - 4 for prompt in HARMLESS) + 4
     with scorer_of(loaded) as one:
         jobs = [
-            scoring.Job(kind="ablated", candidates=tuple(range(7)), subspaces=drawn(7)),
-            *(scoring.Job(kind="added", candidates=(7, 8), subspaces=drawn(2), layer=at) for at in range(3)),
+            Job(kind="ablated", candidates=tuple(range(7)), subspaces=drawn(7)),
+            *(Job(kind="added", candidates=(7, 8), subspaces=drawn(2), layer=at) for at in range(3)),
         ]
         counts = calls(loaded, lambda: one.run(jobs, lambda *_: None))
     assert counts == [ablations + 2 * (layer + 1) * of_harmless for layer in range(3)]

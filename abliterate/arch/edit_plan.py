@@ -94,12 +94,13 @@ class EditPlan:
 
     def _edit_json(self, edit: WeightEdit, places: Sequence[Place]) -> dict[str, Any]:
         """One edit of the stream as plain data, its vectors by their hash; ``places`` has one for each writer."""
-        vectors = (edit.read, edit.write, *(() if edit.constant is None else (edit.constant,)))
+        vectors = (edit.read, edit.write, *(its for its in (edit.constant, edit.row_scale) if its is not None))
         return {
             "directions": edit.rank,
             "strength": edit.strength,
             "column_scale": edit.column_scale,
             "constant": edit.constant is not None,
+            "keeps_rows": edit.keeps_rows,
             "oblique": edit.is_oblique,
             "removes": edit.removes,
             "writers": len(places),

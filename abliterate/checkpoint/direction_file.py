@@ -152,6 +152,8 @@ def _listed(candidates: Sequence[Candidate], tensors: dict[str, Tensor]) -> list
             "by_layer": None
             if isinstance(one.subspace, Subspace)
             else {layer: number(its) for layer, its in one.subspace.items()},
+            "of_mlps": None if one.of_mlps is None else {layer: number(its) for layer, its in one.of_mlps.items()},
+            "as_it_is": one.subspaces[0].as_it_is,
         }
         for one in candidates
     ]
@@ -188,13 +190,21 @@ class _Choice(BaseModel):
 
 
 class _Listed(BaseModel):
-    """A candidate with the number of its tensor, or one for each layer."""
+    """A candidate with the number of its tensor, or one for each layer; what has a default came later."""
 
     id: str
     layer: int
     provenance: dict[str, Any]
     subspace: int | None
     by_layer: dict[int, int] | None
+    of_mlps: dict[int, int] | None = None
+    as_it_is: bool = False
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of all its tensors."""
+        listed = {*(self.by_layer or {}).values(), *(self.of_mlps or {}).values()}
+        return listed if self.subspace is None else {self.subspace, *listed}
 
 
 class _Document(BaseModel):
@@ -287,9 +297,10 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
     """The candidates that have tensors of their own; a subspace that several layers share stays one."""
     if not all("estimator" in one.provenance for one in listed):
         raise ValueError("a candidate comes from an estimator")
-    numbers = {one.subspace for one in listed} | {number for one in listed for number in (one.by_layer or {}).values()}
     subspaces = {
-        n: Subspace(vectors=tensors[f"subspace.{n}"], read=tensors.get(f"read.{n}")) for n in numbers if n is not None
+        n: Subspace(vectors=tensors[f"subspace.{n}"], read=tensors.get(f"read.{n}"), as_it_is=one.as_it_is)
+        for one in listed
+        for n in one.numbers
     }
     if any(its.ndim != 2 or its.shape != one.vectors.shape for one in subspaces.values() for its in one.tensors):
         raise ValueError("a subspace is a matrix, and so is what it is read along")
@@ -301,6 +312,9 @@ def _others(listed: Sequence[_Listed], tensors: Mapping[str, Tensor]) -> list[Ca
             subspace=subspaces[one.subspace]
             if one.subspace is not None
             else {layer: subspaces[number] for layer, number in sorted((one.by_layer or {}).items())},
+            of_mlps=None
+            if one.of_mlps is None
+            else {layer: subspaces[number] for layer, number in sorted(one.of_mlps.items())},
         )
         for one in listed
     ]

@@ -1,8 +1,8 @@
 """The file that holds what an edit does to the residual stream: safetensors, never pickle.
 
-Tensors ``vectors.N``, float64: ``read`` and ``write`` of edits ``[d, k]``, and constants ``[d]``, each different one
-once. The metadata is one JSON document under ``abliterate-edit``: which vectors each edit has, its strength and column
-scale, and at which place which of the edits stands.
+Tensors ``vectors.N``, float64: ``read`` and ``write`` of edits ``[d, k]``, constants and scales of rows ``[d]``, each
+different one once. The metadata is one JSON document under ``abliterate-edit``: which vectors each edit has, its
+strength and column scale, and at which place which of the edits stands.
 """
 
 import json
@@ -43,6 +43,7 @@ class _Edit(BaseModel):
     constant: _Number | None
     strength: Annotated[float, Field(strict=True, allow_inf_nan=False)]
     column_scale: ColumnScale
+    row_scale: _Number | None = None
 
 
 class _Document(BaseModel):
@@ -78,6 +79,7 @@ def save(stream: StreamEdit, path: Path) -> Path:
                 "constant": None if edit.constant is None else number(edit.constant),
                 "strength": edit.strength,
                 "column_scale": edit.column_scale,
+                **({} if edit.known_row_scale is None else {"row_scale": number(edit.known_row_scale)}),
             }
             for edit in edits
         ],
@@ -126,12 +128,15 @@ def _stream_of(document: _Document, tensors: dict[str, Tensor]) -> StreamEdit:
 
 def _edit_of(its: _Edit, tensors: dict[str, Tensor]) -> WeightEdit:
     read, write = tensors[f"vectors.{its.read}"], tensors[f"vectors.{its.write}"]
-    constant = None if its.constant is None else tensors[f"vectors.{its.constant}"]
+    constant, scale = (
+        None if number is None else tensors[f"vectors.{number}"] for number in (its.constant, its.row_scale)
+    )
     if read.ndim != 2 or write.shape != read.shape or not 1 <= read.shape[1] <= read.shape[0]:
         raise ValueError("vectors of other shapes")
-    if constant is not None and constant.shape != read.shape[:1]:
-        raise ValueError("a constant of another length")
-    parts = [read, write] if constant is None else [read, write, constant]
+    of_rows = [part for part in (constant, scale) if part is not None]
+    if any(part.shape != read.shape[:1] for part in of_rows):
+        raise ValueError("a constant, or a scale, of another length")
+    parts = [read, write, *of_rows]
     if not all(part.dtype == torch.float64 and bool(torch.isfinite(part).all()) for part in parts):
         raise ValueError("values that are not finite, or no float64")
     lengths = torch.linalg.vector_norm(read, dim=0)
@@ -140,7 +145,10 @@ def _edit_of(its: _Edit, tensors: dict[str, Tensor]) -> WeightEdit:
     sizes: Tensor = torch.linalg.svdvals(read / lengths)
     if float(sizes[-1]) <= INDEPENDENT * float(sizes[0]):
         raise ValueError("vectors that depend on each other")
-    edit = WeightEdit(read=read, write=write, strength=its.strength, column_scale=its.column_scale, constant=constant)
+    edit = WeightEdit(
+        read=read, write=write, strength=its.strength, column_scale=its.column_scale, constant=constant,
+        keeps_rows=scale is not None, row_scale=scale,
+    )  # fmt: skip
     if not bool(torch.isfinite(edit.kept).all()):
         raise ValueError("numbers too large to be multiplied")
     return edit

@@ -116,6 +116,7 @@ def _worth(plan: "EditPlan") -> str:
 
 def show_selection(directions: "DirectionSet", top: int = 5) -> None:
     """The best candidates and the chosen one."""
+    from abliterate.method.directions import chosen_by
     from abliterate.method.selection import WHY
 
     choice = directions.choice
@@ -145,6 +146,8 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
             score.verdict,
         )
     out.print(best)
+    if by := chosen_by(directions.metadata):
+        out.print(by, style="yellow", markup=False)
     show_measured(directions.metadata)
     if choice is not None:
         place = (
@@ -190,6 +193,11 @@ def show_verification(report: "VerifyReport") -> None:
     out.print(
         f"{mark} {on_bytes.identical_tensors} other tensors and {on_bytes.identical_files} other files byte-identical"
     )
+    if shares := [proof.kept_along for proof in on_bytes.edited if proof.keeps_rows]:
+        out.print(
+            f"[yellow]rows keep their lengths: on the written bytes {min(shares):.1%} to {max(shares):.1%} of what a "
+            "writer wrote along the direction is put back[/yellow]"
+        )
     if behaviour is not None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
         share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"

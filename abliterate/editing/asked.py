@@ -6,6 +6,7 @@ from abliterate.arch.codecs import read_rows
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
 from abliterate.editing.planning import along
+from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import PlanRefusedError
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import stream_edit
@@ -45,7 +46,7 @@ def plan_asked(made: EditPlan, options: EditOptions, directions: DirectionSet) -
         UsageError: as for ``stream_asked``.
         PlanRefusedError: as for ``planning.along``, or a constant would drown the rows of the embedding.
     """
-    found = along(made, stream_asked(options, directions, made.model_map.n_layers))
+    found = with_row_lengths(along(made, stream_asked(options, directions, made.model_map.n_layers)))
     for writer in found.writers:
         constant = found.edits[writer.tensor.name].constant
         if constant is None or writer.role != "embedding" or writer.packed:

@@ -62,6 +62,7 @@ class TensorEdit:
     read: Float[Tensor, "d k"]
     write: Float[Tensor, "d k"]
     constant: Float[Tensor, " d"] | None
+    row_scale: Float[Tensor, " d"] | None
     inverse: Float[Tensor, "k k"]
     compute: torch.dtype
     feedback: Tensor
@@ -74,9 +75,14 @@ class TensorEdit:
         """Prepare ``edit`` for a tensor; ``where`` names it in errors.
 
         With ``rounding`` "nearest" there are no feedback rows: every element is rounded to nearest.
+
+        Raises:
+            ValueError: rows keep their lengths, and what that takes was not read from the weights.
         """
+        scale = edit.known_row_scale
         rows = feedback_rows(edit.read) if rounding == "direction" else []
-        compute = torch.float64 if edit.scales else codec.compute  # lengths are what large numbers leave
+        lengths = edit.scales or edit.keeps_rows  # are what large numbers leave
+        compute = torch.float64 if lengths else codec.compute
         return cls(
             where=where,
             edit=edit,
@@ -84,6 +90,7 @@ class TensorEdit:
             read=edit.read.to(compute),
             write=edit.write.to(compute),
             constant=None if edit.constant is None else edit.constant.to(compute),
+            row_scale=None if scale is None else scale.to(compute),
             inverse=torch.linalg.pinv(edit.read.T @ edit.read, rtol=GRAM_TOLERANCE, hermitian=True).to(compute),
             compute=compute,
             feedback=torch.tensor(rows, dtype=torch.long),
@@ -148,6 +155,9 @@ class TensorEdit:
             scale = column_scale(before, wide.square().sum(1))
             wide *= scale[:, None]
             expected = None if expected is None else expected * scale
+        if self.row_scale is not None:
+            wide *= self.row_scale
+            return wide @ self.read
         return None if expected is None else expected.T
 
     def edit_columns(self, matrix: Tensor, first_row: int) -> None:
@@ -197,6 +207,8 @@ class ColumnEdit:
         self._expected: Tensor | None = None
         self._scale: Tensor | None = None
         self._lengths = torch.zeros(1 + k, n, dtype=dtype) if edit.edit.scales else None
+        self._turned = None if edit.row_scale is None else edit.row_scale[:, None] * edit.read
+        self._along = torch.zeros(k, n, dtype=dtype)
         self._begun = False
 
     @property
@@ -221,10 +233,12 @@ class ColumnEdit:
         return list(zip(edit.feedback.tolist(), stored, strict=True))
 
     def _gather(self, block: Tensor, first_row: int) -> None:
-        """``c += read^T W``; where columns keep their lengths, those and ``write^T W`` as well."""
+        """``c += read^T W``; what the lengths of columns, or scaled rows, leave along ``read`` takes more sums."""
         for row, part in self._parts(block, first_row):
             wide = self._wide(part, row)
             self._coefficients.addmm_(self.edit.read[row : row + len(part)].T, wide)
+            if self._turned is not None:
+                self._along.addmm_(self._turned[row : row + len(part)].T, wide)
             if self._lengths is not None:
                 self._lengths[1:].addmm_(self.edit.write[row : row + len(part)].T, wide)
                 self._lengths[0] += wide.square_().sum(0)
@@ -271,6 +285,10 @@ class ColumnEdit:
         """What the first pass tells: the scale of every column, and what the edit leaves along ``read``."""
         edit, c = self.edit.edit, self._coefficients
         self._expected = edit.expected(c)
+        if self._turned is not None:
+            self._expected = self._along - edit.strength * (self._turned.T @ self.edit.write) @ c
+            if self.edit.constant is not None:
+                self._expected += (self._turned.T @ self.edit.constant)[:, None]
         if self._lengths is None:
             return
         gram = (edit.write.T @ edit.write).to(c.dtype)
@@ -281,13 +299,15 @@ class ColumnEdit:
             self._expected = self._expected * self._scale
 
     def _target(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:
-        """``(W - strength write c + constant) diag(scale) - read m``."""
+        """``diag(row_scale) (W - strength write c + constant) diag(scale) - read m``."""
         edit, rows = self.edit, slice(row, row + len(part))
         wide = self._wide(part, row).addmm_(edit.write[rows], self._coefficients, alpha=-edit.edit.strength)
         if edit.constant is not None:
             wide += edit.constant[rows, None]
         if self._scale is not None:
             wide *= self._scale
+        if edit.row_scale is not None:
+            wide *= edit.row_scale[rows, None]
         return wide.addmm_(edit.read[rows], self._pull, alpha=-1) if edit.codec.pulls else wide
 
     def _wide(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:

@@ -17,7 +17,7 @@ from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
-from abliterate.method.directions import Candidate, DirectionSet, measured_on, told_apart
+from abliterate.method.directions import Candidate, DirectionSet, chosen_by, measured_on, told_apart
 from abliterate.method.selection import NOT_ASKED, WHY
 from abliterate.method.statistics import Rate
 
@@ -26,6 +26,11 @@ METRICS = (
     ("induce", "induce", "refusal log-odds on harmless prompts with the candidate added: must not be negative"),
     ("kl_nats", "KL", "nats, on harmless prompts with the candidate ablated: lower is better"),
 )
+COSMIC_NOTES = {
+    "bypass": "minus the sum that COSMIC takes the highest of: lower is better",
+    "induce": "cosine of harmless residuals, the candidate added, with the harmful mean: has no bound",
+}
+"""What the first two are where COSMIC chose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,7 @@ def render(
         measured=measured_on(manifest["direction"].get("measurement", {})) if manifest else "",
         why=WHY,
         apart=told_apart(manifest["direction"].get("measurement", {})) if manifest else "",
+        by=chosen_by(directions.metadata) if directions is not None else "",
         bars=_bars(evaluation),
         pairs=_pairs(evaluation),
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
@@ -147,7 +153,7 @@ def landscape_charts(directions: DirectionSet) -> list[Chart]:
     chosen = (places[choice.position], choice.layer) if choice is not None and choice.position in places else None
     scores = [(places[s.position], s) for s in directions.scores if s.position is not None and s.candidate in shown]
     struck = frozenset((row, score.layer) for row, score in scores if score.verdict not in ("kept", NOT_ASKED))
-    charts = []
+    charts, notes = [], COSMIC_NOTES if chosen_by(directions.metadata) else {}
     for field, name, note in METRICS:
         values: list[list[float | None]] = [[None] * directions.n_layers for _ in directions.positions]
         for row, score in scores:
@@ -158,7 +164,7 @@ def landscape_charts(directions: DirectionSet) -> list[Chart]:
             column_axis="layer", chosen=chosen, struck=struck,
             scale="sequential" if field == "kl_nats" else "diverging",
         )  # fmt: skip
-        charts.append(Chart(title=name, note=note, svg=heat_map(chart)))
+        charts.append(Chart(title=name, note=notes.get(field, note), svg=heat_map(chart)))
     return charts
 
 

@@ -21,6 +21,11 @@ def vectors_of(directions: DirectionSet) -> dict[int, list[float]]:
         UsageError: nothing was chosen, or nothing of it can be expressed.
     """
     chosen = directions.chosen
+    if any(subspace.as_it_is for subspace in chosen.subspaces):
+        raise UsageError(
+            f"candidate {chosen.id} takes something out of what writers add, and nothing of it is added",
+            "choose a candidate of another estimator",
+        )
     layers = [chosen.layer] if isinstance(chosen.subspace, Subspace) else sorted(chosen.subspace)
     found = {}
     for layer in layers:

@@ -90,6 +90,8 @@ def not_expressible(writer: Writer, edit: WeightEdit) -> str:
     """Why an adapter cannot hold the edit of ``writer``; empty where it can."""
     if edit.scales:
         return "its columns keep their lengths, which is no change of low rank"
+    if edit.keeps_rows:
+        return "its rows keep their lengths, which is no change of low rank"
     if edit.constant is not None:
         return "gains a constant"
     if writer.packed is not None:

@@ -26,10 +26,12 @@ class Subspace:
     """The span of ``vectors``, columns of any lengths and angles.  Ablation needs the span, addition the lengths.
 
     ``read``: along what a stream is read for what is taken out along ``vectors`` (LEACE); None: along these themselves.
+    ``as_it_is``: what is taken out is ``vectors read^T s`` and no more, which need not be all that is read.
     """
 
     vectors: Float[Tensor, "d k"]
     read: Float[Tensor, "d k"] | None = None
+    as_it_is: bool = False
 
     @property
     def k(self) -> int:
@@ -54,7 +56,7 @@ class Subspace:
         """With its vectors in ``dtype``: itself, where they are that already."""
         if self.vectors.dtype == dtype and (self.read is None or self.read.dtype == dtype):
             return self
-        return Subspace(vectors=self.vectors.to(dtype), read=None if self.read is None else self.read.to(dtype))
+        return replace(self, vectors=self.vectors.to(dtype), read=None if self.read is None else self.read.to(dtype))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -73,7 +75,8 @@ class Candidate:
 
     ``id`` is unique in a set and stays the same from file to file: estimator, then what tells its candidates apart, as
     in "difference-of-means/-1/12" (position, layer).
-    ``subspace`` is one for all layers, or one for each layer that the mapping names.
+    ``subspace`` is one for all layers, or one for each layer that the mapping names.  ``of_mlps``: those of the MLPs,
+    where these have others than the attention of their layer.
     ``layer``: where it was read, and where addition adds it.
     ``provenance`` is plain data: the "estimator", the "position" if it was read at one, and whatever else made it.
     """
@@ -82,6 +85,7 @@ class Candidate:
     subspace: Subspace | Mapping[int, Subspace]
     layer: int
     provenance: Mapping[str, Any]
+    of_mlps: Mapping[int, Subspace] | None = None
 
     @property
     def estimator(self) -> str:
@@ -95,10 +99,10 @@ class Candidate:
 
     @property
     def subspaces(self) -> tuple[Subspace, ...]:
-        """The one subspace, or those of the layers, from the first layer on."""
+        """The one subspace, or those of the layers, from the first layer on, and then those of the MLPs."""
         if isinstance(self.subspace, Subspace):
             return (self.subspace,)
-        return tuple(self.subspace[layer] for layer in sorted(self.subspace))
+        return tuple(its[layer] for its in (self.subspace, self.of_mlps or {}) for layer in sorted(its))
 
     def with_subspaces(self, change: Callable[[Subspace], Subspace]) -> "Candidate":
         """The same with other subspaces: ``change`` is called once for each, though several layers share it."""
@@ -106,7 +110,11 @@ class Candidate:
             return replace(self, subspace=change(self.subspace))
         different = {id(its): its for its in self.subspaces}
         changed = {known: change(its) for known, its in different.items()}
-        return replace(self, subspace={layer: changed[id(its)] for layer, its in self.subspace.items()})
+        of_layers, of_mlps = (
+            None if some is None else {layer: changed[id(its)] for layer, its in some.items()}
+            for some in (self.subspace, self.of_mlps)
+        )
+        return replace(self, subspace=of_layers or {}, of_mlps=of_mlps)
 
     def at(self, layer: int) -> Subspace | None:
         """The subspace of one layer; None where the layer has none."""
@@ -156,6 +164,7 @@ class CandidateScore:
     ``candidate`` is its id; ``layer`` and ``position`` are where it was read.
     ``bypass``: mean refusal metric on harmful prompts with the candidate ablated (lower is better).
     ``induce``: mean refusal metric on harmless prompts with the candidate added at its layer (must be >= 0).
+    Chosen by COSMIC, ``bypass`` is ``-(S_comply + S_refuse)`` instead, and ``induce`` is ``S_refuse``, without a bound.
     ``kl_nats``: mean KL(base || ablated) at the last position of harmless prompts; with ``kl_stopped`` the least that
     it can be, because not all prompts were run.  ``kl_error_nats``: the standard error of that mean; 0 where it is not
     known.
@@ -179,7 +188,7 @@ class CandidateScore:
 class Choice:
     """The id of the candidate that was taken, where it was read, and by which rule it was taken.
 
-    Rules are "arditi-2024", "without-induce", "without-margin", "pareto-fallback" and "given".
+    Rules are "arditi-2024", "cosmic", "without-induce", "without-margin", "pareto-fallback" and "given".
     """
 
     candidate: str
@@ -299,6 +308,8 @@ class DirectionSet:
         found, subspace = hashlib.sha256(), self.chosen.subspace
         if not isinstance(subspace, Subspace):
             found.update(repr(sorted(subspace)).encode())
+        if self.chosen.of_mlps is not None:
+            found.update(repr(sorted(self.chosen.of_mlps)).encode())
         for subspace in self.chosen.subspaces:
             for tensor in subspace.tensors:
                 found.update(tensor.contiguous().numpy().tobytes())
@@ -324,6 +335,17 @@ def measured_on(measurement: Mapping[str, Any]) -> str:
         of = f" of {before[f'{kind}_train']}" if before else ""
         parts.append(f"{kept[f'{kind}_train']}{of} {kind}")
     return f"{' and '.join(parts)} prompts"
+
+
+def chosen_by(measurement: Mapping[str, Any]) -> str:
+    """Which metric the candidates were scored by, in words; empty where it is the first token, as ever."""
+    if measurement.get("choose_by") != "cosmic":
+        return ""
+    layers = ", ".join(map(str, measurement["cosmic_layers"]))
+    return (
+        f"candidates were scored by COSMIC at layers {layers}, not by tokens: bypass is -(S_comply + S_refuse), "
+        "induce S_refuse"
+    )
 
 
 def told_apart(measurement: Mapping[str, Any]) -> str:

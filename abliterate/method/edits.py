@@ -118,6 +118,8 @@ def removing(directions: Float[Tensor, "d k"]) -> StreamEdit:
 def _removal(subspace: Subspace) -> WeightEdit:
     if subspace.read is None:
         return orthogonal(subspace.basis)
+    if subspace.as_it_is:
+        return WeightEdit(read=subspace.read.to(torch.float64), write=subspace.vectors.to(torch.float64))
     return oblique(subspace.read, subspace.vectors)
 
 
@@ -133,7 +135,11 @@ def removal(candidate: Candidate) -> StreamEdit:
     if isinstance(candidate.subspace, Subspace):
         return StreamEdit(everywhere=_removal(candidate.subspace))
     of_layers = {layer: _removal(subspace) for layer, subspace in candidate.subspace.items()}
-    return StreamEdit(places={(layer, kind): edit for layer, edit in of_layers.items() for kind in IN_BLOCKS})
+    of_mlps = of_layers
+    if candidate.of_mlps is not None:
+        of_mlps = {layer: _removal(subspace) for layer, subspace in candidate.of_mlps.items()}
+    by_kind = zip(IN_BLOCKS, (of_layers, of_mlps), strict=True)
+    return StreamEdit(places={(layer, kind): edit for kind, its in by_kind for layer, edit in its.items()})
 
 
 def removal_with_kept_norms(candidate: Candidate) -> StreamEdit:
@@ -141,12 +147,25 @@ def removal_with_kept_norms(candidate: Candidate) -> StreamEdit:
 
     "Norm-preserving" ablation, of columns: nothing is left along the direction, and what the writer writes otherwise
     grows with what was taken from the column.  The form published by grimjim (2025) keeps the lengths of *rows*, which
-    puts a part of the direction back.
+    puts a part of the direction back (``removal_with_kept_rows``).
 
     Raises:
         ValueError: as for ``removal``.
     """
     return removal(candidate).with_edits(lambda edit: replace(edit, column_scale="kept norms"))
+
+
+def removal_with_kept_rows(candidate: Candidate) -> StreamEdit:
+    """``removal``, and every row of a writer gets its length back: ``W' = D (W - Q Q^T W)``, ``D`` diagonal.
+
+    "Norm-preserving" ablation as published (grimjim 2025; heretic 1.4.0, row normalisation "full").  ``D`` turns what
+    is written, so that a part of the direction comes back: this edit does not remove it.  The rows of the attention or
+    of the MLP of a layer go through all its matrices, if there are several (experts).
+
+    Raises:
+        ValueError: as for ``removal``.
+    """
+    return removal(candidate).with_edits(lambda edit: replace(edit, keeps_rows=True))
 
 
 def affine_removal(directions: DirectionSet) -> StreamEdit:
@@ -188,6 +207,7 @@ def addition(candidate: Candidate) -> StreamEdit:
 EDITS: Mapping[str, Callable[[DirectionSet, int], StreamEdit]] = {
     "removal": lambda directions, _: removal(directions.chosen),
     "kept-norms": lambda directions, _: removal_with_kept_norms(directions.chosen),
+    "kept-rows": lambda directions, _: removal_with_kept_rows(directions.chosen),
     "affine": lambda directions, _: affine_removal(directions),
     "addition": lambda directions, _: addition(directions.chosen),
 }
@@ -221,12 +241,15 @@ def stream_edit(name: str, directions: DirectionSet, n_layers: int) -> StreamEdi
 
 
 def apply(w: Float[Tensor, "d n"], edit: WeightEdit) -> Float[Tensor, "d n"]:
-    """``(W - strength write (read^T W) + constant) diag(column_scale)`` in the dtype of ``w``, not in place."""
+    """``diag(row_scale) (W - strength write (read^T W) + constant) diag(column_scale)`` in the dtype of ``w``."""
     read, write = (vectors.to(device=w.device, dtype=w.dtype) for vectors in (edit.read, edit.write))
     edited = w - edit.strength * (write @ (read.T @ w))
     if edit.constant is not None:
         edited = edited + edit.constant.to(device=w.device, dtype=w.dtype)[:, None]
-    return edited * column_scale(w.square().sum(0), edited.square().sum(0)) if edit.scales else edited
+    if edit.scales:
+        edited = edited * column_scale(w.square().sum(0), edited.square().sum(0))
+    rows = edit.known_row_scale
+    return edited if rows is None else edited * rows.to(device=w.device, dtype=w.dtype)[:, None]
 
 
 def column_scale(before: Float[Tensor, " n"], after: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -13,13 +13,16 @@ import torch
 from abliterate.errors import UsageError
 from abliterate.method.directions import Candidate, Subspace, grid
 from abliterate.method.linalg import cosine
+from abliterate.method.low_rank import differences
 from abliterate.method.moments import ActivationStats, within_classes
+from abliterate.method.places import IN_BLOCKS
 from abliterate.method.som import batch_map, directions_of
 
-Need = Literal["means", "covariance", "samples"]
+Need = Literal["means", "covariance", "samples", "outputs"]
 DIFFERENCE_OF_MEANS, PROJECTED_DIFFERENCE = "difference-of-means", "projected-difference"
 PER_LAYER, BIPROJECTED, SOM = "per-layer", "biprojected-difference", "self-organising-map"
 LEACE = "least-squares-erasure"
+LOW_RANK = "low-rank-difference"
 SAME = 1e-6
 """A difference of means that is shorter than this share of them is rounding."""
 MAP_LEAST, MAP_MOST = 2, 7
@@ -30,7 +33,8 @@ MAP_LEAST, MAP_MOST = 2, 7
 class Estimator:
     """A function that makes candidates, and the statistics it needs (see ``ActivationStats``).
 
-    "means" are at all positions and layers; "covariance" and "samples", the residuals themselves, at the last position.
+    "means" are at all positions and layers; "covariance" and "samples", the residuals themselves, at the last position;
+    "outputs" are what each attention and MLP adds, at all positions.
     """
 
     needs: frozenset[Need]
@@ -142,11 +146,34 @@ def least_squares_erasure(stats: ActivationStats) -> tuple[Candidate, ...]:
     return tuple(made)
 
 
+def low_rank_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``W' = W - (I - Pi_u) Pi_s W`` of every attention and MLP (ActSVD, Wei et al. 2024, arXiv 2402.05162, section 3).
+
+    ``Pi_s`` and ``Pi_u`` project on the span of the first singular vectors of what that writer adds on harmful and on
+    harmless prompts, at the post-instruction positions (there: at every token of a reply).  The published rank of both
+    is 1024 of 4096, a quarter of the width; of ``Pi_s`` a sixteenth and a 64th are tried as well:
+    "low-rank-difference/s/u".  What lies in ``Pi_u`` stays.  There are no more directions than samples.
+    """
+    made, d = [], next(iter(stats.moments.values())).mean.shape[-1]
+    utility = max(1, d // 4)
+    for safety in sorted({max(1, d // part) for part in (4, 16, 64)}, reverse=True):
+        found = differences(stats.outputs, safety_rank=safety, utility_rank=utility)
+        of_layers, of_mlps = ({layer: its for (layer, kind), its in found.items() if kind == one} for one in IN_BLOCKS)
+        layer = min(of_layers, key=lambda n: abs(n - round(0.6 * stats.n_layers)), default=None)
+        if layer is None:
+            continue
+        provenance = {"estimator": LOW_RANK, "safety_rank": safety, "utility_rank": utility}
+        name = f"{LOW_RANK}/{safety}/{utility}"
+        made.append(Candidate(id=name, subspace=of_layers, of_mlps=of_mlps, layer=layer, provenance=provenance))
+    return tuple(made)
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     DIFFERENCE_OF_MEANS: Estimator(needs=frozenset({"means"}), candidates=difference_of_means),
     PROJECTED_DIFFERENCE: Estimator(needs=frozenset({"means"}), candidates=projected_difference),
     PER_LAYER: Estimator(needs=frozenset({"means"}), candidates=per_layer),
     BIPROJECTED: Estimator(needs=frozenset({"means"}), candidates=biprojected_difference),
+    LOW_RANK: Estimator(needs=frozenset({"means", "outputs"}), candidates=low_rank_difference),
     LEACE: Estimator(needs=frozenset({"means", "covariance"}), candidates=least_squares_erasure),
     SOM: Estimator(needs=frozenset({"means", "samples"}), candidates=self_organising_map),
 }

@@ -26,7 +26,6 @@ from abliterate.method.directions import Candidate, CandidateScore, Choice
 from abliterate.method.selection import (
     NOT_ASKED,
     PARETO_FALLBACK,
-    RULE,
     WITHOUT_INDUCE,
     WITHOUT_MARGIN,
     SelectionRule,
@@ -98,7 +97,7 @@ def choose_from_few(
     """
     search = _Search(candidates, table, n_layers, rule, pace or Pace())
     choice = None
-    for its, name in ((rule, RULE), (rule.without_induce, WITHOUT_INDUCE), (rule.without_margin, WITHOUT_MARGIN)):
+    for its, name in ((rule, rule.name), (rule.without_induce, WITHOUT_INDUCE), (rule.without_margin, WITHOUT_MARGIN)):
         kept = _Search(candidates, table, n_layers, its, search.pace).kept()
         if kept is not None:
             choice = choice_of(search.score(kept), name)

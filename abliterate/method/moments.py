@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.method.places import Place
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
@@ -33,13 +35,15 @@ class ActivationStats:
     ``[layers, d, d]`` at the last position.  ``samples``: of each class, where asked for, the residuals at the last
     position, ``[prompts, layers, d]``.  ``positions`` are negative token offsets; layer ``l`` is what enters block
     ``l``.  ``halves``: of each class the means over a random half of its prompts and over the other half, where there
-    are at least two.
+    are at least two.  ``outputs``: of each class, where asked for, what each attention and MLP adds to the stream at
+    all positions of all prompts.
     """
 
     positions: tuple[int, ...]
     moments: Mapping[str, Moments]
     samples: Mapping[str, Float[Tensor, "n layers d"]] = field(default_factory=dict)
     halves: Mapping[str, tuple[Moments, Moments]] = field(default_factory=dict)
+    outputs: Mapping[str, Mapping[Place, Float[Tensor, "n d"]]] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.method.weight_edit import WeightEdit
+from abliterate.method.weight_edit import FEEDBACK_RANK, WeightEdit
 
 COARSE_ROWS = 16
 FINE_ROWS = 12
@@ -22,11 +22,13 @@ def feedback_rows(read: Float[Tensor, "d k"]) -> list[int]:
     The rows with the largest ``|read_i|`` can absorb a leak with the least change; rows whose ``|read_i|`` falls by
     ``FINE_RATIO`` each then resolve what is left, as the digits of a number do.  A row that is more than
     ``1 / STEEPEST_STEP`` times finer than the one before would have to move by many units in its last place, so the
-    list ends there.  Any ``d`` gives at least one row.
+    list ends there.  Any ``d`` gives at least one row, but for more than ``FEEDBACK_RANK`` directions there is none.
 
     Of several directions the rows are picked by all together; a direction that stands in other channels than these gets
     rows of its own.
     """
+    if read.shape[1] > FEEDBACK_RANK:
+        return []
     picked = _steps_of(torch.linalg.vector_norm(read, dim=1))
     for column in read.abs().unbind(1):
         if column[picked].max() < 0.5 * column.max():

@@ -21,6 +21,8 @@ RULE, WITHOUT_INDUCE, WITHOUT_MARGIN, PARETO_FALLBACK = (
     "pareto-fallback",
 )
 """What a choice is named after, in the order in which they are tried."""
+COSMIC = "cosmic"
+"""The same of the first rule, where the scores are those of COSMIC."""
 WHY: Mapping[str, str] = {
     WITHOUT_INDUCE: "no candidate within the bound on KL brings harmless prompts to be refused when it is added: "
     "of those within it the one with the lowest bypass score was taken, whatever it induces",
@@ -38,13 +40,15 @@ NOT_ASKED = "not asked"
 class SelectionRule:
     """Thresholds of the paper's selection.  ``max_kl_nats = inf`` and so on switch a rule off.
 
-    ``kl_margin``: how many standard errors of its mean a KL must stay below the bound.
+    ``kl_margin``: how many standard errors of its mean a KL must stay below the bound.  ``name``: what a choice by all
+    of it is named after.
     """
 
     max_kl_nats: float = 0.1
     kl_margin: float = 0.0
     min_induce: float = 0.0
     prune_layers: float = 0.2
+    name: str = RULE
 
     @property
     def without_induce(self) -> "SelectionRule":
@@ -98,7 +102,7 @@ def choose(
     judged = in_order(judge(score, n_layers, rule) for score in scores)
     survivors = [score for score in judged if score.verdict == "kept"]
     if survivors:
-        return choice_of(survivors[0], RULE), judged
+        return choice_of(survivors[0], rule.name), judged
     for verdict, name in (("induce", WITHOUT_INDUCE), ("kl margin", WITHOUT_MARGIN)):
         within = in_order(score for score in judged if score.verdict == verdict)
         if within:

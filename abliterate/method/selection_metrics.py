@@ -8,12 +8,14 @@ Shapes: ``k`` tokens of an opening, ``layers`` those that COSMIC looks at, ``d``
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.method.linalg import cosine
+from abliterate.method.moments import ActivationStats
 from abliterate.method.statistics import LEAST_REFUSAL, kl_nats, refusal_metric
 
 FLOOR = 1e-8
@@ -107,9 +109,37 @@ def cosmic(
     ``S_comply = mean cos(ablated harmful, mean harmless)`` and ``S_refuse = mean cos(induced harmless, mean harmful)``,
     over prompts and ``evaluation_layers``, at the last token of the prompt.
     """
-    return float(cosine(ablated, harmless.expand_as(ablated)).mean()), float(
-        cosine(induced, harmful.expand_as(induced)).mean()
-    )
+    return float(nearness(ablated, harmless).mean()), float(nearness(induced, harmful).mean())
+
+
+def nearness(states: Float[Tensor, "n layers d"], mean: Float[Tensor, "layers d"]) -> Float[Tensor, " n"]:
+    """The cosine of each residual with ``mean``, averaged over the layers: what each prompt gives to COSMIC."""
+    return cosine(states, mean.expand_as(states)).mean(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cosmic:
+    """What COSMIC holds the residuals of a model against: the mean of each class at ``layers``, at the last token."""
+
+    layers: tuple[int, ...]
+    harmful: Float[Tensor, "layers d"]
+    harmless: Float[Tensor, "layers d"]
+
+    @classmethod
+    def of(cls, stats: ActivationStats) -> "Cosmic":
+        """From the means of both classes."""
+        last = stats.positions.index(-1)
+        harmful, harmless = (stats.mean(kind)[last].to(torch.float64) for kind in ("harmful", "harmless"))
+        layers = evaluation_layers(harmful, harmless)
+        return cls(layers=layers, harmful=harmful[list(layers)], harmless=harmless[list(layers)])
+
+    def complying(self, ablated: Float[Tensor, "n layers d"]) -> Float[Tensor, " n"]:
+        """``S_comply`` of each harmful prompt whose residuals are ``ablated``."""
+        return nearness(ablated, self.harmless)
+
+    def refusing(self, induced: Float[Tensor, "n layers d"]) -> Float[Tensor, " n"]:
+        """``S_refuse`` of each harmless prompt whose residuals are ``induced``."""
+        return nearness(induced, self.harmful)
 
 
 def cosmic_of_means(

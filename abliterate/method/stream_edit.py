@@ -60,6 +60,11 @@ class StreamEdit:
         return next((edit.d_model for edit in self.edits()), 0)
 
     @property
+    def lacks_lengths(self) -> bool:
+        """Whether rows are to keep their lengths, and these were not read from the weights yet."""
+        return any(edit.keeps_rows and edit.row_scale is None for edit in self.edits())
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of every edit and of where it stands, as hexadecimal."""
         numbers = {id(edit): number for number, edit in enumerate(self.edits())} | {id(None): None}
@@ -67,7 +72,9 @@ class StreamEdit:
         found = hashlib.sha256(repr((numbers[id(self.everywhere)], places)).encode())
         for edit in self.edits():
             found.update(repr((edit.rank, edit.strength, edit.column_scale, edit.constant is None)).encode())
-            for vectors in (edit.read, edit.write, edit.constant):
+            if edit.keeps_rows:
+                found.update(b"keeps rows")
+            for vectors in (edit.read, edit.write, edit.constant, edit.row_scale):
                 if vectors is not None:
                     found.update(vectors.contiguous().numpy().tobytes())
         return found.hexdigest()

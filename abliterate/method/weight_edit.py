@@ -3,13 +3,14 @@
 A *writer* is a matrix (or bias) whose output is added to the residual stream.  Here it always stands as ``W`` of shape
 ``(d, n)``: the residual axis first, one column per thing it can write.  Every edit has the form
 
-    W' = (W - strength * write (read^T W) + constant 1^T) diag(column_scale)
+    W' = diag(row_scale) (W - strength * write (read^T W) + constant 1^T) diag(column_scale)
 
-and so, whatever made it, every edited writer satisfies the *post-condition*
+and so, whatever made it, every edited writer whose rows are not scaled satisfies the *post-condition*
 
     read^T W' = (kept (read^T W) + read^T constant 1^T) diag(column_scale),       kept = I - strength read^T write
 
-``kept = 0`` and no constant: nothing can make ``W'`` write along ``read``.
+``kept = 0`` and no constant: nothing can make ``W'`` write along ``read``.  Scaled rows turn what is written, and a
+part of it comes to lie along ``read`` again: such an edit never removes a direction.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ ColumnScale = Literal["none", "kept norms"]
 
 ROUNDING = 1e-9
 """Entries of ``kept`` below this are the rounding of float64 arithmetic."""
+
+FEEDBACK_RANK = 32
+"""Of an edit along more directions than this every element is rounded to nearest: rows that take up the leak of all
+others would be most rows, each at the cost of inverting a matrix of this width."""
 
 NOTHING_LEFT = 2.0**-20
 """Share of a column's squared length: a column of which less is left keeps the length it is left with, as the rest is
@@ -42,6 +47,8 @@ class WeightEdit:
         column_scale: "kept norms" gives every column its length back, which leaves what is zero along ``read`` zero;
             but for columns of which hardly anything is left (``NOTHING_LEFT``).
         constant: what every column gains; None for nothing.
+        keeps_rows: whether every row of a writer gets the length back that it had before the edit.
+        row_scale: what each row is multiplied by for that; None while the weights have not been read.
         predicted_error: relative distance to hook ablation that an isotropic write would see (0 when exact).
         ridge: the weight of the regularisation chosen by ``edits.behind_norm``.
     """
@@ -51,6 +58,8 @@ class WeightEdit:
     strength: float = 1.0
     column_scale: ColumnScale = "none"
     constant: Float[Tensor, " d"] | None = None
+    keeps_rows: bool = False
+    row_scale: Float[Tensor, " d"] | None = None
     predicted_error: float = 0.0
     ridge: float = 0.0
 
@@ -73,7 +82,7 @@ class WeightEdit:
     @property
     def removes(self) -> bool:
         """Whether nothing is left along ``read``."""
-        return not self.kept.any() and self.constant is None
+        return not self.kept.any() and self.constant is None and not self.keeps_rows
 
     @property
     def is_oblique(self) -> bool:
@@ -85,9 +94,20 @@ class WeightEdit:
         """Whether columns get another length than the edit leaves them."""
         return self.column_scale != "none"
 
+    @property
+    def known_row_scale(self) -> Float[Tensor, " d"] | None:
+        """``row_scale``, None where rows are not scaled.
+
+        Raises:
+            ValueError: rows keep their lengths, and what that takes was not read from the weights.
+        """
+        if self.keeps_rows and self.row_scale is None:
+            raise ValueError("the lengths of rows were not read from the weights")
+        return self.row_scale
+
     def expected(self, coefficients: Float[Tensor, "k n"]) -> Float[Tensor, "k n"] | None:
-        """``read^T W'`` before any scale, given ``read^T W``; None for zero."""
-        if self.removes:
+        """``read^T W'`` before any scale of rows or columns, given ``read^T W``; None for zero."""
+        if not self.kept.any() and self.constant is None:
             return None
         left = self.kept.to(coefficients.dtype) @ coefficients
         if self.constant is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from abliterate.method.directions import Candidate
 from abliterate.method.few_scores import Figure, Question, Seen
 from abliterate.method.statistics import LEAST_REFUSAL, least_kl_nats
+from abliterate.model.jobs import Job
 from abliterate.model.scores import Scores
-from abliterate.model.scoring import CandidateScorer, Job
+from abliterate.model.scoring import CandidateScorer
 
 STOPPING: Mapping[Figure, Sequence[float]] = {
     "bypass": (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1.0),

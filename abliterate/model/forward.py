@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,6 +176,18 @@ def last_of_batch(
 def log_probs_of(logits: Tensor) -> Tensor:
     """Log-probabilities of ``logits``, in float64, on the host."""
     return logits.to(device="cpu", dtype=torch.float64).log_softmax(-1)
+
+
+@contextmanager
+def last_states(loaded: LoadedModel, layers: Collection[int], states: dict[int, Tensor]) -> Iterator[None]:
+    """Run while what enters blocks of ``layers`` at the last token, ``[rows, d]`` in float32, goes to ``states``."""
+
+    def see(layer: int, x: Tensor) -> None:
+        if layer in layers:
+            states[layer] = x[:, -1].detach().to(device="cpu", dtype=torch.float32, copy=True)
+
+    with observed(loaded, see):
+        yield
 
 
 def check_finite(values: Float[Tensor, "prompts *rest"], prompts: Sequence[str], what: str) -> None:

@@ -98,19 +98,29 @@ def removed(
 
 
 def operator(edit: WeightEdit, *, constant_factor: float = 1.0) -> Change:
-    """``s - strength write (read^T s) + constant``, in float32 or wider; the constant times ``constant_factor``."""
-    prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
+    """``s - strength write (read^T s) + constant``, in float32 or wider; the constant times ``constant_factor``.
+
+    Where rows of writers are scaled, each component of that is.
+
+    Raises:
+        ValueError: by how much was not read from the weights.
+    """
+    scale = edit.known_row_scale
+    prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = {}
 
     def change(x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = (x.device, dtype)
         if key not in prepared:
             read, write = (vectors.to(device=x.device, dtype=dtype) for vectors in (edit.read, edit.write))
-            constant = None if edit.constant is None else edit.constant.to(device=x.device, dtype=dtype)
-            prepared[key] = (read, edit.strength * write, constant)
-        read, write, constant = prepared[key]
+            constant, rows = (
+                None if its is None else its.to(device=x.device, dtype=dtype) for its in (edit.constant, scale)
+            )
+            prepared[key] = (read, edit.strength * write, constant, rows)
+        read, write, constant, rows = prepared[key]
         changed = x.to(dtype) - (x.to(dtype) @ read) @ write.T
-        return (changed if constant is None else changed + constant_factor * constant).to(x.dtype)
+        changed = changed if constant is None else changed + constant_factor * constant
+        return (changed if rows is None else changed * rows).to(x.dtype)
 
     return change
 

@@ -17,13 +17,15 @@ from abliterate.method.estimators import Need
 from abliterate.method.few_scores import FIGURES, Pace, choose_from_few
 from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.selection import SelectionRule, choose, is_late
+from abliterate.method.selection_metrics import Cosmic
 from abliterate.method.statistics import refusal_metric
 from abliterate.model.asking import AT_ONCE, STOPPING, Asked, can_be_scored
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
+from abliterate.model.jobs import Job
 from abliterate.model.load import LoadedModel
 from abliterate.model.scores import ScoreFile, Scores
-from abliterate.model.scoring import Job, candidate_scorer
+from abliterate.model.scoring import candidate_scorer
 
 TASK = "score candidates"
 OUT_OF_CORE = Pace(first=8, together=True)
@@ -42,11 +44,15 @@ class Filtered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """What candidates are scored on: prompts, the tokens that refusals begin with, and where candidates are ablated."""
+    """What candidates are scored on: prompts, the tokens that refusals begin with, and where candidates are ablated.
+
+    ``cosmic``: what they are scored by in place of these tokens.
+    """
 
     prompts: Filtered
     refusal_ids: Sequence[int]
     scope: Scope = WHOLE
+    cosmic: Cosmic | None = None
 
 
 def keep_typical(
@@ -147,6 +153,7 @@ def score_candidates(
     A candidate that breaks the model gets NaN scores and is dropped by the selection.  ``max_tokens`` bounds a forward
     pass (None: found from the free memory).  ``store`` keeps what is finished: the same work, begun again, goes on.
     Where a candidate has another subspace in each layer, that of its own layer is the one that is added.
+    With COSMIC, ``bypass`` is the sum that it takes the highest of, negated.
     """
     usable = _usable(candidates, on_event)
     scores, save = _kept(loaded, chat, candidates, on, store)
@@ -159,7 +166,7 @@ def score_candidates(
         save()
 
     if todo:
-        options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": on.scope}
+        options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": on.scope, "cosmic": on.cosmic}
         with candidate_scorer(loaded, *_encoded(chat, on.prompts), on.refusal_ids, **options) as scorer:
             table = Asked(scorer, candidates, scores, parts=AT_ONCE, done=done)
             table.ask([(figure, n) for figure in FIGURES for n in todo if not table.seen(figure, n).whole])
@@ -169,7 +176,7 @@ def score_candidates(
             candidate=candidate.id,
             layer=candidate.layer,
             position=candidate.position,
-            bypass=scores.get("bypass", place),
+            bypass=scores.get("bypass", place) - (0.0 if on.cosmic is None else scores.get("induce", place)),
             induce=scores.get("induce", place),
             kl_nats=scores.get("kl_nats", place),
             kl_error_nats=scores.error("kl_nats", place),
@@ -306,6 +313,10 @@ def _work_key(
     places = [(candidate.id, candidate.layer, _shape(candidate)) for candidate in candidates]
     parts = [loaded.name, chat.template_sha256, chat.system, places, on.prompts.harmful, on.prompts.harmless]
     digest = hashlib.sha256(json.dumps([*parts, list(on.refusal_ids), *on.scope.as_plain]).encode())
+    if on.cosmic is not None:
+        digest.update(repr(on.cosmic.layers).encode())
+        for mean in (on.cosmic.harmful, on.cosmic.harmless):
+            digest.update(mean.contiguous().numpy().tobytes())
     for candidate in candidates:
         for tensor in (tensor for subspace in candidate.subspaces for tensor in subspace.tensors):
             digest.update(tensor.contiguous().numpy().tobytes())

@@ -16,28 +16,27 @@ Whether a model allows this is found out by trying: what does not give the numbe
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from abliterate.method.directions import Candidate, Subspace
 from abliterate.method.scope import WHOLE, Scope
+from abliterate.method.selection_metrics import Cosmic
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
-from abliterate.model.forward import last_of_batch
+from abliterate.model.forward import last_of_batch, last_states
 from abliterate.model.interventions import added_each, observed, plus_each, removed, rows_apart, without
+from abliterate.model.jobs import Base, Figures, Group, Job, prompt_groups
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
 from abliterate.model.rowwise import subspaces_ablated
-from abliterate.model.scores import Kind
 from abliterate.model.shortened import Shortened, shortened
 
 ROUNDING_NATS = {2: 3e-2, 4: 3e-6, 8: 3e-6}
@@ -47,67 +46,13 @@ CANNOT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeEr
 """What a model's own code may raise when it is run from the middle, or behind an attention cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Group:
-    """Prompts of one length.  ``places`` are their numbers among all prompts, where harmful ones come first."""
-
-    places: tuple[int, ...]
-    ids: Int[Tensor, "prompts tokens"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """Work for some candidates: to ablate each on ``prompts``, or to add each on the harmless ones at ``layer``.
-
-    ``candidates`` are their numbers, by which results are told apart; ``subspaces`` what is ablated or added.  A
-    candidate that has another subspace in each layer is ablated by itself: it is ``alone``, and ``subspaces`` is empty.
-    ``prompts`` are places among all prompts; none stands for all.
-    """
-
-    kind: Kind
-    candidates: tuple[int, ...] = ()
-    subspaces: tuple[Subspace, ...] = ()
-    layer: int = 0
-    prompts: tuple[int, ...] = ()
-    alone: Candidate | None = None
-
-    def of(self, candidates: tuple[int, ...], subspaces: tuple[Subspace, ...]) -> "Job":
-        """The same work for other candidates."""
-        return replace(self, candidates=candidates, subspaces=subspaces)
-
-    def split(self, most: int) -> "Iterator[Job]":
-        """The same work in jobs of at most ``most`` candidates."""
-        for first in range(0, len(self.candidates), most):
-            part = slice(first, first + most)
-            yield self.of(self.candidates[part], self.subspaces[part])
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Base:
-    """The base run: the harmless prompts without intervention.
-
-    ``log_probs`` of the next token.  ``states[g][l]`` is the residual entering block ``l`` for group ``g``; empty where
-    it does not fit into memory.  ``apart``: whether the rows of a batch can be told apart at every place of the stream.
-    ``cache``: the attention cache of the prefix.  ``starts``: the layers at which a forward pass may begin.
-    """
-
-    log_probs: Float[Tensor, "harmless vocab"]
-    states: list[list[Tensor]]
-    apart: bool
-    cache: Any = None
-    starts: set[int] = field(default_factory=set)
-
-
-Figures = Float[Tensor, "candidates prompts"]
-"""What a job gives: the KL where a candidate is ablated and the prompt is harmless, else the refusal metric."""
-
-
 class CandidateScorer:
     """Runs jobs on one model and its validation prompts; made by ``candidate_scorer``.
 
     ``batch_size`` is the most prompts of a group, ``max_tokens`` the most tokens of a forward pass.  Out of core many
     forward passes share a weight pass, each waiting in turn for the next block; ``room`` is the bytes those that wait
     may take, half of the memory budget's working share.  The other half is for the one that runs (``pass_tokens``).
+    With ``cosmic``, residuals tell how far the model refuses, and the refusal tokens are not looked at.
     """
 
     def __init__(
@@ -121,15 +66,17 @@ class CandidateScorer:
         batch_size: int,
         max_tokens: int | None,
         scope: Scope,
+        cosmic: Cosmic | None = None,
     ) -> None:
         self.loaded = loaded
         self.short = short
         self.scope = scope
+        self.cosmic = cosmic
         self.refusal_ids = list(refusal_ids)
         self.n_harmful = len(harmful)
         self.n_prompts = len(harmful) + len(harmless)
         encoded = [*harmful, *harmless]
-        self._cut = cache(lambda prompts: list(_groups(encoded, prompts, batch_size)))
+        self._cut = cache(lambda prompts: list(prompt_groups(encoded, prompts, batch_size)))
         self.groups = self._cut(tuple(range(self.n_prompts)))
         self.harmless = self._cut(tuple(range(self.n_harmful, self.n_prompts)))
         self.room = loaded.offload.working_bytes // 2 if loaded.offload else 0
@@ -195,15 +142,24 @@ class CandidateScorer:
         group, k = self._groups_of(job)[place], len(job.candidates)
         n = len(group.places)
         past = repeated(prefix(), n) if self.prefix else None
-        with self._intervening(job, partial(self._state, place, job.layer)):
+        states: dict[int, Tensor] = {}
+        seeing = nullcontext() if self.cosmic is None else last_states(self.loaded, self.cosmic.layers, states)
+        with self._intervening(job, partial(self._state, place, job.layer)), seeing:
             log_probs = self._last(group.ids[:, self.prefix :].repeat(k, 1), past)
-        found = refusal_metric(log_probs, self.refusal_ids).view(k, n)
+        found = self._refusing(job, log_probs, states).view(k, n)
         harmless = [row for row, prompt in enumerate(group.places) if prompt >= self.n_harmful]
         if job.kind == "added" or not harmless:
             return found
         base = self.base.log_probs[[group.places[row] - self.n_harmful for row in harmless]]
         found[:, harmless] = kl_nats(base.expand(k, -1, -1), log_probs.view(k, n, -1)[:, harmless])
         return found
+
+    def _refusing(self, job: Job, log_probs: Tensor, states: dict[int, Tensor]) -> Tensor:
+        """How far each row refuses: by the first token, or by what entered the layers of ``cosmic``."""
+        if self.cosmic is None:
+            return refusal_metric(log_probs, self.refusal_ids)
+        seen = torch.stack([states[layer] for layer in self.cosmic.layers], dim=1)
+        return self.cosmic.refusing(seen) if job.kind == "added" else -self.cosmic.complying(seen)
 
     def _gather(self, job: Job, found: list[Tensor]) -> Figures:
         """The figures of every group, in the order of the prompts."""
@@ -236,8 +192,8 @@ class CandidateScorer:
         return self.short.starting_at(job.layer, plus_each(state().repeat(len(vectors), 1, 1), vectors))
 
     def _begins_late(self, job: Job) -> bool:
-        """Whether the blocks below the job's layer are left out."""
-        return job.kind == "added" and job.layer in self.base.starts
+        """Whether the blocks below the job's layer are left out; not where what enters them is looked at."""
+        return job.kind == "added" and job.layer in self.base.starts and self.cosmic is None
 
     def _state(self, place: int, layer: int) -> Tensor:
         """What enters a block in the base run for a group, behind the prefix."""
@@ -377,17 +333,9 @@ def candidate_scorer(
     batch_size: int,
     max_tokens: int | None = None,
     scope: Scope = WHOLE,
+    cosmic: Cosmic | None = None,
 ) -> Iterator[CandidateScorer]:
     """A ``CandidateScorer`` for encoded prompts, its base run done; candidates are ablated where ``scope`` holds."""
-    options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": scope}
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "scope": scope, "cosmic": cosmic}
     with shortened(loaded) as short:
         yield CandidateScorer(loaded, short, harmful, harmless, refusal_ids, **options)
-
-
-def _groups(encoded: Sequence[list[int]], places: Sequence[int], most: int) -> Iterator[Group]:
-    """Groups of at most ``most`` prompts of one length, the longest first."""
-    for length in sorted({len(encoded[place]) for place in places}, reverse=True):
-        same = [place for place in places if len(encoded[place]) == length]
-        for first in range(0, len(same), most):
-            some = tuple(same[first : first + most])
-            yield Group(places=some, ids=torch.tensor([encoded[place] for place in some]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.method.directions import measured_on, told_apart
+from abliterate.method.directions import chosen_by, measured_on, told_apart
 from abliterate.method.selection import WHY
 from abliterate.publishing import wording
 
@@ -55,6 +55,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         measured=measured_on(manifest["direction"].get("measurement", {})),
         why=WHY,
         apart=told_apart(manifest["direction"].get("measurement", {})),
+        by=chosen_by(manifest["direction"].get("measurement", {})),
         summary=wording.summary(manifest["edit"]),
         details=wording.details(manifest["edit"]),
         equation=wording.equation(manifest["edit"]),

@@ -96,7 +96,7 @@ def build(
             "stability": directions.stability,
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", *COUNTED, "scored", "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", *COUNTED, *SCORED, "template_sha256")
                 if key in directions.metadata
             },
         },
@@ -251,4 +251,6 @@ BEFORE_LABELS = {"labels": "first-token", "estimators": ["difference-of-means"],
 """What a recipe did that has no such options."""
 COUNTED = ("kept", "of", "labels", "calibration")
 """What a direction file says of the prompts it was measured on."""
+SCORED = ("scored", "choose_by", "cosmic_layers")
+"""And of how its candidates were scored."""
 _NOT_KEPT = ("writers", "input_bytes", "output_bytes", "estimated_seconds", "model", "revision")

@@ -27,7 +27,7 @@ from abliterate.editing.planning import along, plan
 from abliterate.editing.shards import Editor
 from abliterate.editing.writing import TASK as EDIT
 from abliterate.editing.writing import editor_for, edits_of, plain_failures, write_other_files, write_shard
-from abliterate.errors import CheckpointError, UsageError, VerificationError
+from abliterate.errors import CheckpointError, PlanRefusedError, UsageError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.directions import DirectionSet
 from abliterate.publishing import manifest
@@ -110,6 +110,11 @@ def _prepare(
         journal.filled = True
         journal.write()
     made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))  # no rows to read yet
+    if made.stream is not None and made.stream.lacks_lengths:
+        raise PlanRefusedError(
+            f"{model}: rows keep their lengths only where all weights are at hand, and here they pass shard by shard",
+            "run or edit without --stream, and push the result",
+        )
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

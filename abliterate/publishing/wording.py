@@ -87,6 +87,8 @@ def _line(its: Mapping[str, Any]) -> str:
         parts.append("read along one, taken out along another")
     if its["column_scale"] != "none":
         parts.append("columns keep their lengths")
+    if its.get("keeps_rows"):
+        parts.append("rows keep their lengths, which puts a part of the direction back")
     if its["constant"]:
         parts.append("a constant added")
     count = its.get("writers", 0)
@@ -100,7 +102,7 @@ def _directions(its: Mapping[str, Any], *, one: str) -> str:
 
 
 def _is_plain(its: Mapping[str, Any]) -> bool:
-    return {key: its[key] for key in REMOVAL} == REMOVAL and not its.get("oblique")
+    return {key: its[key] for key in REMOVAL} == REMOVAL and not its.get("oblique")  # kept rows do not remove
 
 
 def _coverage(edit: Mapping[str, Any]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from abliterate.checkpoint.transfer import one_core
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.verification.declared import check_declared
 from abliterate.verification.file_checks import compare_files, compare_head, strange_files
+from abliterate.verification.row_proof import RowSquares, check_rows
 from abliterate.verification.tensor_proof import ColumnProver, Prover, TensorProof
 
 TASK = "verify"
@@ -84,6 +85,7 @@ class ShardReport:
     identical: int
     sha256: str
     source_sha256: str
+    rows: Mapping[str, RowSquares] = field(default_factory=dict)
 
 
 def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) -> BytesReport:
@@ -99,6 +101,7 @@ def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) ->
         failures=(
             *(failure for shard in shards for failure in shard.failures),
             *check_declared(plan),
+            *check_rows(plan, {name: its for shard in shards for name, its in shard.rows.items()}),
             *file_failures,
             *(f"writer '{name}' was not checked" for name in sorted(unchecked)),
             *(f"shard {shard.name} is not in the base" for shard in result.shards if shard.name not in known),
@@ -120,6 +123,7 @@ class ShardCheck:
     held: HeldScales = field(default_factory=HeldScales)
     proofs: list[TensorProof] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    rows: dict[str, RowSquares] = field(default_factory=dict)
     identical: int = 0
     digests: tuple[str, str] = ("", "")
 
@@ -138,6 +142,7 @@ class ShardCheck:
             identical=self.identical,
             sha256=self.digests[1],
             source_sha256=self.digests[0],
+            rows=self.rows,
         )
 
     def run(self, advance: Callable[[int], None]) -> None:
@@ -159,6 +164,7 @@ class ShardCheck:
         found = read_pairs(old, new, byte_ranges, first_header=headers[0], second_header=headers[1], advance=advance)
         self.digests = (found.first, found.second if not self._adds_head else sha256_file(new))
         self.proofs = [prover.finish() for prover in provers]
+        self.rows = {prover.writer.tensor.name: prover.row_squares for prover in provers if prover.edit.keeps_rows}
         for proof in self.proofs:
             self.failures += judge(proof)
         self.failures += [f"{what} changed, but is not in the plan" for what in sorted(changed)]

@@ -188,7 +188,7 @@ def _describe(
         columns = _as_columns(change, writer)
         direction, share = leading_direction(columns)
         edit = planned.get(tensor.name)
-        if edit is not None and not edit.scales:
+        if edit is not None and not edit.scales and not edit.keeps_rows:
             explained[tensor.name] = _share_along(columns, edit)
         along = _as_columns(before, writer).T @ direction.to(torch.float32)
         left = float((along + columns.T @ direction.to(torch.float32)).norm() / along.norm().clamp_min(1e-30))

@@ -44,7 +44,10 @@ def _agree(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit)
     gain = read_gain(plan.checkpoint.folder, writer) if writer.norms else torch.ones(edit.d_model, dtype=torch.float64)
     same_read = _distance(_span(gain[:, None] * wanted.read), _span(edit.read)) < AGREEMENT
     same_rank = wanted.rank == edit.rank and wanted.strength == edit.strength
-    same_scale = wanted.column_scale == edit.column_scale
+    same_scale = wanted.column_scale == edit.column_scale and wanted.keeps_rows == edit.keeps_rows
+    if wanted.row_scale is not None or edit.row_scale is not None:
+        same_scale = same_scale and wanted.row_scale is not None and edit.row_scale is not None
+        same_scale = same_scale and torch.equal(wanted.row_scale, edit.row_scale)
     if not (same_read and same_rank and same_scale and _same_constant(plan, writer, wanted, edit)):
         return False
     if writer.norms:

@@ -179,7 +179,7 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
         harmful_val=len(contrast.harmful_val.prompts),
         harmless_val=len(contrast.harmless_val.prompts),
         candidates=len(chat.positions) * early * len(recipe.find.estimators),
-        scored=1.0 if recipe.find.all_scores else FEW_SCORES,
+        scored=1.0 if recipe.find.scores_all else FEW_SCORES,
         held_out=len(held_out_prompts(session)),
         test={} if material is None else {kind: len(its.prompts) for kind, its in material.prompts.items()},
         models=_models(recipe, models),

@@ -3,6 +3,7 @@
 Both stages keep what is finished in ``Steps``, so that a stopped one continues.
 """
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,8 @@ from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
-from abliterate.method.selection import WHY, SelectionRule
+from abliterate.method.selection import COSMIC, WHY, SelectionRule
+from abliterate.method.selection_metrics import Cosmic
 from abliterate.model.measuring import Filtered, Validation, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
 from abliterate.publishing import manifest
@@ -143,13 +145,13 @@ def few_to_score(prompts: Filtered) -> str:
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Choose a candidate by the paper's rule, from its scores on the validation prompts.
 
-    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.  Candidates are
-    ablated where the recipe edits.
+    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores`` or scores them by
+    COSMIC, which has no bound on induce.  Candidates are ablated where the recipe edits.
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
 
     Raises:
         PromptError: the validation prompts are unusable.
-        UsageError: the directions were not measured on this model.
+        UsageError: the directions were not measured on this model, or COSMIC lacks the means they were made of.
     """
     loaded, chat, recipe = session.loaded, session.chat, session.recipe
     if (directions.n_layers, directions.d_model) != (loaded.n_layers, loaded.d_model):
@@ -161,6 +163,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     options = {"batch_size": recipe.model.batch_size, "on_event": session.on_event}
     stored = directions.metadata.get("refusal_tokens", {}).get("ids")
     ids = tuple(stored) if stored else refusal_tokens(session).ids
+    cosmic = _cosmic(session, directions)
     steps = steps or Steps()
     prompts = read_validation(session, ids, steps)
     if scarce := few_to_score(prompts):
@@ -174,8 +177,10 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
         min_induce=recipe.find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
         prune_layers=recipe.find.prune_layers,
     )
-    on = Validation(prompts=prompts, refusal_ids=ids, scope=scope_asked(recipe.edit, loaded.n_layers))
-    choosing = choose_from_all if recipe.find.all_scores else choose_candidate
+    if cosmic is not None:
+        rule = replace(rule, min_induce=-math.inf, name=COSMIC)
+    on = Validation(prompts=prompts, refusal_ids=ids, scope=scope_asked(recipe.edit, loaded.n_layers), cosmic=cosmic)
+    choosing = choose_from_all if recipe.find.scores_all else choose_candidate
     chosen = choosing(loaded, chat, directions.candidates, on, rule, store=store, **options)
     if chosen.choice.rule in WHY:
         session.on_event(Noted(text=WHY[chosen.choice.rule]))
@@ -186,7 +191,24 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
         )
         session.on_event(Noted(text=text))
     metadata = {**directions.metadata, **_with_validation(directions.metadata, prompts), "scored": chosen.scored}
+    metadata |= {"choose_by": recipe.find.choose_by, "cosmic_layers": [] if cosmic is None else list(cosmic.layers)}
     return replace(directions, scores=chosen.scores, choice=chosen.choice, metadata=metadata)
+
+
+def _cosmic(session: Session, directions: DirectionSet) -> Cosmic | None:
+    """What COSMIC compares with, where the recipe chooses by it.
+
+    Raises:
+        UsageError: the means that the directions were made of are not known.
+    """
+    if session.recipe.find.choose_by != COSMIC:
+        return None
+    if directions.statistics is None:
+        raise UsageError(
+            "cosmic holds residuals against the means of both classes, and these directions come without them",
+            "measure them on this model, or choose by first-token",
+        )
+    return Cosmic.of(directions.statistics)
 
 
 def _with_validation(metadata: Mapping[str, Any], prompts: Filtered) -> dict[str, Any]:

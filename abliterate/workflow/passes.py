@@ -13,6 +13,7 @@ from abliterate.arch.spec import Family
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.evaluate.refusal_tokens import PROBE_TOKENS
 from abliterate.events import duration
+from abliterate.method.estimators import needs_of
 from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_bytes
 from abliterate.recipe import Recipe
 from abliterate.workflow.reading import reads_replies
@@ -41,9 +42,10 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
+    outputs = "outputs" in needs_of(recipe.find.estimators)
     every = {
-        "measure": recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING,
-        "select": SELECTING - recipe.find.all_scores,
+        "measure": (recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING) + outputs,
+        "select": SELECTING - recipe.find.scores_all,
         "verify": VERIFYING,
         "replies": models * (written + SCORING if written else SCORING_APART),
     }

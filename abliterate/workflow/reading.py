@@ -6,7 +6,7 @@ probability of them, and one measures each class.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,11 @@ from abliterate.evaluate.replies import SCORERS
 from abliterate.method.calibration import Calibration
 from abliterate.method.estimators import Need
 from abliterate.method.moments import ActivationStats, Moments
+from abliterate.method.places import Place
 from abliterate.model import measuring
 from abliterate.model.labelling import WANTED, Measured, Replies, label
 from abliterate.model.memory import available_bytes
+from abliterate.model.outputs import outputs_of, place_of
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
@@ -59,11 +61,15 @@ def read_training(session: Session, needs: frozenset[Need], steps: Steps, *, ahe
         UsageError: no memory for the statistics that are needed.
         PromptError: no prompt of a class counts.
     """
-    return (
-        _from_replies(session, needs, steps, ahead=ahead)
+    of_stream = needs - {"outputs"}
+    read = (
+        _from_replies(session, of_stream, steps, ahead=ahead)
         if reads_replies(session.recipe)
-        else _one_by_one(session, needs, steps)
+        else _one_by_one(session, of_stream, steps)
     )
+    if "outputs" not in needs:
+        return read
+    return replace(read, stats=replace(read.stats, outputs=_outputs(session, read.kept, steps)))
 
 
 def read_validation(session: Session, refusal_ids: Sequence[int], steps: Steps) -> measuring.Filtered:
@@ -76,6 +82,22 @@ def read_validation(session: Session, refusal_ids: Sequence[int], steps: Steps) 
         return _kept(session, _replies(_asked(session, VALIDATION, steps)), VALIDATION)
     step = f"typical-val-{'-'.join(map(str, refusal_ids))}"  # candidates measured again may name other tokens
     return _typical(session, _prompts(session, VALIDATION), refusal_ids, steps, step)
+
+
+def _outputs(session: Session, kept: measuring.Filtered, steps: Steps) -> dict[str, dict[Place, Tensor]]:
+    """What writers add on the prompts that count, by class and place, ``[n, d]``; one pass more.
+
+    Raises:
+        UsageError: no memory for it.
+    """
+    texts = [*kept.harmful, *kept.harmless]
+    _check_room(session, frozenset({"outputs"}), at_once=1, rows=len(texts))
+    found = steps.tensors("outputs", partial(outputs_of, session.loaded, session.chat, texts, **_options(session)))
+    of_class = {"harmful": slice(0, len(kept.harmful)), "harmless": slice(len(kept.harmful), None)}
+    return {
+        kind: {place_of(name): its[rows].flatten(0, 1) for name, its in found.items()}
+        for kind, rows in of_class.items()
+    }
 
 
 # --- from replies -----------------------------------------------------------------------------------------------------
@@ -252,7 +274,8 @@ def _options(session: Session) -> dict[str, Any]:
 def _check_room(session: Session, needs: frozenset[Need], *, at_once: int, rows: int) -> None:
     """Check that covariances, and samples of ``rows`` prompts, fit into memory.
 
-    Covariances take as many classes in float64 as are summed up ``at_once``, and both in float32; samples float32.
+    Covariances take as many classes in float64 as are summed up ``at_once``, and both in float32; samples float32, and
+    what the two kinds of writers of a layer add float32 as well, twice while it is put together.
 
     Raises:
         UsageError: they do not.
@@ -262,6 +285,7 @@ def _check_room(session: Session, needs: frozenset[Need], *, at_once: int, rows:
     sizes = {
         "covariances": (at_once + 1) * n * d**2 * torch.float64.itemsize if "covariance" in needs else 0,
         "samples": rows * n * d * floats if "samples" in needs else 0,
+        "outputs of writers": 2 * rows * len(session.chat.positions) * 2 * n * d * floats if "outputs" in needs else 0,
     }
     needed, free = sum(sizes.values()), session.recipe.model.memory_bytes or available_bytes()
     if needed > free:

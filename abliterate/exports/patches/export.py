@@ -24,7 +24,7 @@ from abliterate.checkpoint.output import PRIVATE_FOLDER
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint, open_folder
 from abliterate.editing.reading import READ_BYTES, read_along, rows_of_block
-from abliterate.errors import OutputError, VerificationError
+from abliterate.errors import OutputError, PlanRefusedError, VerificationError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.exports.patches.bitstreams import PRESET
 from abliterate.exports.patches.file import CHOSEN, EDIT_PARTS, FORMAT, FORMAT_NUMBER, PatchFile, PatchWriter
@@ -86,6 +86,11 @@ def export(
         raise OutputError(f"{out}: exists already", "choose another --out, or move it away")
     finished = FinishedEdit.open(edited)
     made = finished.plan(finished.open_base(base))
+    if any(edit.keeps_rows for edit in made.distinct_edits):
+        raise PlanRefusedError(
+            f"{edited}: rows of its writers keep their lengths, and a patch holds no such edit",
+            "hand on the checkpoint itself, or its direction and recipe",
+        )
     result = open_folder(edited, name=str(edited))
     writer, counts = PatchWriter(out), Counts()
     exporter = Exporter(
