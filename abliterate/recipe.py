@@ -89,6 +89,15 @@ class FindOptions(Section):
         default=False,
         description="Score every candidate in full, for the landscape in the report; the choice is the same without.",
     )
+    trials: int = Field(
+        default=0,
+        ge=0,
+        description="Trials of a search over weight kernels, in place of that rule; 0: none. Needs the extra: "
+        "abliterate[search].",
+    )
+    startup_trials: Annotated[int, Trait.FILE_ONLY] = Field(
+        default=60, ge=1, description="Of these, so many are drawn at random before others follow from them."
+    )
     max_kl_nats: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.1, gt=0, description="The most that ablating a candidate may change harmless prompts."
     )
