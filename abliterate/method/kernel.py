@@ -1,9 +1,9 @@
 """heretic's weight kernel: how much of a direction is taken out of what each block adds, attention and MLP apart.
 
 Formulas and ranges are those of heretic 1.4.0.  Blocks are numbered from 0, as there.  Its directions are numbered by
-the block that makes a residual, ours by the block that it enters: its direction index ``z`` is our layer ``z + 1``, and
-block ``l`` with a direction of its own has that of layer ``l + 1``, which is what it leaves.  What the last block leaves
-is known behind the final norm only, so that block has the direction that enters it (heretic takes the former).
+the block that makes a residual, ours by the block that it enters: its direction index ``z`` is our layer ``z + 1``.  A
+block ``l`` with a direction of its own has that of layer ``l + 1``, of what it leaves.  The last block has that of what
+enters it, as what it leaves is seen behind the final norm alone (heretic takes it from there).
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -62,13 +61,13 @@ def ranges(n_layers: int) -> dict[str, tuple[float, float]]:
 
     Layer ``0.4 (L - 1) + 1`` to ``0.9 (L - 1) + 1``, peak ``0.6 (L - 1)`` to ``L - 1``, reach 1 to ``0.6 (L - 1)``.
     """
-    last = n_layers - 1
+    last = float(n_layers - 1)
     found = {LAYER: (min(0.4 * last + 1, last), min(0.9 * last + 1, last))}
     for kind, most in MOST.items():
         found |= {
             f"{kind} most": most,
             f"{kind} least": (0.0, 1.0),
-            f"{kind} peak": (0.6 * last, float(last)),
+            f"{kind} peak": (0.6 * last, last),
             f"{kind} reach": (1.0, max(0.6 * last, 1.0)),
         }
     return found

@@ -1,7 +1,7 @@
 """Searching weight kernels: what a trial is, which trials no other beats, and which one is taken.
 
-Two figures are to be low: the share of harmful prompts that are not answered, and what harmless prompts feel of it (KL).
-A reply that is broken or empty is no answer: a model that was ruined shall not look like one that complies.
+Two figures are to be low: the share of harmful prompts that get no answer, and the KL on harmless ones.  A reply that
+is broken or empty is no answer: a model that was ruined shall not look like one that complies.
 """
 
 import math
@@ -132,13 +132,13 @@ def vectors_of(directions: DirectionSet, estimator: str) -> Float[Tensor, "layer
         )
     vectors = torch.stack([by_id[name].vector for name in wanted])
     if not vectors[1:].any(1).all() or len(vectors) == 1:
-        raise UsageError(
-            f"the directions of {estimator!r} are zero where the search looks", "measure on other prompts"
-        )
+        raise UsageError(f"the directions of {estimator!r} are zero where the search looks", "measure on other prompts")
     return vectors
 
 
-def candidate(trial: int, parameters: Mapping[str, float | bool], directions: DirectionSet, estimator: str) -> Candidate:
+def candidate(
+    trial: int, parameters: Mapping[str, float | bool], directions: DirectionSet, estimator: str
+) -> Candidate:
     """What a trial takes out, as a candidate: "search/N".
 
     Its direction is one at a real layer, or each block has its own.  With what weights it is taken out stands in its

@@ -144,8 +144,8 @@ def few_to_score(prompts: Filtered) -> str:
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
     """Choose a candidate by the paper's rule, from its scores on the validation prompts, or by a search (``search``).
 
-    By the rule, only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.  Candidates are
-    ablated where the recipe edits.
+    By the rule, only what the choice depends on is scored, or every candidate where the recipe says ``all_scores``.
+    Candidates are ablated where the recipe edits.
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
 
     Raises:

@@ -34,6 +34,7 @@ STAGES = ("measure", "select", "verify", "replies")
 def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int = 2) -> dict[str, int]:
     """The least number of weight passes of each stage.
 
+    A search takes one for the base and, for each trial, one for the KL and one for each token of the replies.
     Replies are written by ``models`` checkpoints and by the controls of the recipe.  They take one pass for each token,
     however many prompts there are.
     """
@@ -41,9 +42,10 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
+    searching = 1 + recipe.find.trials * (1 + recipe.find.reply_tokens)
     every = {
         "measure": recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING,
-        "select": SELECTING - recipe.find.all_scores,
+        "select": searching if recipe.find.trials else SELECTING - recipe.find.all_scores,
         "verify": VERIFYING,
         "replies": models * (written + SCORING if written else SCORING_APART),
     }

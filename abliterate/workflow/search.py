@@ -19,7 +19,7 @@ from abliterate.events import Noted, working
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import KERNEL
 from abliterate.method.kernel import ranges
-from abliterate.method.search import SEARCH, Trial, candidate, front, searched, trials_in, vectors_of
+from abliterate.method.search import ENOUGH, SEARCH, Trial, candidate, front, searched, trials_in, vectors_of
 from abliterate.method.statistics import exact_kl_nats, standard_error
 from abliterate.model.forward import check_finite, last_log_probs
 from abliterate.model.interventions import edited
@@ -77,7 +77,16 @@ def search(session: Session, directions: DirectionSet, prompts: Filtered, steps:
     how = {
         "estimator": estimator, "sampler": sampler(), "seed": find.seed, "startup": find.startup_trials, "key": key
     }  # fmt: skip
-    return searched(directions, study.trials[: find.trials], how)
+    found = searched(directions, study.trials[: find.trials], how)
+    least = found.metadata[SEARCH]["front"][0]
+    if least["refused"] + least["unclear"] > ENOUGH * least["of"]:
+        session.on_event(
+            Noted(
+                text=f"no trial leaves fewer than {least['refused']} refused and {least['unclear']} unclear of "
+                f"{least['of']} harmful prompts, where {ENOUGH:.0%} was wanted: more --trials may find one"
+            )
+        )
+    return found
 
 
 def _run_trials(session: Session, directions: DirectionSet, prompts: Filtered, study: Study) -> None:
