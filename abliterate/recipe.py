@@ -92,7 +92,7 @@ class FindOptions(Section):
     trials: int = Field(
         default=0,
         ge=0,
-        description="Trials of a search over weight kernels, in place of that rule; 0: none. Needs the extra: "
+        description="Trials of a search over weight kernels, in place of the rule; 0: none. Needs the extra: "
         "abliterate[search].",
     )
     startup_trials: Annotated[int, Trait.FILE_ONLY] = Field(
