@@ -94,6 +94,15 @@ class FindOptions(Section):
         description="What scores candidates: first-token (the paper's metric), or cosmic (residuals, no tokens; every "
         "candidate in full).",
     )
+    trials: int = Field(
+        default=0,
+        ge=0,
+        description="Trials of a search over weight kernels, in place of the rule; 0: none. Needs the extra: "
+        "abliterate[search].",
+    )
+    startup_trials: Annotated[int, Trait.FILE_ONLY] = Field(
+        default=60, ge=1, description="Of these, so many are drawn at random before others follow from them."
+    )
     max_kl_nats: Annotated[float, Trait.FILE_ONLY] = Field(
         default=0.1, gt=0, description="The most that ablating a candidate may change harmless prompts."
     )

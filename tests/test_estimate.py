@@ -56,6 +56,11 @@ def test_replies_that_label_prompts_spare_the_passes_that_filter():
     assert found["select"].steps == 2 * 32
 
 
+def test_trials_of_a_search_are_counted_in_place_of_scores():
+    found = amounts(replace(COUNTS, label_tokens=32, trials=10, trial_tokens=16), ALL)["select"]
+    assert found == Amount(prompt_tokens=20.0 * (64 + 32 + 10 * 64), steps=2 * 32 + 10 * 16)
+
+
 def test_less_is_asked_where_the_recipe_asks_less():
     given = amounts(replace(COUNTS, probed=0, filtered=False, scored=1.0), ALL)
     assert given["measure"] == Amount(prompt_tokens=20.0 * 256)

@@ -19,7 +19,8 @@ from abliterate.editing.planning import along, plan
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, SourceError
 from abliterate.method.directions import Candidate, Subspace
-from abliterate.method.edits import addition, affine, apply, behind_norm, oblique, orthogonal, removing
+from abliterate.method.edits import addition, affine, apply, behind_norm, kernel_removal, oblique, orthogonal, removing
+from abliterate.method.kernel import WeightKernel
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.rounding import round_keeping
 from abliterate.method.stream_edit import StreamEdit
@@ -557,3 +558,28 @@ def test_a_newer_or_damaged_file_is_refused_with_words(tmp_path, monkeypatch):
     shutil.copy(factories.save_direction(D, tmp_path / "direction.safetensors"), path)
     with pytest.raises(SourceError, match="do not fit together"):
         edit_file.load(path)
+
+
+@pytest.mark.parametrize(("name", "alone"), [("llama-biases", False), ("gpt2", True), ("qwen3-moe", True)])
+def test_a_weight_kernel_is_equal_to_its_hooks_and_takes_out_too_little_or_too_much(name, alone, base, tmp_path):
+    """``r^T W' = (1 - w) r^T W``: the proof of the bytes says it of every writer, here it is asked again of one."""
+    n_layers = plan(base(name)).model_map.n_layers
+    kernels = {
+        "attention": WeightKernel(most=1.4, least=0.5, peak=1.2, reach=1.5),
+        "MLP": WeightKernel(most=0.7, least=0.1, peak=1.9, reach=1.0),
+    }
+    spans = [Subspace(vectors=factories.random_directions(D, seed=20 + layer)) for layer in range(n_layers)]
+    made_of = Candidate(
+        id="search/0", subspace=dict(enumerate(spans)) if alone else spans[0], layer=0,
+        provenance={"estimator": "search", "kernels": {kind: dataclasses.asdict(its) for kind, its in kernels.items()}},
+    )  # fmt: skip
+    stream = kernel_removal(made_of, n_layers)
+    difference, made = written_and_hooked(base(name), stream, tmp_path / "edited")
+    assert difference <= LOGITS
+    assert made.claim == "equal to hooks"
+    other = kernel_removal(dataclasses.replace(made_of, provenance={"estimator": "search"}), n_layers)
+    assert (logits(tmp_path / "edited") - logits(base(name), other)).abs().max() > 1e-3
+    for writer in made.writers:
+        weight = kernels[writer.place[1]].weight(writer.layer)
+        assert torch.allclose(made.edits[writer.tensor.name].kept, torch.tensor([[1 - weight]], dtype=torch.float64))
+    assert {weight > 1 for weight in (edit.strength for edit in stream.edits())} == {False, True}

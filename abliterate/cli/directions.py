@@ -43,6 +43,7 @@ def directions(
     if json:
         show_json(found)
         return
+    from abliterate.cli.search import show_search
     from abliterate.cli.tables import show_selection, table
 
     shown = table(f"{file.name}: {len(first.candidates)} candidates, width {first.d_model}", *_COLUMNS, right=(1,))
@@ -50,6 +51,7 @@ def directions(
         shown.add_row(name, str(its["candidates"]), its["vectors"], _runs(its["layers"]))
     out.print(shown)
     show_selection(first)
+    show_search(first)
     if found["cosines"]:
         out.print("cosines of the layers, at the position of what was chosen:")
         for layer, row in enumerate(found["cosines"]):

@@ -40,6 +40,7 @@ def run(
     direction: Direction = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    trial: opt.Trial = None,
     revision: opt.Revision = None,
     evaluate: Evaluate = True,
     report: opt.ReportFile = None,
@@ -58,7 +59,7 @@ def run(
     """
     target = out_folder or opt.default_out(model)
     check_report(report)
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, trial)
     check_push_options(push, branch, private="private" in given)
     upload = Upload(name=push, branch=branch, private=recipe.publish.private)
     if dry_run and stream:
@@ -109,6 +110,7 @@ def _show(
     result: "RunResult", report: Path | None, published: "Published | None", *, show_replies: bool, as_json: bool
 ) -> None:
     from abliterate.cli import tables
+    from abliterate.cli.search import show_search
     from abliterate.publishing import manifest
 
     if as_json:
@@ -118,6 +120,7 @@ def _show(
     tables.show_plan(result.plan)
     out.print()
     tables.show_selection(result.directions)
+    show_search(result.directions)
     out.print()
     tables.show_verification(result.verification)
     out.print()

@@ -60,7 +60,7 @@ def measure(
 
 
 @guarded
-@takes("find", "roles", "exclude_layers", "strength", "model", file=True, method=True)
+@takes("find", "change", "roles", "exclude_layers", "strength", "model", file=True, method=True)
 def select(
     model: opt.Model,
     candidates: opt.DirectionFile,
@@ -72,16 +72,18 @@ def select(
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
-    """Score every candidate by bypass, induce and KL, and choose one.
+    """Score every candidate by bypass, induce and KL, and choose one; or search weight kernels (--method search).
 
     Example: abliterate select tiny-chat candidates.safetensors --out direction.safetensors
     """
     from dataclasses import asdict
 
     from abliterate.checkpoint.direction_file import load, save
+    from abliterate.cli.search import show_search
     from abliterate.cli.tables import show_selection
     from abliterate.workflow import pipeline
 
+    pipeline.check_names(recipe)
     measured = load(candidates)
     with progress() as listen:
         session = _session(model, recipe, revision, listen)
@@ -91,9 +93,12 @@ def select(
             save(chosen, out_file)
     if json:
         choice = asdict(chosen.choice) if chosen.choice else None
-        show_json({"file": str(out_file), "choice": choice, "scores": [asdict(score) for score in chosen.scores]})
+        scores = [asdict(score) for score in chosen.scores]
+        found = {"search": chosen.metadata["search"]} if recipe.find.trials else {}
+        show_json({"file": str(out_file), "choice": choice, "scores": scores, **found})
         return
     show_selection(chosen)
+    show_search(chosen)
     out.print(f"written: {out_file}", markup=False, soft_wrap=True)
 
 
@@ -106,6 +111,7 @@ def edit(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    trial: opt.Trial = None,
     revision: opt.Revision = None,
     recipe: Recipe,
     push: opt.Push = None,
@@ -120,7 +126,7 @@ def edit(
     from abliterate import api
 
     target = out_folder or opt.default_out(model)
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, trial)
     assert chosen is not None
     if push is not None and not stream:
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
@@ -196,19 +202,28 @@ def verify(
         raise VerificationError(f"{folder}: {report.failures[0]}", "do not use this checkpoint: edit the base again")
 
 
-def read_direction(path: Path | None, position: int | None, layer: int | None) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` of it."""
+def read_direction(
+    path: Path | None, position: int | None, layer: int | None, trial: int | None = None
+) -> "DirectionSet | None":
+    """The direction of a file, or the candidate at ``position`` and ``layer`` of it, or that of ``trial``."""
     if path is None:
         if position is not None or layer is not None:
             raise UsageError("--position and --layer choose a candidate of a file", "add --direction FILE")
+        if trial is not None:
+            raise UsageError("--trial takes a trial of a file that a search wrote", "add --direction FILE")
         return None
     from abliterate.checkpoint.direction_file import load
+    from abliterate.method.search import take
 
     directions = load(path)
     if (position is None) != (layer is None):
         raise UsageError("--position and --layer belong together", "give both, or neither")
+    if position is not None and trial is not None:
+        raise UsageError("--trial and --position each take a candidate", "give one of the two")
     if position is not None and layer is not None:
         directions = directions.choose(position, layer)
+    if trial is not None:
+        directions = take(directions, trial)
     _ = directions.chosen  # fails here, before any work, when nothing is chosen
     return directions
 

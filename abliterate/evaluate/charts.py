@@ -186,6 +186,51 @@ def lines(title: str, series: Mapping[str, Sequence[float]], names: Sequence[str
     return "".join([*parts, "</svg>"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dot:
+    """A point with what it is; ``series`` gives its colour."""
+
+    label: str
+    x: float
+    y: float
+    series: int = 0
+
+
+def scatter(
+    title: str, dots: Sequence[Dot], names: Sequence[str], axes: tuple[str, str], *, chosen: int | None = None
+) -> str:
+    """Points over two axes that begin at zero, the series of ``names`` one over the other; ``chosen`` has a ring."""
+    width, left, top, base = 560, 52, 30, 250
+    far, high = (max([value for value in values if value > 0], default=1.0) for values in (
+        [dot.x for dot in dots], [dot.y for dot in dots],
+    ))  # fmt: skip
+
+    def at(dot: Dot) -> str:
+        return f'cx="{left + (width - left - 16) * dot.x / far:.1f}" cy="{base - (base - top) * dot.y / high:.1f}"'
+
+    parts = [_open(width, base + 40, title)]
+    for share in (0.0, 0.5, 1.0):
+        x, y = left + (width - left - 16) * share, base - (base - top) * share
+        parts.append(f'<line class="rule" x1="{left}" y1="{y:.1f}" x2="{width - 10}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{high * share:.3g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{far * share:.3g}</text>')
+    parts.append(f'<text class="axis" x="{left}" y="{base + 34}">{escape(axes[0])}</text>')
+    for place, name in enumerate(names):
+        tint, x = SERIES[place % len(SERIES)], left + 180 * place
+        parts.append(
+            f'<circle cx="{x + 4}" cy="9" r="4" fill="{tint}"/><text x="{x + 14}" y="13">{escape(name)}</text>'
+        )
+        parts += [
+            f'<circle {at(dot)} r="4.5" fill="{tint}" fill-opacity=".75"><title>{escape(dot.label)}</title></circle>'
+            for dot in dots
+            if dot.series == place
+        ]
+    if chosen is not None:
+        parts.append(f'<circle {at(dots[chosen])} r="8" fill="none" stroke="currentColor" stroke-width="2"/>')
+    parts.append(f'<text class="axis" x="{width - 10}" y="13" text-anchor="end">{escape(axes[1])}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def colour(value: float, low: float, high: float, scale: Scale) -> str:
     """The colour of ``value`` between ``low`` and ``high``."""
     anchors = SEQUENTIAL if scale == "sequential" else DIVERGING

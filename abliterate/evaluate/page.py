@@ -15,9 +15,10 @@ import torch
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
-from abliterate.evaluate.charts import Bar, HeatMap, heat_map, histogram, intervals
+from abliterate.evaluate.charts import Bar, Dot, HeatMap, heat_map, histogram, intervals, scatter
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import Candidate, DirectionSet, chosen_by, measured_on, told_apart
+from abliterate.method.search import SEARCH, front, trials_in
 from abliterate.method.selection import NOT_ASKED, WHY
 from abliterate.method.statistics import Rate
 
@@ -76,6 +77,8 @@ def render(
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
         landscape=landscape_charts(directions) if directions is not None and directions.scores else [],
+        search=directions.metadata.get(SEARCH) if directions is not None else None,
+        trials=search_chart(directions) if directions is not None and SEARCH in directions.metadata else None,
         scored=directions.metadata.get("scored") if directions is not None else None,
         cosines=_cosines(directions) if directions is not None else None,
         choice=directions.choice if directions is not None else None,
@@ -166,6 +169,27 @@ def landscape_charts(directions: DirectionSet) -> list[Chart]:
         )  # fmt: skip
         charts.append(Chart(title=name, note=notes.get(field, note), svg=heat_map(chart)))
     return charts
+
+
+def search_chart(directions: DirectionSet) -> Chart:
+    """Every trial of a search, but those that broke the model: harmful prompts without an answer against KL."""
+    trials = [trial for trial in trials_in(directions) if trial.is_finite]
+    best, taken = front(trials), directions.metadata[SEARCH]["taken"]["number"]
+    dots = [
+        Dot(
+            label=f"trial {its.number}: {its.refused} refused and {its.unclear} unclear of {its.of}, "
+            f"KL {its.kl_nats:.4f} nats",
+            x=its.kl_nats,
+            y=100 * its.unanswered,
+            series=int(its in best),
+        )
+        for its in trials
+    ]
+    place = next((n for n, its in enumerate(trials) if its.number == taken), None)
+    axes = ("KL on harmless prompts, nats", "harmful prompts without an answer, %")
+    svg = scatter("Trials of the search", dots, ("trials", "Pareto front"), axes, chosen=place)
+    note = f"{len(trials)} trials on validation prompts, the one that was taken with a ring: lower left is better"
+    return Chart(title="Trials", note=note, svg=svg)
 
 
 def _cosines(directions: DirectionSet) -> Chart | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from abliterate.errors import UsageError
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
+from abliterate.method.kernel import kernels_in, middle
 from abliterate.method.linalg import orthonormal_basis, unit
-from abliterate.method.places import IN_BLOCKS
+from abliterate.method.places import IN_BLOCKS, Place
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import NOTHING_LEFT, ColumnScale, WeightEdit
 
@@ -168,6 +169,27 @@ def removal_with_kept_rows(candidate: Candidate) -> StreamEdit:
     return removal(candidate).with_edits(lambda edit: replace(edit, keeps_rows=True))
 
 
+def kernel_removal(candidate: Candidate, n_layers: int) -> StreamEdit:
+    """``s' = s - w(l) Q Q^T s`` for what block ``l`` adds, one ``w`` for attention and one for MLPs (heretic 1.4.0).
+
+    The weights are those that the candidate came with, as one of the search does, or else those in the middle of
+    heretic's ranges (``kernel``).  The embedding is left alone, and so are blocks out of a kernel's reach.
+
+    Raises:
+        ValueError: a subspace is empty or not finite, or the weights that it came with are none.
+    """
+    kernels = kernels_in(candidate.provenance) or middle(n_layers)
+    whole = {id(its): _removal(its) for its in candidate.subspaces}
+    places: dict[Place, WeightEdit] = {}
+    for block in range(n_layers):
+        subspace = candidate.at(block)
+        for kind in IN_BLOCKS:
+            weight = kernels[kind].weight(block)
+            if weight and subspace is not None:
+                places[block, kind] = replace(whole[id(subspace)], strength=weight)
+    return StreamEdit(places=places)
+
+
 def affine_removal(directions: DirectionSet) -> StreamEdit:
     """``x' = x - Q Q^T (x - mean)`` with the harmless mean where the candidate was read (ACE, arXiv 2411.09003, eq. 4).
 
@@ -204,10 +226,12 @@ def addition(candidate: Candidate) -> StreamEdit:
     return StreamEdit(places={(candidate.layer - 1, "MLP") if candidate.layer else (None, "embedding"): adding})
 
 
+KERNEL = "kernel"
 EDITS: Mapping[str, Callable[[DirectionSet, int], StreamEdit]] = {
     "removal": lambda directions, _: removal(directions.chosen),
     "kept-norms": lambda directions, _: removal_with_kept_norms(directions.chosen),
     "kept-rows": lambda directions, _: removal_with_kept_rows(directions.chosen),
+    KERNEL: lambda directions, n_layers: kernel_removal(directions.chosen, n_layers),
     "affine": lambda directions, _: affine_removal(directions),
     "addition": lambda directions, _: addition(directions.chosen),
 }
@@ -234,6 +258,11 @@ def stream_edit(name: str, directions: DirectionSet, n_layers: int) -> StreamEdi
         UsageError: there is no such edit, nothing was chosen, or the edit cannot be made of it.
     """
     check_edit(name)
+    if name != KERNEL and "kernels" in directions.chosen.provenance:
+        raise UsageError(
+            f"edit {name!r}: what was chosen came with weights for each block, and only {KERNEL!r} heeds them",
+            f"add --change {KERNEL} (the edit of a finished folder is read from its own file)",
+        )
     try:
         return EDITS[name](directions, n_layers)
     except ValueError as error:

@@ -96,7 +96,7 @@ def build(
             "stability": directions.stability,
             "measurement": {
                 key: directions.metadata[key]
-                for key in ("position_tokens", "refusal_tokens", *COUNTED, *SCORED, "template_sha256")
+                for key in ("position_tokens", "refusal_tokens", *COUNTED, *SCORED, "search", "template_sha256")
                 if key in directions.metadata
             },
         },

@@ -47,6 +47,7 @@ class Counts:
         label_tokens: length of the replies that say which prompts count; 0 where the first token says it.
         harmful_val, harmless_val, candidates: what candidates are scored on, and how many there are.
         scored: share of the prompt passes of scoring each candidate in full.
+        trials, trial_tokens: of a search in place of these, and the length of the replies in each.
         held_out: prompts of the proof.
         test: prompts of the evaluation, by kind.
         models, reply_tokens: who replies to them, and how much at most.
@@ -69,6 +70,8 @@ class Counts:
     models: int
     reply_tokens: int
     label_tokens: int = 0
+    trials: int = 0
+    trial_tokens: int = 0
     text_tokens: int = 0
     output_bytes: int = 0
 
@@ -97,7 +100,8 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
     """What each of ``stages`` does, of ``measure``, ``select``, ``edit``, ``verify`` and ``replies``."""
     length, replies = counts.prompt_tokens, counts.models * sum(counts.test.values())
     passes = counts.candidates * counts.scored * (counts.harmful_val + 2 * counts.harmless_val)
-    tried = counts.harmful_val + counts.harmless_val if counts.filtered else 0
+    validated = counts.harmful_val + counts.harmless_val
+    tried = validated if counts.filtered else 0
     labelled = {
         stage: ceil(n / counts.batch_size) * counts.label_tokens
         for stage, n in (("measure", counts.train), ("select", tried))
@@ -110,7 +114,10 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
             steps=ceil(counts.probed / counts.batch_size) * PROBE_TOKENS + labelled["measure"],
         ),
         "select": Amount(
-            prompt_tokens=length * (tried + counts.harmless_val) + counts.own_tokens * passes, steps=labelled["select"]
+            prompt_tokens=length * (tried + counts.harmless_val)
+            + (length * counts.trials * validated if counts.trials else counts.own_tokens * passes),
+            steps=labelled["select"]
+            + counts.trials * ceil(counts.harmful_val / counts.batch_size) * counts.trial_tokens,
         ),
         "edit": Amount(moved_bytes=counts.output_bytes),
         "verify": Amount(
@@ -180,6 +187,8 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
         harmless_val=len(contrast.harmless_val.prompts),
         candidates=len(chat.positions) * early * len(recipe.find.estimators),
         scored=1.0 if recipe.find.scores_all else FEW_SCORES,
+        trials=recipe.find.trials,
+        trial_tokens=recipe.find.reply_tokens,
         held_out=len(held_out_prompts(session)),
         test={} if material is None else {kind: len(its.prompts) for kind, its in material.prompts.items()},
         models=_models(recipe, models),

@@ -25,6 +25,7 @@ from abliterate.model.scores import ScoreFile
 from abliterate.publishing import manifest
 from abliterate.recipe import NOT_IN_NUMBERS
 from abliterate.workflow.reading import Read, read_training, read_validation, refusal_tokens
+from abliterate.workflow.search import search
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -143,15 +144,17 @@ def few_to_score(prompts: Filtered) -> str:
 
 
 def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
-    """Choose a candidate by the paper's rule, from its scores on the validation prompts.
+    """Choose a candidate by the paper's rule, from its scores on the validation prompts, or by a search (``search``).
 
-    Only what the choice depends on is scored, or every candidate where the recipe says ``all_scores`` or scores them by
-    COSMIC, which has no bound on induce.  Candidates are ablated where the recipe edits.
+    By the rule, only what the choice depends on is scored, or every candidate where the recipe says ``all_scores`` or
+    scores them by COSMIC, which has no bound on induce.  Candidates are ablated where the recipe edits.
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.
 
     Raises:
         PromptError: the validation prompts are unusable.
-        UsageError: the directions were not measured on this model, or COSMIC lacks the means they were made of.
+        UsageError: the directions were not measured on this model, COSMIC lacks the means they were made of, or a
+            search cannot be made.
+        NonFiniteError: no trial of a search has finite figures.
     """
     loaded, chat, recipe = session.loaded, session.chat, session.recipe
     if (directions.n_layers, directions.d_model) != (loaded.n_layers, loaded.d_model):
@@ -168,6 +171,9 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     prompts = read_validation(session, ids, steps)
     if scarce := few_to_score(prompts):
         session.on_event(Noted(text=scarce))
+    counts = _with_validation(directions.metadata, prompts)
+    if recipe.find.trials:
+        return search(session, replace(directions, metadata={**directions.metadata, **counts}), prompts, steps)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     calibration = directions.metadata.get("calibration")
@@ -190,7 +196,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
             f"than the {chosen.of:,} of scoring each in full (--all-scores), which gives the same choice"
         )
         session.on_event(Noted(text=text))
-    metadata = {**directions.metadata, **_with_validation(directions.metadata, prompts), "scored": chosen.scored}
+    metadata = {**directions.metadata, **counts, "scored": chosen.scored}
     metadata |= {"choose_by": recipe.find.choose_by, "cosmic_layers": [] if cosmic is None else list(cosmic.layers)}
     return replace(directions, scores=chosen.scores, choice=chosen.choice, metadata=metadata)
 

@@ -35,6 +35,7 @@ STAGES = ("measure", "select", "verify", "replies")
 def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int = 2) -> dict[str, int]:
     """The least number of weight passes of each stage.
 
+    A search takes one for the base and, for each trial, one for the KL and one for each token of the replies.
     Replies are written by ``models`` checkpoints and by the controls of the recipe.  They take one pass for each token,
     however many prompts there are.
     """
@@ -43,9 +44,10 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
     written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
     outputs = "outputs" in needs_of(recipe.find.estimators)
+    searching = 1 + recipe.find.trials * (1 + recipe.find.reply_tokens)
     every = {
         "measure": (recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING) + outputs,
-        "select": SELECTING - recipe.find.scores_all,
+        "select": searching if recipe.find.trials else SELECTING - recipe.find.scores_all,
         "verify": VERIFYING,
         "replies": models * (written + SCORING if written else SCORING_APART),
     }

@@ -30,6 +30,7 @@ from abliterate.verification.report import VerifyReport
 from abliterate.workflow.estimate import counts_of, not_counted, reading_speed, sentence, speed_of
 from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.passes import cost, passes_of
+from abliterate.workflow.search import check_search
 from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
 from abliterate.workflow.trials import EDITED, side_by_side, task_request
@@ -91,13 +92,14 @@ def verify(
 
 
 def check_names(recipe: Recipe) -> None:
-    """Find out before hours of work that the estimators and the edit of a recipe can be had.
+    """Find out before hours of work that the estimators, the edit and the search of a recipe can be had.
 
     Raises:
-        UsageError: there is no such estimator or edit, or an estimator is named more than once.
+        UsageError: there is no such estimator or edit, an estimator is named more than once, or see ``check_search``.
     """
     needs_of(recipe.find.estimators)
     check_edit(recipe.edit.change)
+    check_search(recipe)
 
 
 def check_evaluation(recipe: Recipe) -> None:
