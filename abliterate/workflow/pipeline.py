@@ -32,6 +32,7 @@ from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.passes import cost, passes_of
 from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
+from abliterate.workflow.training import check_trained
 from abliterate.workflow.trials import EDITED, side_by_side, task_request
 
 STEPS = "steps"
@@ -91,12 +92,14 @@ def verify(
 
 
 def check_names(recipe: Recipe) -> None:
-    """Find out before hours of work that the estimators and the edit of a recipe can be had.
+    """Find out before hours of work that the estimators, what is trained and the edit of a recipe can be had.
 
     Raises:
-        UsageError: there is no such estimator or edit, or an estimator is named more than once.
+        UsageError: there is no such estimator or edit, an estimator is named more than once, or nothing can be trained so.
+        SourceError: a direction file that the recipe names cannot be read.
     """
     needs_of(recipe.find.estimators)
+    check_trained(recipe)
     check_edit(recipe.edit.change)
 
 
