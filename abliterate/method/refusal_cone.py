@@ -101,7 +101,7 @@ def tangent(gradient: Float[Tensor, "d k"], basis: Float[Tensor, "d k"]) -> Floa
 
 
 def orthonormal(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-    """Gram-Schmidt after a step, in float64, rounded once to the dtype of ``vectors``; one vector is scaled to length 1.
+    """Gram-Schmidt after a step, in float64, rounded once to the dtype of ``vectors``; one vector is made a unit one.
 
     Raises:
         ValueError: the vectors are not finite, or do not span ``k`` dimensions.

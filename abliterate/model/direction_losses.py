@@ -61,7 +61,7 @@ class Losses:
     given: Float[Tensor, "d m"] | None = None
 
     def __post_init__(self) -> None:
-        self.loaded.model.requires_grad_(False)
+        self.loaded.model.requires_grad_(requires_grad=False)
 
     @property
     def by_name(self) -> Mapping[str, Loss]:

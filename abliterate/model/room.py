@@ -48,9 +48,9 @@ def reply_rows(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
 
 
 def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int:
-    """Rows of ``tokens`` tokens, with logits of ``kept`` of them, that a pass with gradients may have: ``most`` or less.
+    """Rows of ``tokens`` tokens, with logits of ``kept`` of them, of a pass with gradients: ``most`` or less.
 
-    What every block made is held until the gradients were there; half of the free memory holds it.
+    What every block made is held until its gradient is there; half of the free memory holds it.
     """
     free = free_bytes(loaded.device)
     free = free if loaded.room_bytes is None else min(free, loaded.room_bytes)

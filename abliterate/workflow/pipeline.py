@@ -95,7 +95,7 @@ def check_names(recipe: Recipe) -> None:
     """Find out before hours of work that the estimators, what is trained and the edit of a recipe can be had.
 
     Raises:
-        UsageError: there is no such estimator or edit, an estimator is named more than once, or nothing can be trained so.
+        UsageError: there is no such estimator or edit, an estimator is named twice, or nothing can be trained so.
         SourceError: a direction file that the recipe names cannot be read.
     """
     needs_of(recipe.find.estimators)

@@ -136,8 +136,8 @@ class _Training:
         names = self.session.recipe.find.independent_of
         condition = {"without": found.without, "with": found.trained.after[INDEPENDENCE]}
         self._say(
-            f"independence of {', '.join(names)}: the cosine condition is {condition['without']:.2g} of a direction that "
-            f"is trained without it, and {condition['with']:.2g} of this one (0: independent)"
+            f"independence of {', '.join(names)}: the cosine condition is {condition['without']:.2g} of a direction "
+            f"that is trained without it, and {condition['with']:.2g} of this one (0: independent)"
         )
         cosines = (given.T @ found.trained.basis.double())[:, 0].tolist()
         return self._candidate(
@@ -270,8 +270,8 @@ class _Training:
 class _Kept:
     """What was trained, as a step keeps it: tensors.
 
-    ``examples``: how many each part of the loss was trained on.  ``without``: the cosine condition of the direction that
-    was trained without it.
+    ``examples``: how many each part of the loss was trained on.  ``without``: the cosine condition of the direction
+    that was trained without it.
     """
 
     trained: Trained
