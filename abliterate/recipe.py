@@ -82,6 +82,21 @@ class FindOptions(Section):
         default=("difference-of-means", "projected-difference"),
         description="What makes candidates of the measured residuals; repeatable.",
     )
+    trained: Literal["", "rdo", "cone"] = Field(
+        default="",
+        description="Train by gradients, from the best of these candidates: rdo (one direction) or cone (several).",
+    )
+    train_steps: Annotated[int, Trait.FILE_ONLY] = Field(
+        default=24, ge=1, description="Steps of the optimiser at most, for each size of a cone."
+    )
+    cone_size: int = Field(
+        default=3, ge=2, description="Directions of the largest cone that is trained; the smaller ones compete with it."
+    )
+    independent_of: Annotated[tuple[str, ...], Flag("--independent-of")] = Field(
+        default=(),
+        description="A direction file of which a direction that is trained shall be independent, or start: the one "
+        "that training begins from; repeatable.",
+    )
     refusal_tokens: Annotated[tuple[str, ...], Flag("--refusal-token")] = Field(
         default=(), description="A word or token id refusals begin with; repeatable. Default: found out."
     )

@@ -14,15 +14,15 @@ RANK_TOLERANCE = 1e-6
 
 
 def unit(v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Scale ``v`` to length 1, in float64.
+    """Scale ``v`` to length 1, in float64; gradients flow through it.
 
     Raises:
         ValueError: ``v`` is zero or not finite, so it has no direction.
     """
     v = v.to(torch.float64)
-    length = float(torch.linalg.vector_norm(v))
-    if not math.isfinite(length) or length == 0:
-        raise ValueError(f"a vector of length {length} has no direction")
+    length = torch.linalg.vector_norm(v)
+    if not math.isfinite(float(length.detach())) or length == 0:
+        raise ValueError(f"a vector of length {float(length.detach())} has no direction")
     return v / length
 
 

@@ -31,11 +31,13 @@ def run_batch(
     *,
     keep: int = 1,
     cache: Any = None,  # noqa: ANN401 - a cache of transformers
+    gradients: bool = False,
 ) -> Tensor:
     """Run a batch and return its logits ``[batch, tokens, vocab]``.
 
     A model that can be asked for it gives only those of the last ``keep`` tokens.  ``cache`` is an attention cache; it
-    may hold earlier tokens, which the mask of ``batch`` covers as well.
+    may hold earlier tokens, which the mask of ``batch`` covers as well.  With ``gradients`` they flow, where autograd
+    is on.
     """
     accepted = inspect.signature(loaded.model.forward).parameters
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
@@ -45,7 +47,7 @@ def run_batch(
         options["logits_to_keep"] = keep
 
     def run() -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             return loaded.model(
                 input_ids=batch.input_ids.to(loaded.device),
                 attention_mask=batch.attention_mask.to(loaded.device),

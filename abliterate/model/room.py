@@ -47,6 +47,17 @@ def reply_rows(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
     return max(batch_size, min(REPLY_BATCHES * batch_size, free // 2 // row))
 
 
+def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int:
+    """Rows of ``tokens`` tokens, with logits of ``kept`` of them, of a pass with gradients: ``most`` or less.
+
+    What every block made is held until its gradient is there; half of the free memory holds it.
+    """
+    free = free_bytes(loaded.device)
+    free = free if loaded.room_bytes is None else min(free, loaded.room_bytes)
+    row = tokens * loaded.n_layers * running_bytes(loaded) + kept * logit_bytes(loaded)
+    return max(1, min(most, free // 2 // row))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out: on an accelerator, or in the allocator of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

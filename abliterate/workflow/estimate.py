@@ -13,6 +13,7 @@ from statistics import fmean
 from abliterate.evaluate.observing import HARMLESS
 from abliterate.evaluate.refusal_tokens import PROBE_PROMPTS, PROBE_TOKENS
 from abliterate.events import duration
+from abliterate.method.refusal_cone import CONE, TARGET_TOKENS, Schedule
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.forward import run_batch
 from abliterate.model.load import LoadedModel
@@ -31,6 +32,8 @@ SAMPLE = 16
 """Prompts whose mean length stands for that of all."""
 WIDTH = 4
 """Tokens of a row of the batch that stands for a step of writing: some models run no shorter one without a cache."""
+BACKWARD = 1
+"""Forward passes that the gradients of one take; those of the weights are not asked for."""
 CHARACTERS = 4
 """Of a token, about."""
 
@@ -51,6 +54,9 @@ class Counts:
         held_out: prompts of the proof.
         test: prompts of the evaluation, by kind.
         models, reply_tokens: who replies to them, and how much at most.
+        trained_tokens, trained_steps: tokens that directions are trained on, each as often as a forward pass or its
+            gradients take it, and steps of writing what is learned.
+        started: among how many candidates training finds its start.
         text_tokens: of a text to predict.
         output_bytes: what is written, and read again by the proof.
     """
@@ -72,6 +78,9 @@ class Counts:
     label_tokens: int = 0
     trials: int = 0
     trial_tokens: int = 0
+    trained_tokens: float = 0.0
+    trained_steps: int = 0
+    started: int = 0
     text_tokens: int = 0
     output_bytes: int = 0
 
@@ -97,10 +106,13 @@ class Speed:
 
 
 def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
-    """What each of ``stages`` does, of ``measure``, ``select``, ``edit``, ``verify`` and ``replies``."""
+    """What each of ``stages`` does, of ``measure``, ``select``, ``edit``, ``verify`` and ``replies``.
+
+    Where directions are trained that belongs to ``measure``, and stands beside it as ``train``.
+    """
     length, replies = counts.prompt_tokens, counts.models * sum(counts.test.values())
-    passes = counts.candidates * counts.scored * (counts.harmful_val + 2 * counts.harmless_val)
-    validated = counts.harmful_val + counts.harmless_val
+    each = counts.scored * (counts.harmful_val + 2 * counts.harmless_val)
+    passes, validated = counts.candidates * each, counts.harmful_val + counts.harmless_val
     tried = validated if counts.filtered else 0
     labelled = {
         stage: ceil(n / counts.batch_size) * counts.label_tokens
@@ -112,6 +124,9 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
             prompt_tokens=length
             * (counts.probed + counts.train * (2 if counts.filtered and not counts.label_tokens else 1)),
             steps=ceil(counts.probed / counts.batch_size) * PROBE_TOKENS + labelled["measure"],
+        ),
+        "train": Amount(
+            prompt_tokens=counts.trained_tokens + counts.own_tokens * counts.started * each, steps=counts.trained_steps
         ),
         "select": Amount(
             prompt_tokens=length * (tried + counts.harmless_val)
@@ -131,7 +146,8 @@ def amounts(counts: Counts, stages: Collection[str]) -> dict[str, Amount]:
             loads=0 if "verify" in stages else 1,
         ),
     }
-    return {stage: amount for stage, amount in every.items() if stage in stages}
+    wanted = {*stages, *(["train"] if counts.trained_tokens and "measure" in stages else [])}
+    return {stage: amount for stage, amount in every.items() if stage in wanted}
 
 
 def seconds(amount: Amount, speed: Speed) -> float:
@@ -145,7 +161,8 @@ def sentence(counts: Counts, stages: Collection[str], speed: Speed, *, left_out:
     """The estimate, for people."""
     each = {stage: seconds(amount, speed) for stage, amount in amounts(counts, stages).items()}
     most = f" at most ({counts.reply_tokens} tokens each)" if counts.reply_tokens else ""
-    parts = ", ".join(f"{stage} {_about(time)}{most if stage == 'replies' else ''}" for stage, time in each.items())
+    after = {"replies": most, "train": " at most"}
+    parts = ", ".join(f"{stage} {_about(time)}{after.get(stage, '')}" for stage, time in each.items())
     paces = [f"{speed.prompt_tokens_per_s:,.0f} tokens of prompts/s"]
     if any(amount.steps for amount in amounts(counts, stages).values()):
         paces.append(f"{counts.batch_size / speed.step_s:,.0f} tokens of replies/s")
@@ -173,7 +190,8 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
     length = fmean(map(len, encoded))
     layers = session.loaded.n_layers
     early = layers - int(layers * recipe.find.prune_layers)
-    labelled = reads_replies(recipe)
+    labelled, measured = reads_replies(recipe), len(chat.positions) * early * len(recipe.find.estimators)
+    tokens, written, made = _training(session, length) if recipe.find.trained else (0.0, 0, 0)
     material = material_of(session) if "replies" in stages else None
     return Counts(
         prompt_tokens=length,
@@ -185,7 +203,10 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
         label_tokens=recipe.find.reply_tokens if labelled else 0,
         harmful_val=len(contrast.harmful_val.prompts),
         harmless_val=len(contrast.harmless_val.prompts),
-        candidates=len(chat.positions) * early * len(recipe.find.estimators),
+        candidates=made or measured,
+        trained_tokens=tokens,
+        trained_steps=written,
+        started=measured if made else 0,
         scored=1.0 if recipe.find.scores_all else FEW_SCORES,
         trials=recipe.find.trials,
         trial_tokens=recipe.find.reply_tokens,
@@ -196,6 +217,29 @@ def counts_of(session: Session, stages: Collection[str], *, models: int, output_
         text_tokens=0 if material is None else len(material.text) // CHARACTERS,
         output_bytes=output_bytes,
     )
+
+
+def _training(session: Session, length: float) -> tuple[float, int, int]:
+    """Tokens of training and steps of writing, as in ``Counts``, and how many candidates are trained.
+
+    A step has three losses with gradients and the base without, each look at the validation prompts all four without; a
+    cone has them for its basis and for directions drawn from it.
+    """
+    find, contrast, schedule = session.recipe.find, session.contrast, Schedule()
+    validation = max(len(contrast.harmful_val.prompts), len(contrast.harmless_val.prompts))
+    looks = 1 + ceil(find.train_steps / schedule.checked_every)
+    once = find.train_steps * schedule.batch * (3 * (1 + BACKWARD) + 1) + looks * validation * 4
+    cones = find.cone_size - 1 if find.trained == CONE else 0
+    fits = 1 + 2 * cones + bool(find.independent_of)
+    harmful, harmless = (
+        len(train.prompts) + len(val.prompts)
+        for train, val in (
+            (contrast.harmful_train, contrast.harmful_val), (contrast.harmless_train, contrast.harmless_val)
+        )
+    )  # fmt: skip
+    replies = harmful + 2 * harmless
+    tokens = fits * once * (length + TARGET_TOKENS) + replies * length
+    return tokens, ceil(replies / session.recipe.model.batch_size) * TARGET_TOKENS, cones or 1
 
 
 def _models(recipe: Recipe, models: int) -> int:

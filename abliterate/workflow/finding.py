@@ -28,6 +28,7 @@ from abliterate.workflow.reading import Read, read_training, read_validation, re
 from abliterate.workflow.search import search
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
+from abliterate.workflow.training import check_trainable, trained
 
 FEW, HANDFUL = 32, 8
 """Of a class: below the first the user is warned, below the second a direction is not measured unless asked for."""
@@ -42,19 +43,23 @@ def measure(
 ) -> DirectionSet:
     """Which prompts count, statistics of them, and the candidates that the recipe's estimators make of those.
 
+    Where the recipe has directions ``trained``, these take the place of the candidates, the best of which they begin
+    from (``training``).
     ``steps`` keeps what is finished, so that the same call continues where it was stopped.  ``covariance`` is where to
     write the covariances of both classes at the last position.  ``ahead``: ``select`` follows with the same steps.
 
     Raises:
-        UsageError: there is no such estimator, or no memory for the statistics that are needed.
+        UsageError: there is no such estimator, no memory for the statistics that are needed, or nothing can be trained.
         PromptError: the prompts or the chat template are unusable, or the model refuses nothing.
         NonFiniteError: an activation, or every candidate, is NaN or infinite.
     """
-    recipe = session.recipe
+    recipe, steps = session.recipe, steps or Steps()
+    if recipe.find.trained:
+        check_trainable(session)
     needs = needs_of(recipe.find.estimators) | (
         frozenset[Need]() if covariance is None else frozenset[Need](["covariance"])
     )
-    read = read_training(session, needs, steps or Steps(), ahead=ahead)
+    read = read_training(session, needs, steps, ahead=ahead)
     warning = few_kept(session.loaded.name, read.kept, allow_few=recipe.find.allow_few)
     if warning:
         session.on_event(Noted(text=warning))
@@ -74,7 +79,12 @@ def measure(
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
     candidates = _finite(session, estimate(read.stats, recipe.find.estimators))
-    return DirectionSet(candidates=candidates, statistics=read.stats.means_alone(), metadata=metadata)
+    measured = DirectionSet(candidates=candidates, statistics=read.stats.means_alone(), metadata=metadata)
+    if not recipe.find.trained:
+        return measured
+    start = select(session, measured, steps=steps, scores="start.safetensors")
+    validation = read_validation(session, read.tokens.ids, steps)
+    return replace(measured, candidates=trained(session, start, read.kept, validation, steps))
 
 
 def _counts(read: Read) -> dict[str, Any]:
@@ -143,12 +153,14 @@ def few_to_score(prompts: Filtered) -> str:
     return f"candidates are scored on few validation prompts: {counts}; more prompts make the choice surer (n_val)"
 
 
-def select(session: Session, directions: DirectionSet, *, steps: Steps | None = None) -> DirectionSet:
+def select(
+    session: Session, directions: DirectionSet, *, steps: Steps | None = None, scores: str = "scores.safetensors"
+) -> DirectionSet:
     """Choose a candidate by the paper's rule, from its scores on the validation prompts, or by a search (``search``).
 
     By the rule, only what the choice depends on is scored, or every candidate where the recipe says ``all_scores`` or
     scores them by COSMIC, which has no bound on induce.  Candidates are ablated where the recipe edits.
-    ``steps`` keeps what is finished, so that the same call continues where it was stopped.
+    ``steps`` keeps what is finished, so that the same call continues where it was stopped; ``scores`` names their file.
 
     Raises:
         PromptError: the validation prompts are unusable.
@@ -174,7 +186,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     counts = _with_validation(directions.metadata, prompts)
     if recipe.find.trials:
         return search(session, replace(directions, metadata={**directions.metadata, **counts}), prompts, steps)
-    kept = steps.path("scores.safetensors")
+    kept = steps.path(scores)
     store = ScoreFile(kept) if kept else None
     calibration = directions.metadata.get("calibration")
     rule = SelectionRule(

@@ -33,6 +33,7 @@ from abliterate.workflow.passes import cost, passes_of
 from abliterate.workflow.search import check_search
 from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
+from abliterate.workflow.training import check_trained
 from abliterate.workflow.trials import EDITED, side_by_side, task_request
 
 STEPS = "steps"
@@ -92,12 +93,15 @@ def verify(
 
 
 def check_names(recipe: Recipe) -> None:
-    """Find out before hours of work that the estimators, the edit and the search of a recipe can be had.
+    """Find out before hours of work that all that a recipe names can be had, and together.
 
     Raises:
-        UsageError: there is no such estimator or edit, an estimator is named more than once, or see ``check_search``.
+        UsageError: there is no such estimator or edit, an estimator is named twice, or see ``check_trained`` and
+            ``check_search``.
+        SourceError: a direction file that the recipe names cannot be read.
     """
     needs_of(recipe.find.estimators)
+    check_trained(recipe)
     check_edit(recipe.edit.change)
     check_search(recipe)
 

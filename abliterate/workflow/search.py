@@ -37,12 +37,17 @@ def check_search(recipe: Recipe) -> None:
     """Find out before hours of work what a search would stop at; nothing, where none is asked for.
 
     Raises:
-        UsageError: the library that suggests trials is missing, or the edit does not heed weights, or only the
-            embedding, which they leave alone.
+        UsageError: the library that suggests trials is missing, directions are trained, or the edit does not heed
+            weights, or is of the embedding alone, which they leave alone.
     """
     if not recipe.find.trials:
         return
     check_optuna()
+    if recipe.find.trained:
+        raise UsageError(
+            "a search is along directions that were measured, and the recipe trains its own",
+            "leave out --trials, or --trained",
+        )
     if recipe.edit.change != KERNEL:
         raise UsageError(
             f"the search is for weights of the edit {KERNEL!r}, and the edit is {recipe.edit.change!r}",
