@@ -18,7 +18,8 @@ from abliterate.cli.failures import explain
 from abliterate.cli.options import default_out, parse_size
 from abliterate.cli.recipe_options import flag_of, takes
 from abliterate.errors import UsageError
-from abliterate.recipe import SECTION_OF, SECTIONS, Recipe, Trait, load_recipe, option
+from abliterate.options import Trait
+from abliterate.recipe import SECTION_OF, SECTIONS, Recipe, load_recipe, option
 from tests import checkpoints, factories
 from tests.checkpoints import INDEX, write_llama
 

@@ -17,8 +17,9 @@ from abliterate.method.directions import given
 from abliterate.method.edits import orthogonal
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.interventions import operator
+from abliterate.options import EditOptions
 from abliterate.publishing import wording
-from abliterate.recipe import EditOptions, Recipe
+from abliterate.recipe import Recipe
 from abliterate.verification.checkpoint_proof import verify_bytes
 from tests import factories
 from tests.test_weight_edits import LOGITS, basis, logits, matrix, write

@@ -16,7 +16,8 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import show_note
 from abliterate.data.methods import check_method
 from abliterate.errors import UsageError
-from abliterate.recipe import SECTIONS, Flag, Recipe, Trait, load_recipe, option
+from abliterate.options import Flag, Trait
+from abliterate.recipe import SECTIONS, Recipe, load_recipe, option
 
 R = TypeVar("R")
 Given = Mapping[str, Any]

@@ -12,7 +12,7 @@ from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import stream_edit
 from abliterate.method.scope import Scope, scope_of
 from abliterate.method.stream_edit import StreamEdit
-from abliterate.recipe import EditOptions
+from abliterate.options import EditOptions
 
 MOST_OF_EMBEDDING = 0.25
 """A constant in the embedding, as a share of the length of its rows.  Early residuals are little more than these rows,

@@ -22,6 +22,7 @@ from abliterate.method.selection import COSMIC, WHY, SelectionRule
 from abliterate.method.selection_metrics import Cosmic
 from abliterate.model.measuring import Filtered, Validation, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
+from abliterate.options import FindOptions
 from abliterate.publishing import manifest
 from abliterate.recipe import NOT_IN_NUMBERS
 from abliterate.workflow.reading import Read, read_training, read_validation, refusal_tokens
@@ -188,15 +189,7 @@ def select(
         return search(session, replace(directions, metadata={**directions.metadata, **counts}), prompts, steps)
     kept = steps.path(scores)
     store = ScoreFile(kept) if kept else None
-    calibration = directions.metadata.get("calibration")
-    rule = SelectionRule(
-        max_kl_nats=recipe.find.max_kl_nats,
-        kl_margin=recipe.find.kl_margin,
-        min_induce=recipe.find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
-        prune_layers=recipe.find.prune_layers,
-    )
-    if cosmic is not None:
-        rule = replace(rule, min_induce=-math.inf, name=COSMIC)
+    rule = _rule(recipe.find, directions.metadata.get("calibration"))
     on = Validation(prompts=prompts, refusal_ids=ids, scope=scope_asked(recipe.edit, loaded.n_layers), cosmic=cosmic)
     choosing = choose_from_all if recipe.find.scores_all else choose_candidate
     chosen = choosing(loaded, chat, directions.candidates, on, rule, store=store, **options)
@@ -211,6 +204,17 @@ def select(
     metadata = {**directions.metadata, **counts, "scored": chosen.scored}
     metadata |= {"choose_by": recipe.find.choose_by, "cosmic_layers": [] if cosmic is None else list(cosmic.layers)}
     return replace(directions, scores=chosen.scores, choice=chosen.choice, metadata=metadata)
+
+
+def _rule(find: FindOptions, calibration: Mapping[str, Any] | None) -> SelectionRule:
+    """The rule that a recipe asks for; COSMIC has no bound on induce."""
+    rule = SelectionRule(
+        max_kl_nats=find.max_kl_nats,
+        kl_margin=find.kl_margin,
+        min_induce=find.min_induce + (Calibration.of(calibration).threshold if calibration else 0.0),
+        prune_layers=find.prune_layers,
+    )
+    return replace(rule, min_induce=-math.inf, name=COSMIC) if find.choose_by == COSMIC else rule
 
 
 def _cosmic(session: Session, directions: DirectionSet) -> Cosmic | None:
