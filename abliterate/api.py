@@ -1,10 +1,9 @@
 """The Python interface: one function for each command, returning values and printing nothing."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.finished import finished_folder
@@ -13,7 +12,6 @@ from abliterate.checkpoint.output import prepare
 from abliterate.data.bundled import is_bundled, open_model
 from abliterate.editing.asked import plan_asked, stream_asked
 from abliterate.editing.planning import along, plan
-from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
@@ -28,10 +26,6 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
-from abliterate.method.stream_edit import StreamEdit
-from abliterate.model.chat import left_padded
-from abliterate.model.forward import generate_ids
-from abliterate.model.interventions import added, edited
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits
@@ -41,10 +35,11 @@ from abliterate.verification.comparison import Diff
 from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import inspecting, pipeline
+from abliterate.workflow.chatting import chat, reply
 from abliterate.workflow.pipeline import RunResult
 from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.reproducing import reproduce as _reproduce
-from abliterate.workflow.session import Session, open_session
+from abliterate.workflow.session import open_session
 from abliterate.workflow.trials import EDITED
 
 __all__ = [
@@ -52,8 +47,6 @@ __all__ = [
     "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
     "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
-
-Mode = Literal["ablate", "add"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,45 +351,3 @@ def run(
 ) -> RunResult:
     """The whole job; see ``pipeline.run``."""
     return pipeline.run(model, Path(out), recipe or Recipe(), direction=direction, on_event=on_event)
-
-
-def chat(
-    model: str | Path | None,
-    prompt: str,
-    *,
-    direction: DirectionSet | None = None,
-    mode: Mode | None = None,
-    scale: float = 1.0,
-    recipe: Recipe | None = None,
-) -> str:
-    """One reply of ``model`` to ``prompt``, with the direction ablated or added if asked."""
-    session = open_session(model, recipe or Recipe())
-    return reply(session, [{"role": "user", "content": prompt}], direction=direction, mode=mode, scale=scale)
-
-
-def reply(
-    session: Session,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    direction: DirectionSet | None = None,
-    mode: Mode | None = None,
-    scale: float = 1.0,
-) -> str:
-    """The next assistant turn of a conversation, greedy."""
-    chat_format, loaded = session.chat, session.loaded
-    history = [dict(message) for message in messages]
-    if session.recipe.model.system is not None and history[0]["role"] != "system":
-        history.insert(0, {"role": "system", "content": session.recipe.model.system})
-    ids = chat_format.encode_messages(history)
-    batch = next(left_padded([ids], 1, chat_format.pad_id))
-    context = nullcontext()
-    if direction is not None and mode == "ablate":
-        stream = stream_asked(session.recipe.edit, direction, loaded.n_layers)
-        if stream.lacks_lengths:
-            stream = with_row_lengths(plan(session.checkpoint, edit=stream, **session.recipe.plan_options)).stream
-        context = edited(loaded, stream or StreamEdit())
-    elif direction is not None and mode == "add" and direction.choice is not None:
-        context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
-    with context:
-        tokens = generate_ids(loaded, chat_format, batch, session.recipe.evaluate.max_new_tokens)[0]
-    return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
