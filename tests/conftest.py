@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+gc.disable()  # importing and collecting make next to no garbage; ``pytest_collection_finish`` turns it on again
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on shared cores: 200 times slower
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +35,7 @@ def pytest_collection_finish():
     """Keep modules and tests out of what is searched for garbage, which takes half a second for each model freed."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
