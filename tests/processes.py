@@ -15,7 +15,8 @@ from pathlib import Path
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
-    CONTEXT.set_forkserver_preload(["abliterate.api", "typer", "rich.progress"])
+    # Beside ours what huggingface_hub needs, a third of its time to import; what is not there is left out.
+    CONTEXT.set_forkserver_preload(["abliterate.api", "typer", "rich.progress", "httpx2", "yaml", "filelock", "jinja2"])
 
 
 class Running:

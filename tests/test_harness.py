@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -25,10 +26,8 @@ from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 from tests.offloading import block_loads
 
-pytest.importorskip("lm_eval", reason="no lm-eval here: the dev extra has it")
-import datasets
-
-from abliterate.model.harness_model import HarnessModel
+# lm_eval and datasets take seconds to import: not in every process of a parallel run, all of which collect this file.
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="no lm-eval here: the dev extra has it")
 
 DOCUMENTS = 24
 COMMON = """\
@@ -89,7 +88,7 @@ def folder(tmp_path_factory):
     """A folder of tasks, as --task-path takes it."""
     here = tmp_path_factory.mktemp("tasks")
     patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     for name, documents in DATA.items():
         data = here / f"{name}.jsonl"
         data.write_text("".join(json.dumps(document) + "\n" for document in documents), "utf-8")
@@ -158,6 +157,8 @@ def test_a_reply_is_the_model_s_own_and_as_long_as_the_task_says(task, tokens, f
 
 def test_likelihoods_are_those_of_hflm(model):
     """The same sums from the logits of the answers alone; answers that differ in their last token share a row."""
+    from abliterate.model.harness_model import HarnessModel
+
     held = HarnessModel(*model, name="base", batch_size=3)
     requests = [
         ((question, answer), held.tok_encode(question), held.tok_encode(answer, add_special_tokens=False))
@@ -178,6 +179,8 @@ def test_likelihoods_are_those_of_hflm(model):
 
 
 def test_the_tokenizer_is_left_as_it_was(model):
+    from abliterate.model.harness_model import HarnessModel
+
     loaded, chat = model
     before = loaded.tokenizer.pad_token
     loaded.tokenizer.pad_token = None
@@ -189,6 +192,8 @@ def test_the_tokenizer_is_left_as_it_was(model):
 
 
 def test_the_template_is_given_what_the_mode_says(model, monkeypatch):
+    from abliterate.model.harness_model import HarnessModel
+
     loaded, _ = model
     template = loaded.tokenizer.chat_template + "{%- if enable_thinking %}{{- '<think>' }}{%- endif %}"
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)

@@ -1,10 +1,10 @@
 """Memory is a setting: the peak of a whole process stays within the budget, whatever the shapes."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import cache
 
 import pytest
 import torch
@@ -17,17 +17,27 @@ from tests.checkpoints import write
 SOAK = bool(os.environ.get("ABLITERATE_SOAK"))
 BUDGET = (512 if SOAK else 256) * 2**20
 """With ABLITERATE_SOAK the default budget and tensors of its size; else the half of all."""
-# ru_maxrss of a child begins with what its parent held; the high-water mark of /proc is the process's own.
+# ru_maxrss of a child begins with what its parent held; the mark of /proc is the process's own.  Commands are run
+# one after the other in one process, which imports torch once: a mark is forgotten before each, and what a command has
+# not given back counts against the next.
 WRAPPER = """
-import atexit, sys
-def report():
-    marks = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    print(marks[0].split()[1], file=sys.stderr)
-atexit.register(report)
+import json, sys
+from pathlib import Path
+def high_water_mark():
+    return next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 import torch
-if len(sys.argv) > 1:
+marks = [high_water_mark()]
+for arguments in json.loads(sys.argv[1]):
     from abliterate.cli.app import main
-    main()
+    Path("/proc/self/clear_refs").write_text("5")
+    sys.argv = ["abliterate", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    marks.append(high_water_mark())
+print(*marks, file=sys.stderr)
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -70,18 +80,12 @@ SHAPES = {
 }
 
 
-def peak(*arguments):
-    """Peak resident memory in bytes of ``abliterate`` with ``arguments``; without any, of importing torch."""
-    command = [sys.executable, "-c", WRAPPER, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def peaks(*commands):
+    """Peak resident memory in bytes, of one process: after importing torch, and in each command after that."""
+    listed = json.dumps([[str(argument) for argument in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", WRAPPER, listed], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return int(done.stderr.split()[-1]) * 1024
-
-
-@cache
-def idle():
-    """The peak of a process that imports torch, and no more."""
-    return peak()
+    return [int(mark) * 1024 for mark in done.stderr.splitlines()[-1].split()]
 
 
 def make_mxfp4(folder):
@@ -103,10 +107,10 @@ def test_peak_memory_is_within_the_budget(name, tmp_path, record_property):
     d_model = 2880 if name == "mxfp4" else SHAPES[name].d_model
     vector = torch.randn(d_model, generator=torch.Generator().manual_seed(0))
     file = directions.save(given(vector), tmp_path / "direction.safetensors")
-    above = {
-        "edit": peak("edit", base, file, "--out", tmp_path / "out", "--memory", BUDGET) - idle(),
-        "verify": peak("verify", tmp_path / "out", "--bytes-only") - idle(),
-    }
+    out = tmp_path / "out"
+    commands = ("edit", base, file, "--out", out, "--memory", BUDGET), ("verify", out, "--bytes-only")
+    idle, *marks = peaks(*commands)
+    above = {command: mark - idle for (command, *_), mark in zip(commands, marks, strict=True)}
     for command, used in above.items():
         print(f"{name} {command}: {used / 2**20:.0f} MiB above an interpreter with torch")
         record_property(f"{command}_mib", used / 2**20)

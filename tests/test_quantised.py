@@ -232,7 +232,7 @@ def test_two_bytes_of_mxfp4_keep_their_signs():
 def test_a_whole_run_in_fp8_equals_the_hooks(tmp_path):
     base = quantised_tiny_chat(tmp_path / "base")
     source = "bundled:tiny-chat"
-    recipe = Recipe(harmful=source, harmless=source, n_test=20)
+    recipe = Recipe(harmful=source, harmless=source, n_train=32, n_val=8, n_test=20)
     result = pipeline.run(base, tmp_path / "out", recipe, with_evaluation=False)
     behaviour = result.verification.behaviour
     assert result.verification.ok

@@ -16,7 +16,9 @@ from abliterate.recipe import Recipe, load_recipe
 from tests import checkpoints
 from tests.test_patch import SHARD, edited_by_us, flip
 
-RECIPE = Recipe(harmful="bundled:tiny-chat", harmless="bundled:tiny-chat", max_new_tokens=8, n_test=8)
+RECIPE = Recipe(
+    harmful="bundled:tiny-chat", harmless="bundled:tiny-chat", n_train=24, n_val=6, n_test=8, max_new_tokens=8
+)  # fmt: skip
 SCHEMA = json.loads((files("abliterate") / "publishing/schemas/manifest-2.schema.json").read_text("utf-8"))
 
 

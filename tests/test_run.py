@@ -152,7 +152,7 @@ def test_chat_previews_the_edit_by_hooks(finished):
 
 
 def test_adding_the_direction_induces_refusal(finished):
-    session = open_session(None, RECIPE)
+    session = open_session(None, RECIPE.with_changes({"max_new_tokens": 16}))
     prompts = session.contrast.harmless_test.texts[:20]
     replies = [
         abliterate.reply(session, [{"role": "user", "content": p}], direction=finished.directions, mode="add")
@@ -169,17 +169,17 @@ def test_a_random_direction_does_nothing_of_the_kind(finished, tmp_path):
     shape = (len(d.positions), d.n_layers, d.d_model)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     other = type(d)(candidates=grid("noise", noise, d.positions)).choose(d.choice.position, d.choice.layer)
-    result = abliterate.run(None, tmp_path / "out", RECIPE, direction=other)
+    result = abliterate.run(None, tmp_path / "out", RECIPE.with_changes({"n_test": 40}), direction=other)
     assert result.evaluation.edited.scores["harmful"].refused.value >= 0.9
 
 
-def test_the_stages_one_by_one_give_the_same_bytes(finished, tmp_path):
-    measured = abliterate.measure(None, RECIPE)
-    chosen = abliterate.select(None, measured, RECIPE)
-    assert chosen.choice == finished.directions.choice
-    edited = abliterate.edit(None, chosen, tmp_path / "out", recipe=RECIPE)
+def test_the_stages_one_by_one_give_the_same_bytes(few_finished, tmp_path):
+    measured = abliterate.measure(None, FEW)
+    chosen = abliterate.select(None, measured, FEW)
+    assert chosen.choice == few_finished.directions.choice
+    edited = abliterate.edit(None, chosen, tmp_path / "out", recipe=FEW)
     for shard in edited.plan.checkpoint.shards:
-        assert (edited.out / shard.name).read_bytes() == (finished.out / shard.name).read_bytes()
+        assert (edited.out / shard.name).read_bytes() == (few_finished.out / shard.name).read_bytes()
 
 
 def stop_at(task):
