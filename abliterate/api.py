@@ -11,9 +11,8 @@ from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
 from abliterate.data.bundled import is_bundled, open_model
-from abliterate.editing.asked import plan_asked, stream_asked
+from abliterate.editing.asked import plan_asked, stream_asked, stream_of_hooks
 from abliterate.editing.planning import along, plan
-from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
@@ -391,10 +390,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        stream = stream_asked(session.recipe.edit, direction, loaded.n_layers)
-        if stream.lacks_lengths:
-            stream = with_row_lengths(plan(session.checkpoint, edit=stream, **session.recipe.plan_options)).stream
-        context = edited(loaded, stream or StreamEdit())
+        context = edited(loaded, stream_of_hooks(session.checkpoint, session.recipe, direction, loaded.n_layers))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:
