@@ -8,7 +8,7 @@ import torch
 
 from abliterate.arch.registry import family_of
 from abliterate.errors import UsageError
-from abliterate.method.directions import chosen_by, given
+from abliterate.method.directions import chosen_by
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import COSMIC, SelectionRule, choose
 from abliterate.method.selection_metrics import Cosmic, cosmic, evaluation_layers
@@ -115,5 +115,5 @@ def test_the_file_says_which_metric_chose():
     assert again.metadata["choose_by"] == "first-token"
     assert not chosen_by(again.metadata)
     with pytest.raises(UsageError, match="come without them") as caught:
-        finding.select(session, given(torch.randn(measured.d_model)))
+        finding.select(session, replace(measured, statistics=None))
     assert caught.value.hint

@@ -8,8 +8,9 @@ import torch
 
 from abliterate import api
 from abliterate.checkpoint import edit_file
+from abliterate.checkpoint.source import open_folder
 from abliterate.data.methods import methods
-from abliterate.editing.asked import plan_asked
+from abliterate.editing.asked import plan_asked, stream_of_hooks
 from abliterate.editing.planning import along, plan
 from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import PlanRefusedError
@@ -171,3 +172,11 @@ def test_folder_card_and_manifest_say_it_and_what_has_no_room_for_it_refuses(bas
     assert caught.value.hint
     with pytest.raises(PlanRefusedError):
         api.export_lora(base("llama"), tmp_path / "lora", edited=out)
+
+
+def test_a_preview_by_hooks_reads_the_lengths(base):
+    recipe = Recipe(change="kept-rows")
+    direction = given(torch.randn(48))
+    stream = stream_of_hooks(open_folder(base("llama"), name="tiny"), recipe, direction, 3)
+    assert stream.sha256 == plan_asked(plan(base("llama")), recipe.edit, direction).stream.sha256
+    assert not stream.lacks_lengths

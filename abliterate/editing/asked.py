@@ -5,7 +5,8 @@ import torch
 from abliterate.arch.codecs import read_rows
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
-from abliterate.editing.planning import along
+from abliterate.checkpoint.source import Checkpoint
+from abliterate.editing.planning import along, plan
 from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import PlanRefusedError
 from abliterate.method.directions import DirectionSet
@@ -13,6 +14,7 @@ from abliterate.method.edits import stream_edit
 from abliterate.method.scope import Scope, scope_of
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.options import EditOptions
+from abliterate.recipe import Recipe
 
 MOST_OF_EMBEDDING = 0.25
 """A constant in the embedding, as a share of the length of its rows.  Early residuals are little more than these rows,
@@ -37,6 +39,19 @@ def stream_asked(options: EditOptions, directions: DirectionSet, n_layers: int) 
         UsageError: there is no such edit, nothing was chosen, or the edit cannot be made of it.
     """
     return scope_asked(options, n_layers).of(stream_edit(options.change, directions, n_layers), n_layers)
+
+
+def stream_of_hooks(checkpoint: Checkpoint, recipe: Recipe, directions: DirectionSet, n_layers: int) -> StreamEdit:
+    """``stream_asked`` as hooks need it: lengths that rows are to keep are read from the weights of ``checkpoint``.
+
+    Raises:
+        UsageError: as for ``stream_asked``.
+        PlanRefusedError: the lengths are asked for, and the plan refuses.
+    """
+    stream = stream_asked(recipe.edit, directions, n_layers)
+    if not stream.lacks_lengths:
+        return stream
+    return with_row_lengths(plan(checkpoint, edit=stream, **recipe.plan_options)).stream or stream
 
 
 def plan_asked(made: EditPlan, options: EditOptions, directions: DirectionSet) -> EditPlan:

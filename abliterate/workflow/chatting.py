@@ -5,11 +5,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from abliterate.editing.asked import stream_asked
-from abliterate.editing.planning import plan
-from abliterate.editing.row_lengths import with_row_lengths
+from abliterate.editing.asked import stream_of_hooks
 from abliterate.method.directions import DirectionSet
-from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import left_padded
 from abliterate.model.forward import generate_ids
 from abliterate.model.interventions import added, edited
@@ -50,10 +47,7 @@ def reply(
     batch = next(left_padded([ids], 1, chat_format.pad_id))
     context = nullcontext()
     if direction is not None and mode == "ablate":
-        stream = stream_asked(session.recipe.edit, direction, loaded.n_layers)
-        if stream.lacks_lengths:
-            stream = with_row_lengths(plan(session.checkpoint, edit=stream, **session.recipe.plan_options)).stream
-        context = edited(loaded, stream or StreamEdit())
+        context = edited(loaded, stream_of_hooks(session.checkpoint, session.recipe, direction, loaded.n_layers))
     elif direction is not None and mode == "add" and direction.choice is not None:
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:

@@ -13,7 +13,7 @@ from typing import Any
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import fingerprint
 from abliterate.editing.asked import scope_asked
-from abliterate.errors import NonFiniteError, TooFewPromptsError, UsageError
+from abliterate.errors import NonFiniteError, PromptError, TooFewPromptsError, UsageError
 from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
@@ -106,7 +106,8 @@ def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidat
     """``candidates`` without those that hold NaN or infinity, which no file of directions takes.
 
     Raises:
-        NonFiniteError: none is left.
+        NonFiniteError: none is left of them.
+        PromptError: there was none.
     """
     broken = [
         one.id
@@ -115,9 +116,16 @@ def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidat
     ]
     left_out = frozenset(broken)
     finite = tuple(one for one in candidates if one.id not in left_out)
+    if not finite and broken:
+        raise NonFiniteError(
+            f"{session.checkpoint.name}: all candidates hold NaN or infinity",
+            "choose another estimator, or more prompts",
+        )
     if not finite:
-        made = "all candidates hold NaN or infinity" if broken else "the estimators made no candidate"
-        raise NonFiniteError(f"{session.checkpoint.name}: {made}", "choose another estimator, or give more prompts")
+        raise PromptError(
+            f"{session.checkpoint.name}: the estimators made no candidate: the prompts are too few, or too much alike",
+            "give more and other prompts, or choose another estimator",
+        )
     if broken:
         text = f"left out, as they hold NaN or infinity: {len(broken)} candidates, {broken[0]} the first"
         session.on_event(Noted(text=text))
