@@ -29,7 +29,7 @@ from abliterate.workflow.reading import Read, read_training, read_validation, re
 from abliterate.workflow.search import search
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
-from abliterate.workflow.training import check_trainable, trained
+from abliterate.workflow.training import check_trainable, check_trained, trained
 
 FEW, HANDFUL = 32, 8
 """Of a class: below the first the user is warned, below the second a direction is not measured unless asked for."""
@@ -55,6 +55,7 @@ def measure(
         NonFiniteError: an activation, or every candidate, is NaN or infinite.
     """
     recipe, steps = session.recipe, steps or Steps()
+    check_trained(recipe)
     if recipe.find.trained:
         check_trainable(session)
     needs = needs_of(recipe.find.estimators) | (

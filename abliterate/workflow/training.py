@@ -97,6 +97,7 @@ def trained(
         UsageError: the start, or what a direction shall be independent of, does not fit.
     """
     work = _Training(session=session, start=directions.chosen, training=training, validation=validation, steps=steps)
+    session.on_event(Noted(text=f"training begins from {work.start.id}, and learns from what the model itself replies"))
     if session.recipe.find.trained == CONE:
         return work.cones()
     return (work.independent() if session.recipe.find.independent_of else work.direction(),)
