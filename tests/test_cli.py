@@ -153,7 +153,7 @@ def test_what_stands_in_files_only_is_offered_nowhere():
 
 TAKEN = {
     "measure": ["find", "model"],
-    "select": ["find", "roles", "exclude_layers", "strength", "model"],
+    "select": ["find", "change", "roles", "exclude_layers", "strength", "model"],
     "edit": ["edit", "memory_bytes", "publish"],
     "push": ["publish"],
     "plan": ["tied", "mtp", "allow_partial", "roles", "exclude_layers", "strength"],

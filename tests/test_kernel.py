@@ -133,13 +133,14 @@ def test_a_direction_between_layers_is_heretics_of_index_z(z):
     made = candidate(3, parameters(**{LAYER: z + 1}), directions, "projected-difference")
     assert torch.allclose(made.vector, (mixed / mixed.norm()).float())
     assert not torch.allclose(made.vector, between(vectors, z).float(), atol=1e-2)
-    assert (made.id, made.layer) == ("search/3", round(z + 1))
+    assert (made.id, made.layer) == ("search/3", math.floor(z + 1.5))
 
 
 def test_a_block_with_a_direction_of_its_own_has_that_of_what_it_leaves():
     vectors, directions = measured()
     made = candidate(0, parameters(**{PER_LAYER: True}), directions, "projected-difference")
     kernels = kernels_in(made.provenance)
+    assert made.layer in made.subspace
     assert set(made.subspace) == {b for b in range(LAYERS) if any(its.weight(b) for its in kernels.values())}
     for block, subspace in made.subspace.items():
         expected = vectors[min(block + 1, LAYERS - 1)]

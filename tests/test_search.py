@@ -226,7 +226,7 @@ def test_the_search_takes_the_knee_and_says_why(found):
     assert directions.scores == ()
     assert Started(task="search", total=4, unit="trials") in events
     assert sum(its.amount for its in events if isinstance(its, Advanced) and its.task == "search") == 4
-    best = [its.text for its in events if isinstance(its, Noted) and "best so far" in its.text]
+    best = [its.text for its in events if isinstance(its, Noted) and "joins the Pareto front" in its.text]
     assert best[0].startswith("trial 0 ")
 
 

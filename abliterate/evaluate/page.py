@@ -34,6 +34,10 @@ COSMIC_NOTES = {
 """What the first two are where COSMIC chose."""
 
 
+WIDER = 3.0
+"""How far the chart of a search reaches, in the largest KL on its front: a trial that ruins the model has far more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
     """One drawing with its caption."""
@@ -175,11 +179,12 @@ def search_chart(directions: DirectionSet) -> Chart:
     """Every trial of a search, but those that broke the model: harmful prompts without an answer against KL."""
     trials = [trial for trial in trials_in(directions) if trial.is_finite]
     best, taken = front(trials), directions.metadata[SEARCH]["taken"]["number"]
+    most = WIDER * max(its.kl_nats for its in best)
     dots = [
         Dot(
             label=f"trial {its.number}: {its.refused} refused and {its.unclear} unclear of {its.of}, "
             f"KL {its.kl_nats:.4f} nats",
-            x=its.kl_nats,
+            x=min(its.kl_nats, most),
             y=100 * its.unanswered,
             series=int(its in best),
         )
@@ -189,6 +194,8 @@ def search_chart(directions: DirectionSet) -> Chart:
     axes = ("KL on harmless prompts, nats", "harmful prompts without an answer, %")
     svg = scatter("Trials of the search", dots, ("trials", "Pareto front"), axes, chosen=place)
     note = f"{len(trials)} trials on validation prompts, the one that was taken with a ring: lower left is better"
+    if beyond := sum(its.kl_nats > most for its in trials):
+        note += f"; at the right edge {beyond} with a KL of more than {most:.3g} nats"
     return Chart(title="Trials", note=note, svg=svg)
 
 

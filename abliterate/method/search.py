@@ -153,11 +153,11 @@ def candidate(
         blocks = [block for block in range(last + 1) if any(its.weight(block) for its in kernels.values())]
         subspace = {block: _span(unit(vectors[min(block + 1, last)])) for block in blocks}
     else:
-        subspace = _span(between(vectors, parameters[LAYER]))
+        blocks, subspace = range(last + 1), _span(between(vectors, parameters[LAYER]))
     return Candidate(
         id=f"{SEARCH}/{trial}",
         subspace=subspace,
-        layer=min(round(parameters[LAYER]), last),
+        layer=min(blocks, key=lambda block: abs(block - parameters[LAYER])),
         provenance={
             "estimator": SEARCH,
             "position": LAST,
@@ -213,7 +213,7 @@ def take(directions: DirectionSet, number: int) -> DirectionSet:
         UsageError: nothing was searched, or there is no such trial, or it broke the model.
     """
     trials = {trial.number: trial for trial in trials_in(directions)}
-    if not trials:
+    if not trials or SEARCH not in directions.metadata:
         raise UsageError("no search chose this direction, so it has no trials", "leave out --trial")
     if number not in trials or not trials[number].is_finite:
         what = "broke the model" if number in trials else "is none of them"

@@ -159,7 +159,7 @@ def _replies(session: Session, prompts: Filtered) -> Replies | None:
 def _sentence(trial: Trial) -> str:
     unclear = f" and {trial.unclear} unclear" if trial.unclear else ""
     return (
-        f"trial {trial.number} is the best so far in some way: {trial.refused} of {trial.of} harmful prompts refused"
+        f"trial {trial.number} joins the Pareto front: {trial.refused} of {trial.of} harmful prompts refused"
         f"{unclear}, KL {trial.kl_nats:.3f} nats"
     )
 
