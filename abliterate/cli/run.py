@@ -40,6 +40,7 @@ def run(
     direction: Direction = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    category: opt.Category = None,
     revision: opt.Revision = None,
     evaluate: Evaluate = True,
     report: opt.ReportFile = None,
@@ -58,7 +59,7 @@ def run(
     """
     target = out_folder or opt.default_out(model)
     check_report(report)
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, category)
     check_push_options(push, branch, private="private" in given)
     upload = Upload(name=push, branch=branch, private=recipe.publish.private)
     if dry_run and stream:

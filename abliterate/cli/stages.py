@@ -106,6 +106,7 @@ def edit(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    category: opt.Category = None,
     revision: opt.Revision = None,
     recipe: Recipe,
     push: opt.Push = None,
@@ -120,7 +121,7 @@ def edit(
     from abliterate import api
 
     target = out_folder or opt.default_out(model)
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, category)
     assert chosen is not None
     if push is not None and not stream:
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
@@ -196,11 +197,13 @@ def verify(
         raise VerificationError(f"{folder}: {report.failures[0]}", "do not use this checkpoint: edit the base again")
 
 
-def read_direction(path: Path | None, position: int | None, layer: int | None) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` of it."""
+def read_direction(
+    path: Path | None, position: int | None, layer: int | None, category: str | None = None
+) -> "DirectionSet | None":
+    """The direction of a file, or the candidate at ``position`` and ``layer`` of it; or that of one ``category`` alone."""
     if path is None:
-        if position is not None or layer is not None:
-            raise UsageError("--position and --layer choose a candidate of a file", "add --direction FILE")
+        if position is not None or layer is not None or category is not None:
+            raise UsageError("--position, --layer and --category choose in a file", "add --direction FILE")
         return None
     from abliterate.checkpoint.direction_file import load
 
@@ -210,7 +213,7 @@ def read_direction(path: Path | None, position: int | None, layer: int | None) -
     if position is not None and layer is not None:
         directions = directions.choose(position, layer)
     _ = directions.chosen  # fails here, before any work, when nothing is chosen
-    return directions
+    return directions if category is None else directions.of_category(category)
 
 
 def _session(model: str, recipe: Recipe, revision: str | None, listen: "OnEvent") -> "Session":

@@ -33,13 +33,14 @@ class ActivationStats:
     ``[layers, d, d]`` at the last position.  ``samples``: of each class, where asked for, the residuals at the last
     position, ``[prompts, layers, d]``.  ``positions`` are negative token offsets; layer ``l`` is what enters block
     ``l``.  ``halves``: of each class the means over a random half of its prompts and over the other half, where there
-    are at least two.
+    are at least two.  ``categories``: of each category of harmful prompts, where asked for, the mean.
     """
 
     positions: tuple[int, ...]
     moments: Mapping[str, Moments]
     samples: Mapping[str, Float[Tensor, "n layers d"]] = field(default_factory=dict)
     halves: Mapping[str, tuple[Moments, Moments]] = field(default_factory=dict)
+    categories: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
