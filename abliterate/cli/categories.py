@@ -15,7 +15,7 @@ from abliterate.errors import UsageError
 from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
-    from abliterate.evaluate.category_report import CategoryReport, Tried
+    from abliterate.evaluate.category_report import CategoryReport
 
 
 @guarded
@@ -72,7 +72,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _show(found: "CategoryReport") -> None:
-    from abliterate.cli.tables import table
+    from abliterate.cli.tables import rate, table
 
     names = [escape(name) for name in found.categories]
     right = range(1, 1 + len(names))
@@ -80,21 +80,16 @@ def _show(found: "CategoryReport") -> None:
     for name, row in zip(names, found.cosines, strict=True):
         cosines.add_row(name, *(f"{value:+.3f}" for value in row))
     out.print(cosines)
-    _show_tried("refused, with directions removed; 95 % intervals", found.removals, names)
-    base = found.removals[0]
-    for category, name in zip(found.categories, names, strict=True):
-        _show_tried(f"refused, with the direction of {name} added", found.curve(category), names)
-    if not base.harmful.hits:
+    kinds = list(found.removals[0].over_refused)
+    columns = ("", *names, *kinds, "broken")
+    removed = table("refused, with directions removed; 95 % intervals", *columns, right=range(1, len(columns)))
+    for one in found.removals:
+        removed.add_row(escape(one.name), *map(rate, (*one.refused.values(), *one.over_refused.values(), one.broken)))
+    out.print(removed)
+    added = table("refused, with a direction added", "", "harmful", *kinds, "broken", right=range(1, 3 + len(kinds)))
+    for category in found.categories:
+        for one in found.curve(category):
+            added.add_row(escape(one.name), *map(rate, (one.harmful, *one.over_refused.values(), one.broken)))
+    out.print(added)
+    if not found.removals[0].harmful.hits:
         out.print("note: the model refuses none of these prompts as it is, so removing shows nothing")
-
-
-def _show_tried(title: str, tried: "tuple[Tried, ...]", names: list[str]) -> None:
-    from abliterate.cli.tables import rate, table
-
-    kinds = list(tried[0].over_refused)
-    columns = ["", *names, *kinds, "broken"]
-    shown = table(title, *columns, right=range(1, len(columns)))
-    for one in tried:
-        rates = [*one.refused.values(), *one.over_refused.values(), one.broken]
-        shown.add_row(escape(one.name), *map(rate, rates))
-    out.print(shown)

@@ -200,7 +200,7 @@ def verify(
 def read_direction(
     path: Path | None, position: int | None, layer: int | None, category: str | None = None
 ) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` of it; or that of one ``category`` alone."""
+    """The direction of a file, or the candidate at ``position`` and ``layer`` of it; of it one ``category`` alone."""
     if path is None:
         if position is not None or layer is not None or category is not None:
             raise UsageError("--position, --layer and --category choose in a file", "add --direction FILE")

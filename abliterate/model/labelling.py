@@ -101,9 +101,7 @@ def label(
     texts = [prompt for its in prompts.values() for prompt in its]
     shape = loaded.n_layers, len(chat.positions), loaded.d_model
     sums = {
-        group: ClassSums(
-            *shape, its.needs, rows=len(prompts[group]), halved=bool(its.half), categories=its.categories
-        )
+        group: ClassSums(*shape, its.needs, rows=len(prompts[group]), halved=bool(its.half), categories=its.categories)
         for group, its in measured.items()
     }
     found = _Found(len(texts), max_new_tokens)

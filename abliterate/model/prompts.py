@@ -201,7 +201,7 @@ def split_by_category(source: str, sizes: SplitSizes, seed: int) -> dict[str, Pr
                 "leave it in one of them",
             )
     names = categories_of(prompts)
-    share = SplitSizes(*(math.ceil(getattr(sizes, split) / len(names)) for split in SPLITS))
+    share = SplitSizes(**{split: math.ceil(getattr(sizes, split) / len(names)) for split in SPLITS})
     cut = [
         split_three_ways(
             replace(
@@ -215,7 +215,7 @@ def split_by_category(source: str, sizes: SplitSizes, seed: int) -> dict[str, Pr
         for name in names
     ]
     pools = {split: [prompt for its in cut for prompt in its[split].prompts] for split in SPLITS}
-    return _draw(prompts.source, pools, SplitSizes(*(len(pools[split]) for split in SPLITS)))
+    return _draw(prompts.source, pools, SplitSizes(**{split: len(its) for split, its in pools.items()}))
 
 
 def categories_of(prompts: PromptSet) -> tuple[str, ...]:

@@ -114,11 +114,14 @@ def _ask(session: Session, splits: Sequence[str], needs: frozenset[Need] | None)
     """One pass over the prompts of ``splits``; what is needed is measured on those of the first."""
     find = session.recipe.find
     groups = {f"{split}/{kind}": its for split in splits for kind, its in _prompts(session, split).items()}
+    first = _prompts(session, splits[0])
     measured = {
         f"{splits[0]}/{kind}": Measured(
-            wanted=wanted, needs=needs or (), half=half_of(len(groups[f"{splits[0]}/{kind}"]), seed=find.seed),
-            categories=_categories(session, groups[f"{splits[0]}/{kind}"], needs or (), kind),
-        )  # fmt: skip
+            wanted=wanted,
+            needs=needs or (),
+            half=half_of(len(first[kind]), seed=find.seed),
+            categories=_categories(session, first[kind], needs or (), kind),
+        )
         for kind, wanted in WANTED.items()
         if needs is not None
     }

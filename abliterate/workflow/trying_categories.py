@@ -35,10 +35,10 @@ _What = tuple[Change, str | None, float | None]
 def try_categories(
     session: Session, directions: DirectionSet, *, strengths: Sequence[float] = STRENGTHS, n_prompts: int = 32
 ) -> CategoryReport:
-    """Cosines of the directions that were chosen, and replies to test prompts with each removed, all removed, and each
-    added at its layer in every strength.
+    """Cosines of the directions that were chosen, and replies with each removed, with all, and with each added.
 
-    Greedy replies to at most ``n_prompts`` of each category, harmless ones and look-alikes, if the recipe names any.
+    What is added is added at its layer, in every one of ``strengths``.  Greedy replies to at most ``n_prompts`` test
+    prompts of each category, harmless ones and look-alikes, if the recipe names any.
 
     Raises:
         UsageError: what was chosen has no categories, one direction is zero, or they do not fit the model.
@@ -102,13 +102,13 @@ def _changes(
     loaded, chosen = session.loaded, directions.chosen
     alone = {name: directions.of_category(name).chosen for name in directions.categories}
     changes: list[tuple[_What, Intervention]] = [(("nothing", None, None), nullcontext)]
-    changes += [(("removed", name, None), partial(without, loaded, its)) for name, its in alone.items()]
+    for name, its in alone.items():
+        changes.append((("removed", name, None), partial(without, loaded, its)))
     changes.append((("removed", None, None), partial(without, loaded, chosen)))
-    changes += [
-        (("added", name, strength), partial(added, loaded, its.vector, chosen.layer, scale=strength))
-        for name, its in alone.items()
-        for strength in strengths
-    ]
+    for name, its in alone.items():
+        for strength in strengths:
+            add = partial(added, loaded, its.vector, chosen.layer, scale=strength)
+            changes.append((("added", name, strength), add))
     return changes
 
 
