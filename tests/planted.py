@@ -24,8 +24,9 @@ DIRECTIONS = torch.zeros(2, D, dtype=torch.float64)
 DIRECTIONS[0, 0] = 1.0
 DIRECTIONS[1, :2] = torch.tensor([COSINE, (1 - COSINE**2) ** 0.5])
 """Of the categories, in their order."""
-COPIED, REFUSES, FOLLOWS = 12.0, 0.25, 20.0
-"""How strongly attention copies; the component along both directions that a refusal takes; the pull of what follows."""
+COPIED, REFUSES, SURE, FOLLOWS = 12.0, 0.25, 20.0, 40.0
+"""How strongly attention copies; the component along both directions that a refusal takes; how far logits lie apart at
+the first token, and behind it."""
 REFUSAL, ANSWER = "I am sorry, but that is not something to talk about.", "That would be red."
 
 
@@ -58,8 +59,8 @@ def make(folder: Path) -> Path:
         attention = model.model.layers[0].self_attn
         attention.v_proj.weight[0, 0] = attention.v_proj.weight[1, 1] = 1.0
         attention.o_proj.weight[0, 0] = attention.o_proj.weight[1, 1] = COPIED / D**0.5
-        head[ids[REFUSAL][0]] = DIRECTIONS.sum(0).float()
-        head[ids[ANSWER][0], own[start]] = REFUSES
+        head[ids[REFUSAL][0]] = SURE * DIRECTIONS.sum(0).float()
+        head[ids[ANSWER][0], own[start]] = SURE * REFUSES
         for text in ids.values():
             for token, following in zip(text, [*text[1:], end], strict=True):
                 head[following, own[token]] = FOLLOWS
