@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,8 +201,11 @@ def test_a_name_that_stands_twice_is_refused():
 
 
 def test_a_category_that_is_not_refused_is_an_error_even_if_few_will_do(session, tmp_path):
-    rows = [json.loads(line) for line in open(session.recipe.find.harmful, encoding="utf-8")]  # noqa: PTH123, SIM115
-    plain = [json.loads(line) for line in open(session.recipe.find.harmless, encoding="utf-8")]  # noqa: PTH123, SIM115
+    find = session.recipe.find
+    rows, plain = (
+        [json.loads(line) for line in Path(source).read_text("utf-8").splitlines()]
+        for source in (find.harmful, find.harmless)
+    )
     rows += [{**row, "category": "plain"} for row in plain[:60]]
     changes = {"harmful": lines(tmp_path / "h.jsonl", rows), "harmless": lines(tmp_path / "s.jsonl", plain[60:])}
     other = replace(session, recipe=session.recipe.with_changes({**changes, "allow_few": True}))
