@@ -215,7 +215,9 @@ def split_by_category(source: str, sizes: SplitSizes, seed: int) -> dict[str, Pr
         for name in names
     ]
     pools = {split: [prompt for its in cut for prompt in its[split].prompts] for split in SPLITS}
-    return _draw(prompts.source, pools, SplitSizes(**{split: len(its) for split, its in pools.items()}))
+    drawn = _draw(prompts.source, pools, SplitSizes(**{split: len(its) for split, its in pools.items()}))
+    near = {split: sum(its[split].near_duplicates for its in cut) for split in SPLITS}
+    return {split: replace(its, near_duplicates=its.near_duplicates + near[split]) for split, its in drawn.items()}
 
 
 def categories_of(prompts: PromptSet) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The directions of categories of prompts, each by itself: how alike they are, and what removing or adding one does.
 
-After Joad et al. 2026 (arXiv 2602.02132), sections 3 and 4.  All by hooks: nothing is written.
+After Joad et al. (arXiv 2602.02132).  All by hooks: nothing is written.
 """
 
 from collections.abc import Mapping, Sequence
