@@ -144,12 +144,12 @@ def least_squares_erasure(stats: ActivationStats) -> tuple[Candidate, ...]:
 
 
 def category_differences(stats: ActivationStats) -> tuple[Candidate, ...]:
-    """``mean_c[i, l] - mean_harmless[i, l]`` of each category ``c`` of the harmful prompts, raw (Joad et al., arXiv 2602.02132).
+    """``mean_c[i, l] - mean_harmless[i, l]`` of each category ``c`` of the harmful prompts, raw.
 
     One candidate for each position ``i`` and layer ``l``, "category-differences/i/l": its vectors are the directions of
     the categories, in the order of "categories" in its provenance.  What is removed is their span, whatever their
     order; ``DirectionSet.of_category`` takes one of them.  All are held against the mean of all harmless prompts.
-    Subtracted in float64, kept in float32.
+    Subtracted in float64, kept in float32 (Joad et al., arXiv 2602.02132).
     """
     harmless, names = stats.mean("harmless"), list(stats.categories)
     vectors = torch.stack([stats.categories[name].mean - harmless for name in names], dim=-1).to(torch.float32)
