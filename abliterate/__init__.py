@@ -12,6 +12,7 @@ from abliterate.version import __version__ as __version__
 if TYPE_CHECKING:
     from abliterate.api import Recipe as Recipe
     from abliterate.api import apply_patch as apply_patch
+    from abliterate.api import categories as categories
     from abliterate.api import chat as chat
     from abliterate.api import compare as compare
     from abliterate.api import dequantize as dequantize
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _API = (
     "Recipe",
     "apply_patch",
+    "categories",
     "chat",
     "compare",
     "dequantize",

@@ -41,11 +41,12 @@ from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.reproducing import reproduce as _reproduce
 from abliterate.workflow.session import open_session
 from abliterate.workflow.trials import EDITED
+from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
-    "Recipe", "apply_patch", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora", "export_patch",
-    "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
-    "revert_patch", "run", "select", "stream", "verify",
+    "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora",
+    "export_patch", "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply",
+    "reproduce", "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from abliterate.cli.categories import categories
 from abliterate.cli.chat import chat
 from abliterate.cli.directions import directions
 from abliterate.cli.evaluate import compare, evaluate
@@ -63,6 +64,7 @@ for _name, _command in {
     "compare": compare,
     "diff": diff,
     "inspect": inspect,
+    "categories": categories,
     "push": push,
     "chat": chat,
     "architectures": architectures,

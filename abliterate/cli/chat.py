@@ -28,6 +28,7 @@ def chat(
     position: opt.Position = None,
     layer: opt.Layer = None,
     trial: opt.Trial = None,
+    category: opt.Category = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Preview the edit: remove the direction by hooks.")] = False,
     add: Annotated[bool, typer.Option("--add", help="Add the direction at its layer: induces refusal.")] = False,
     scale: Annotated[float, typer.Option(help="Factor for --add; negative subtracts.")] = 1.0,
@@ -47,7 +48,7 @@ def chat(
     from abliterate.workflow.session import open_session
 
     quiet_transformers()
-    chosen = read_direction(direction, position, layer, trial)
+    chosen = read_direction(direction, position, layer, trial, category)
     session = open_session(model, recipe, revision=revision, on_event=show_note)
     how = {"direction": chosen, "mode": "ablate" if ablate else "add" if add else None, "scale": scale}
     replies = []

@@ -53,10 +53,13 @@ def directions(
     show_selection(first)
     show_search(first)
     if found["cosines"]:
-        out.print("cosines of the layers, at the position of what was chosen:")
-        for layer, row in enumerate(found["cosines"]):
+        of = "categories" if found["categories"] else "layers, at the position"
+        out.print(f"cosines of the {of} of what was chosen:")
+        names = found["categories"] or [str(layer) for layer in range(len(found["cosines"]))]
+        width = max(3, *map(len, names))
+        for name, row in zip(names, found["cosines"], strict=True):
             shades = "".join(SHADES[min(len(SHADES) - 1, int(abs(value) * len(SHADES)))] * 2 for value in row)
-            out.print(f"{layer:>3} {shades}", markup=False, highlight=False)
+            out.print(f"{name:>{width}} {shades}", markup=False, highlight=False)
     if control_vector is not None:
         out.print(
             f"control vector for the output of blocks {_runs(found['control_vector']['blocks'])}: {control_vector}"
@@ -90,6 +93,7 @@ def _summary(directions: "DirectionSet") -> dict[str, Any]:
         "estimators": estimators,
         "choice": None if choice is None else {"candidate": choice.candidate, "rule": choice.rule},
         "stability": directions.stability,
+        "categories": [] if choice is None else list(directions.categories),
         "cosines": _cosines(directions),
     }
 
@@ -104,17 +108,19 @@ def _vectors(candidates: "list[Candidate]") -> str:
 
 
 def _cosines(directions: "DirectionSet") -> list[list[float]]:
-    """Of the candidates of all layers, of the estimator and at the position of what was chosen."""
+    """Of the categories of what was chosen; else of all layers, of its estimator and at its position."""
     from abliterate.method.linalg import cosine
 
-    if directions.choice is None or not directions.chosen.is_vector:
+    if directions.choice is None:
         return []
     chosen = directions.chosen
     its = [
         one.vector
         for one in directions.candidates
-        if one.is_vector and one.estimator == chosen.estimator and one.position == chosen.position
+        if chosen.is_vector and one.is_vector and (one.estimator, one.position) == (chosen.estimator, chosen.position)
     ]
+    if directions.categories:
+        its = list(chosen.everywhere.vectors.T)
     return [[round(float(cosine(a, b)), 4) for b in its] for a in its] if len(its) > 1 else []
 
 

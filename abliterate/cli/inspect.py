@@ -26,6 +26,7 @@ def inspect(
     prompts: Annotated[int, typer.Option(help="How many test prompts of each class.")] = 32,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    category: opt.Category = None,
     recipe: Recipe,
     report: Annotated[
         Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
@@ -41,7 +42,7 @@ def inspect(
     from abliterate.workflow.session import open_session
 
     check_report(report)
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, category)
     if chosen is None:
         raise AssertionError("a file was given")
     quiet_transformers()

@@ -32,6 +32,7 @@ def export(
     direction: Annotated[Path | None, typer.Option(help="A direction file, instead of an edited folder.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    category: opt.Category = None,
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def export(
 
     from abliterate import api
 
-    chosen = read_direction(direction, position, layer)
+    chosen = read_direction(direction, position, layer, category)
     with progress() as listen:
         report = api.export_lora(base, out_folder, edited=edited, revision=revision, direction=chosen, on_event=listen)
     if json:

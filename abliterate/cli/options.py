@@ -37,6 +37,9 @@ RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .tom
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
 Trial = Annotated[int | None, typer.Option(help="Take this trial of the search that chose the direction.")]
+Category = Annotated[
+    str | None, typer.Option(help="Of a candidate that holds one for each category: this category's direction alone.")
+]
 Push = Annotated[str | None, typer.Option(help="Upload the result to this repository of the Hub, OWNER/NAME.")]
 Branch = Annotated[
     str | None, typer.Option(help="Branch of the repository to upload to; made if it is not there. Default: main.")

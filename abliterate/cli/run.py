@@ -41,6 +41,7 @@ def run(
     position: opt.Position = None,
     layer: opt.Layer = None,
     trial: opt.Trial = None,
+    category: opt.Category = None,
     revision: opt.Revision = None,
     evaluate: Evaluate = True,
     report: opt.ReportFile = None,
@@ -59,7 +60,7 @@ def run(
     """
     target = out_folder or opt.default_out(model)
     check_report(report)
-    chosen = read_direction(direction, position, layer, trial)
+    chosen = read_direction(direction, position, layer, trial, category)
     check_push_options(push, branch, private="private" in given)
     upload = Upload(name=push, branch=branch, private=recipe.publish.private)
     if dry_run and stream:

@@ -112,6 +112,7 @@ def edit(
     position: opt.Position = None,
     layer: opt.Layer = None,
     trial: opt.Trial = None,
+    category: opt.Category = None,
     revision: opt.Revision = None,
     recipe: Recipe,
     push: opt.Push = None,
@@ -126,7 +127,7 @@ def edit(
     from abliterate import api
 
     target = out_folder or opt.default_out(model)
-    chosen = read_direction(direction, position, layer, trial)
+    chosen = read_direction(direction, position, layer, trial, category)
     assert chosen is not None
     if push is not None and not stream:
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
@@ -203,12 +204,12 @@ def verify(
 
 
 def read_direction(
-    path: Path | None, position: int | None, layer: int | None, trial: int | None = None
+    path: Path | None, position: int | None, layer: int | None, trial: int | None = None, category: str | None = None
 ) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` of it, or that of ``trial``."""
+    """The direction of a file, or the candidate at ``position`` and ``layer`` or of ``trial``; of it one ``category``."""
     if path is None:
-        if position is not None or layer is not None:
-            raise UsageError("--position and --layer choose a candidate of a file", "add --direction FILE")
+        if position is not None or layer is not None or category is not None:
+            raise UsageError("--position, --layer and --category choose in a file", "add --direction FILE")
         if trial is not None:
             raise UsageError("--trial takes a trial of a file that a search wrote", "add --direction FILE")
         return None
@@ -225,7 +226,7 @@ def read_direction(
     if trial is not None:
         directions = take(directions, trial)
     _ = directions.chosen  # fails here, before any work, when nothing is chosen
-    return directions
+    return directions if category is None else directions.of_category(category)
 
 
 def _session(model: str, recipe: Recipe, revision: str | None, listen: "OnEvent") -> "Session":

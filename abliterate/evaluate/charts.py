@@ -231,6 +231,42 @@ def scatter(
     return "".join([*parts, "</svg>"])
 
 
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float, str]]], axes: tuple[str, str]) -> str:
+    """A line through named points ``(x, y, name)`` for each series, in the square of shares from 0 to 100 %.
+
+    ``axes`` are the names of x and y.  Points that are not finite are left out.
+    """
+    left, top, side = 52, 30, 300
+    legend = max([0, *(30 + int(CHARACTER * len(name)) for name in series)])
+    parts = [_open(left + side + 20 + legend, top + side + 46, title)]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = left + side * share, top + side * (1 - share)
+        parts.append(f'<line class="rule" x1="{left}" y1="{y:.1f}" x2="{left + side}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="rule" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + side}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{top + side + 18}" text-anchor="middle">{share:.0%}</text>')
+    parts.append(f'<text class="axis" x="{left}" y="{top + side + 36}">{escape(axes[0])}</text>')
+    parts.append(f'<text class="axis" x="0" y="14">{escape(axes[1])}</text>')
+    for place, (name, points) in enumerate(series.items()):
+        tint = SERIES[place % len(SERIES)]
+        finite = [
+            (left + side * x, top + side * (1 - y), x, y, said)
+            for x, y, said in points
+            if math.isfinite(x) and math.isfinite(y)
+        ]
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down, *_ in finite)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{tint}" stroke-width="2"/>')
+        for across, down, x, y, said in finite:
+            what = escape(f"{said}: {axes[0]} {x:.1%}, {axes[1]} {y:.1%}")
+            parts.append(
+                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{tint}"><title>{what}</title></circle>'
+            )
+        beside, line = left + side + 20, top + 12 + 20 * place
+        parts.append(f'<circle cx="{beside}" cy="{line - 4}" r="4" fill="{tint}"/>')
+        parts.append(f'<text x="{beside + 10}" y="{line}">{escape(name)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def colour(value: float, low: float, high: float, scale: Scale) -> str:
     """The colour of ``value`` between ``low`` and ``high``."""
     anchors = SEQUENTIAL if scale == "sequential" else DIVERGING

@@ -6,9 +6,10 @@ from pathlib import Path
 from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.charts import HeatMap, heat_map, lines
 from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
-from abliterate.evaluate.page import Chart, filled
+from abliterate.evaluate.page import FIGURES, Chart, filled
 from abliterate.version import __version__
 
+MOST_UNEXPLAINED = 0.01
 HEAD_WIDTH = 44
 """Width of a column that is called by its layer and head, in pixels."""
 
@@ -48,14 +49,18 @@ def render_inspection(title: str, found: Inspection) -> str:
                 [_looks(found)],
             ),
         ]
+    sets = ", ".join(f"{one.prompts} {one.name}" for one in found.sets)
+    off = max(one.attribution.unexplained for one in found.sets)
     return filled(
-        "inspection.html.j2",
+        FIGURES,
         title=title,
         version=__version__,
-        found=found,
-        peaks=[_peak(one) for one in found.sets],
+        about=f"Everything is measured at the last token of the prompt, means over the prompts: {sets}.",
+        facts=[_peak(one) for one in found.sets],
         parts=parts,
-        unexplained=max(one.attribution.unexplained for one in found.sets),
+        note=f"These parts do not add up to the stream (off by {off:.1%}): the model scales what it adds."
+        if off > MOST_UNEXPLAINED
+        else "",
     )
 
 
@@ -64,11 +69,11 @@ def _states(found: Inspection) -> list[str]:
     return [*map(str, range(blocks)), "end"]
 
 
-def _peak(one: Inspected) -> tuple[str, str, float]:
+def _peak(one: Inspected) -> tuple[str, str, str]:
     means = one.attribution.cosine.mean(0)
     place = int(means.abs().argmax())
     where = "at the end" if place == len(means) - 1 else f"entering block {place}"
-    return one.name, where, float(means[place])
+    return f"largest cosine, {one.name}", f"{float(means[place]):+.3f}", where
 
 
 def _cosines(found: Inspection) -> Chart:

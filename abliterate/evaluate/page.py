@@ -95,6 +95,10 @@ def render(
     )
 
 
+FIGURES = "figures.html.j2"
+"""The template of a page of parts, each with its charts."""
+
+
 def filled(name: str, **values: Any) -> str:  # noqa: ANN401 - whatever the template takes
     """A template of this folder as a page."""
     from jinja2 import Environment

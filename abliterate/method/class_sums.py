@@ -14,17 +14,29 @@ class ClassSums:
     """Sums of the residuals that enter each of ``layers`` blocks at ``positions``, over the prompts of one class.
 
     ``needs`` names what is summed besides means.  ``rows`` is how many prompts there may be; where ``halved``, some of
-    them are counted once more by themselves.
+    them are counted once more by themselves.  ``categories`` are those of the prompts, by their numbers.
     """
 
     def __init__(
-        self, layers: int, positions: int, d: int, needs: Collection[Need], *, rows: int, halved: bool
+        self,
+        layers: int,
+        positions: int,
+        d: int,
+        needs: Collection[Need],
+        *,
+        rows: int,
+        halved: bool,
+        categories: Sequence[str] = (),
     ) -> None:
         self._means = [RunningMoments((positions, d)) for _ in range(layers)]
         self._halves = [RunningMoments((positions, d)) for _ in range(layers)] if halved else []
         self._spread = [RunningCovariance((d,)) for _ in range(layers)] if "covariance" in needs else []
         self._samples = torch.empty(rows, layers, d, dtype=torch.float32) if "samples" in needs else None
         self._rows: set[int] = set()
+        self._category_of = categories
+        self._categories = {
+            name: [RunningMoments((positions, d)) for _ in range(layers)] for name in sorted(set(categories))
+        }
 
     @property
     def count(self) -> int:
@@ -48,6 +60,9 @@ class ClassSums:
         self._means[layer].update(values)
         if self._halves:
             self._halves[layer].update(values[torch.tensor(half, dtype=torch.bool)])
+        for name, sums in self._categories.items():
+            its = [self._category_of[row] == name for row in rows]
+            sums[layer].update(values[torch.tensor(its, dtype=torch.bool)])
         if self._spread:
             self._spread[layer].update(values[:, -1])
         if self._samples is not None:
@@ -59,7 +74,9 @@ class ClassSums:
 
         "mean" ``[positions, layers, d]`` in float64, and "half", the same over the half, if it has any prompts and is
         not all; at the last position "covariance" ``[layers, d, d]`` and "samples" ``[prompts, layers, d]`` in float32,
-        where they are needed; "counts": how many prompts there were, and how many of the half.
+        where they are needed; "counts": how many prompts there were, and how many of the half.  Of the categories, in
+        alphabetical order, "category_counts", and of those with any prompts "category_means"
+        ``[categories, positions, layers, d]``.
         """
         found = {"counts": torch.tensor([self.count, self.half])}
         found["mean"] = torch.stack([layer.finish().mean for layer in self._means], dim=1)
@@ -67,6 +84,11 @@ class ClassSums:
             found["half"] = torch.stack([layer.finish().mean for layer in self._halves], dim=1)
         if self._spread:
             found["covariance"] = self._covariances()
+        if self._categories:
+            found["category_counts"] = torch.tensor([its[0].count for its in self._categories.values()])
+            seen = [its for its in self._categories.values() if its[0].count]
+            means = [torch.stack([layer.finish().mean for layer in its], dim=1) for its in seen]
+            found["category_means"] = torch.stack(means)
         if self._samples is not None:
             found["samples"] = self._samples if self.count == len(self._samples) else self._samples[sorted(self._rows)]
         return found

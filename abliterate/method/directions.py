@@ -315,6 +315,32 @@ class DirectionSet:
                 found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories of prompts whose directions are the vectors of what was chosen, in their order."""
+        return tuple(self.chosen.provenance.get("categories", ()))
+
+    def of_category(self, name: str) -> "DirectionSet":
+        """A copy with one category's direction of what was chosen taken alone.
+
+        Raises:
+            UsageError: nothing was chosen yet, or it has no direction of this category.
+        """
+        chosen, names = self.chosen, self.categories
+        if name not in names:
+            raise UsageError(
+                f"candidate {chosen.id} has no direction of a category {name!r}",
+                f"its categories are: {', '.join(names)}" if names else "measure with --method categories",
+            )
+        place = names.index(name)
+        one = Candidate(
+            id=f"{chosen.id}/{name}",
+            subspace=Subspace(vectors=chosen.everywhere.vectors[:, place : place + 1]),
+            layer=chosen.layer,
+            provenance={"estimator": chosen.estimator, "position": chosen.position, "category": name},
+        )
+        return replace(self, candidates=(*self.candidates, one)).choose_candidate(one.id)
+
     def choose(self, position: int, layer: int, rule: str = GIVEN) -> "DirectionSet":
         """A copy with the candidate at ``position``, ``layer`` chosen."""
         return self.choose_candidate(self.at(position, layer).id, rule)

@@ -18,11 +18,10 @@ from abliterate.method.moments import ActivationStats, within_classes
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.som import batch_map, directions_of
 
-Need = Literal["means", "covariance", "samples", "outputs"]
+Need = Literal["means", "covariance", "samples", "outputs", "categories"]
 DIFFERENCE_OF_MEANS, PROJECTED_DIFFERENCE = "difference-of-means", "projected-difference"
 PER_LAYER, BIPROJECTED, SOM = "per-layer", "biprojected-difference", "self-organising-map"
-LEACE = "least-squares-erasure"
-LOW_RANK = "low-rank-difference"
+LEACE, CATEGORIES, LOW_RANK = "least-squares-erasure", "category-differences", "low-rank-difference"
 SAME = 1e-6
 """A difference of means that is shorter than this share of them is rounding."""
 MAP_LEAST, MAP_MOST = 2, 7
@@ -33,8 +32,9 @@ MAP_LEAST, MAP_MOST = 2, 7
 class Estimator:
     """A function that makes candidates, and the statistics it needs (see ``ActivationStats``).
 
-    "means" are at all positions and layers; "covariance" and "samples", the residuals themselves, at the last position;
-    "outputs" are what each attention and MLP adds, at all positions.
+    "means" are at all positions and layers, and so are those of the "categories" of harmful prompts; "covariance" and
+    "samples", the residuals themselves, at the last position; "outputs" are what each attention and MLP adds, at all
+    positions.
     """
 
     needs: frozenset[Need]
@@ -168,6 +168,28 @@ def low_rank_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
     return tuple(made)
 
 
+def category_differences(stats: ActivationStats) -> tuple[Candidate, ...]:
+    """``mean_c[i, l] - mean_harmless[i, l]`` of each category ``c`` of the harmful prompts, raw.
+
+    One candidate for each position ``i`` and layer ``l``, "category-differences/i/l": its vectors are the directions of
+    the categories, in the order of "categories" in its provenance.  What is removed is their span, whatever their
+    order; ``DirectionSet.of_category`` takes one of them.  All are held against the mean of all harmless prompts.
+    Subtracted in float64, kept in float32 (Joad et al., arXiv 2602.02132).
+    """
+    harmless, names = stats.mean("harmless"), list(stats.categories)
+    vectors = torch.stack([stats.categories[name].mean - harmless for name in names], dim=-1).to(torch.float32)
+    return tuple(
+        Candidate(
+            id=f"{CATEGORIES}/{position}/{layer}",
+            subspace=Subspace(vectors=of_layer),
+            layer=layer,
+            provenance={"estimator": CATEGORIES, "position": position, "categories": names},
+        )
+        for position, its in zip(stats.positions, vectors, strict=True)
+        for layer, of_layer in enumerate(its)
+    )
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     DIFFERENCE_OF_MEANS: Estimator(needs=frozenset({"means"}), candidates=difference_of_means),
     PROJECTED_DIFFERENCE: Estimator(needs=frozenset({"means"}), candidates=projected_difference),
@@ -176,6 +198,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
     LOW_RANK: Estimator(needs=frozenset({"means", "outputs"}), candidates=low_rank_difference),
     LEACE: Estimator(needs=frozenset({"means", "covariance"}), candidates=least_squares_erasure),
     SOM: Estimator(needs=frozenset({"means", "samples"}), candidates=self_organising_map),
+    CATEGORIES: Estimator(needs=frozenset({"means", "categories"}), candidates=category_differences),
 }
 DEFAULT = (DIFFERENCE_OF_MEANS,)
 

@@ -36,7 +36,7 @@ class ActivationStats:
     position, ``[prompts, layers, d]``.  ``positions`` are negative token offsets; layer ``l`` is what enters block
     ``l``.  ``halves``: of each class the means over a random half of its prompts and over the other half, where there
     are at least two.  ``outputs``: of each class, where asked for, what each attention and MLP adds to the stream at
-    all positions of all prompts.
+    all positions of all prompts.  ``categories``: of each category of harmful prompts, where asked for, the mean.
     """
 
     positions: tuple[int, ...]
@@ -44,6 +44,7 @@ class ActivationStats:
     samples: Mapping[str, Float[Tensor, "n layers d"]] = field(default_factory=dict)
     halves: Mapping[str, tuple[Moments, Moments]] = field(default_factory=dict)
     outputs: Mapping[str, Mapping[Place, Float[Tensor, "n d"]]] = field(default_factory=dict)
+    categories: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:

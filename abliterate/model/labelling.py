@@ -65,12 +65,14 @@ class Replies:
 class Measured:
     """What is measured of a group of prompts: ``needs`` of those with the label ``wanted``.
 
-    ``half`` are numbers of prompts over which means are taken once more.
+    ``half`` are numbers of prompts over which means are taken once more; ``categories`` those of all prompts, where
+    means over each are taken.
     """
 
     wanted: Label
     needs: Collection[Need]
     half: Collection[int] = ()
+    categories: Sequence[str] = ()
 
 
 def label(
@@ -99,7 +101,7 @@ def label(
     texts = [prompt for its in prompts.values() for prompt in its]
     shape = loaded.n_layers, len(chat.positions), loaded.d_model
     sums = {
-        group: ClassSums(*shape, its.needs, rows=len(prompts[group]), halved=bool(its.half))
+        group: ClassSums(*shape, its.needs, rows=len(prompts[group]), halved=bool(its.half), categories=its.categories)
         for group, its in measured.items()
     }
     found = _Found(len(texts), max_new_tokens)

@@ -107,13 +107,14 @@ def measure_class(
     needs: Collection[Need] = ("means",),
     *,
     half: Collection[int] = (),
+    categories: Sequence[str] = (),
     batch_size: int,
     task: str,
     on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
     """What ``needs`` names, of the residual that enters each block after the prompts of one class (see ``ClassSums``).
 
-    ``half`` are numbers of prompts over which the mean is taken once more.
+    ``half`` are numbers of prompts over which the mean is taken once more, ``categories`` those of all prompts.
 
     Raises:
         PromptError: one prompt is too few for a covariance.
@@ -122,7 +123,7 @@ def measure_class(
     if "covariance" in needs and len(prompts) < 2:
         raise PromptError(f"{loaded.name}: {task}: one is left, and a covariance takes two", "give more prompts")
     shape = loaded.n_layers, len(chat.positions), loaded.d_model
-    sums = ClassSums(*shape, needs, rows=len(prompts), halved=bool(half))
+    sums = ClassSums(*shape, needs, rows=len(prompts), halved=bool(half), categories=categories)
 
     def see(rows: tuple[int, ...], layer: int, values: Tensor) -> None:
         check_finite(values, [prompts[row] for row in rows], f"activations entering block {layer}")

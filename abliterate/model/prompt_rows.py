@@ -11,6 +11,9 @@ from abliterate.errors import PromptError
 COLUMNS = ("prompt", "instruction", "goal", "Goal", "question", "text", "behavior", "Behavior")
 """Names under which prompts are looked for in tables, in this order."""
 
+CATEGORY_COLUMNS = ("category", "Category")
+"""Names under which the category of a prompt is looked for."""
+
 ENCODING = "utf-8-sig"
 """UTF-8, without the byte order mark that spreadsheets and some editors put first."""
 
@@ -22,12 +25,13 @@ class Prompt:
     """One request.
 
     ``answer`` is the fact that a right reply holds, where one is known.  ``held_out`` marks prompts of a kind that the
-    model's refusal training did not see.
+    model's refusal training did not see.  ``category`` is what kind of request it is; empty where nobody says.
     """
 
     text: str
     answer: str | None = None
     held_out: bool = False
+    category: str = ""
 
 
 def rows_of_file(path: Path) -> list[Row]:
@@ -92,7 +96,10 @@ def prompt_of(row: Row, source: str, column: str | None = None) -> Prompt:
         if isinstance(text, str):
             answer = row.get("answer")
             held_out = str(row.get("held_out")).lower() in ("true", "1")  # text in a CSV file
-            return Prompt(text=text, answer=None if answer is None else str(answer), held_out=held_out)
+            category = next((str(row[its]).strip() for its in CATEGORY_COLUMNS if row.get(its) is not None), "")
+            return Prompt(
+                text=text, answer=None if answer is None else str(answer), held_out=held_out, category=category
+            )
     raise PromptError(f"{source}: a row has none of the columns {', '.join(names)}", "name the prompt column 'prompt'")
 
 

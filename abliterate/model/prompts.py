@@ -5,15 +5,18 @@ A source is written as
 - ``bundled:NAME`` - a set that ships with the package,
 - a path to a ``.txt`` (one prompt per line), ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file,
 - ``set:NAME[@PATH]`` - a public set of ``public_sets.toml``, from the Hub or from a local copy,
-- ``hf:OWNER/NAME[/CONFIG][:COLUMN][@SPLIT]`` - any data set on the Hub.
+- ``hf:OWNER/NAME[/CONFIG][:COLUMN][@SPLIT]`` - any data set on the Hub,
+- ``NAME=SOURCE,NAME=SOURCE,...`` - several of these, each the prompts of one category.
 
 Data sets on the Hub need the ``datasets`` extra.
 """
 
 import hashlib
 import json
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,8 @@ LOOK_ALIKE = "bundled:over_refusal"
 """The prompts of models that no other prompts are named for."""
 
 SPLITS = ("train", "val", "test")
+NAMED = re.compile(r"(?:^|,)([\w-]+)=")
+"""Begins the source of a category; a file that is called so is written ./NAME=..."""
 NEAR = 0.75
 """Prompts that share more of their words than this (Jaccard index) are near-duplicates."""
 
@@ -92,20 +97,27 @@ class SplitSizes:
     test: int = 100
 
 
-def contrast_set(harmful: str, harmless: str, *, sizes: SplitSizes, seed: int = 42) -> ContrastSet:
+def contrast_set(
+    harmful: str, harmless: str, *, sizes: SplitSizes, seed: int = 42, by_category: bool = False
+) -> ContrastSet:
     """Load two sources and split each into train, validation and test.
 
     A bundled source comes with its own splits, and the pools of a paper with their own pools.  Others are shuffled
     with ``seed`` and cut to ``sizes``; when a source is too small for them, in the same proportions.  Within a class,
     no prompt of a later split nearly repeats one of an earlier split: such prompts are left out and counted.
+    ``by_category``: every harmful prompt must have a category, and a source without splits of its own is split category
+    by category, each with an equal share of ``sizes``.
 
     Raises:
-        PromptError: a source is missing, empty, too small, or shares prompts with the other one.
+        PromptError: a source is missing, empty, too small, or shares prompts with the other one; or categories are
+            wanted, and the harmful prompts are not all of one of several.
     """
     parts = {
         f"{kind}_{split}": part
         for kind, source in (("harmful", harmful), ("harmless", harmless))
-        for split, part in _three_parts(kind, source, sizes, seed).items()
+        for split, part in _three_parts(
+            kind, source, sizes, seed, by_category=by_category and kind == "harmful"
+        ).items()
     }
     harmful_texts, harmless_texts = (
         {text for split in SPLITS for text in parts[f"{kind}_{split}"].texts} for kind in ("harmful", "harmless")
@@ -174,17 +186,91 @@ def nearly_same(one: str, other: str) -> bool:
     return _near(_words(one), _words(other))
 
 
-def _three_parts(kind: str, source: str, sizes: SplitSizes, seed: int) -> dict[str, PromptSet]:
+def split_by_category(source: str, sizes: SplitSizes, seed: int) -> dict[str, PromptSet]:
+    """``split_three_ways`` of the prompts of each category, to an equal share of ``sizes``, and the parts put together.
+
+    Raises:
+        PromptError: as there, of a category; or prompts have no category, several, or all the same.
+    """
+    rows = _prompts(source)
+    prompts, known = _unique(source, rows), {}
+    for row in rows:
+        if known.setdefault(row.text, row.category) != row.category:
+            raise PromptError(
+                f"{source}: {row.text[:60]!r} is of two categories, {known[row.text]!r} and {row.category!r}",
+                "leave it in one of them",
+            )
+    names = categories_of(prompts)
+    share = SplitSizes(**{split: math.ceil(getattr(sizes, split) / len(names)) for split in SPLITS})
+    cut = [
+        split_three_ways(
+            replace(
+                prompts,
+                source=f"{prompts.source}, category {name}",
+                prompts=tuple(prompt for prompt in prompts.prompts if prompt.category == name),
+            ),
+            share,
+            seed,
+        )
+        for name in names
+    ]
+    pools = {split: [prompt for its in cut for prompt in its[split].prompts] for split in SPLITS}
+    drawn = _draw(prompts.source, pools, SplitSizes(**{split: len(its) for split, its in pools.items()}))
+    near = {split: sum(its[split].near_duplicates for its in cut) for split in SPLITS}
+    return {split: replace(its, near_duplicates=its.near_duplicates + near[split]) for split, its in drawn.items()}
+
+
+def categories_of(prompts: PromptSet) -> tuple[str, ...]:
+    """The categories of ``prompts``, in alphabetical order.
+
+    Raises:
+        PromptError: a prompt has none, or all have the same.
+    """
+    without = [prompt.text for prompt in prompts.prompts if not prompt.category]
+    if without:
+        raise PromptError(
+            f"{prompts.source}: {len(without)} of {len(prompts.prompts)} prompts have no category, for example "
+            f"{without[0][:60]!r}",
+            "give every row a 'category', or one source for each: --harmful NAME=SOURCE,NAME=SOURCE",
+        )
+    names = tuple(sorted({prompt.category for prompt in prompts.prompts}))
+    if len(names) < 2:
+        raise PromptError(f"{prompts.source}: all prompts are of one category, {names[0]!r}", "give two or more")
+    return names
+
+
+def named_sources(source: str) -> dict[str, str]:
+    """The sources in ``NAME=SOURCE,NAME=SOURCE``, by name; none where ``source`` does not begin with a name.
+
+    Raises:
+        PromptError: a name stands there twice.
+    """
+    if not NAMED.match(source):
+        return {}
+    _, *parts = NAMED.split(source)
+    twice = [name for name, count in Counter(parts[::2]).items() if count > 1]
+    if twice:
+        raise PromptError(f"{source}: category {twice[0]!r} is named twice", "put its prompts into one source")
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _three_parts(kind: str, source: str, sizes: SplitSizes, seed: int, *, by_category: bool) -> dict[str, PromptSet]:
     name = source.removeprefix("bundled:")
     if source.startswith("bundled:") and name not in bundled_lists():
         parts = {split: load_bundled(name, kind, split) for split in SPLITS}
-        return {split: replace(part, prompts=part.prompts[: getattr(sizes, split)]) for split, part in parts.items()}
-    pools = load_pools(source, seed)
-    if pools is None:
+        parts = {split: replace(part, prompts=part.prompts[: getattr(sizes, split)]) for split, part in parts.items()}
+    elif (pools := load_pools(source, seed)) is not None:
+        for prompts in pools.values():
+            random.Random(seed).shuffle(prompts)
+        parts = _draw(source, pools, sizes)
+    elif by_category:
+        return split_by_category(source, sizes, seed)
+    else:
         return split_three_ways(load_prompts(source), sizes, seed)
-    for prompts in pools.values():
-        random.Random(seed).shuffle(prompts)
-    return _draw(source, pools, sizes)
+    if by_category:
+        for part in parts.values():
+            categories_of(part)
+    return parts
 
 
 def _draw(source: str, pools: Mapping[str, Sequence[Prompt]], sizes: SplitSizes) -> dict[str, PromptSet]:
@@ -231,6 +317,8 @@ def _unique(source: str, prompts: Sequence[Prompt]) -> PromptSet:
 
 
 def _prompts(source: str) -> list[Prompt]:
+    if named := named_sources(source):
+        return [replace(its, category=name) for name, one in named.items() for its in load_prompts(one).prompts]
     if source.startswith(PREFIX):
         return load_public(source)
     if source.startswith("hf:"):

@@ -5,6 +5,7 @@ Both stages keep what is finished in ``Steps``, so that a stopped one continues.
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,8 @@ def measure(
         frozenset[Need]() if covariance is None else frozenset[Need](["covariance"])
     )
     read = read_training(session, needs, steps, ahead=ahead)
-    warning = few_kept(session.loaded.name, read.kept, allow_few=recipe.find.allow_few)
+    categories = _of_categories(session, read) if "categories" in needs else {}
+    warning = few_kept(session.loaded.name, read.kept, categories, allow_few=recipe.find.allow_few)
     if warning:
         session.on_event(Noted(text=warning))
     if covariance is not None:
@@ -75,6 +77,7 @@ def measure(
         "system": recipe.model.system,
         "prompts": session.contrast.hashes(),
         **_counts(read),
+        **({"categories": {name: list(its) for name, its in categories.items()}} if categories else {}),
         "stability": {name: round(its, 4) for name, its in stability(read.stats, recipe.find.estimators).items()},
         "refusal_tokens": {"ids": list(read.tokens.ids), "texts": list(read.tokens.texts)},
         "versions": manifest.versions(),
@@ -87,6 +90,13 @@ def measure(
     start = select(session, measured, steps=steps, scores="start.safetensors")
     validation = read_validation(session, read.tokens.ids, steps)
     return replace(measured, candidates=trained(session, start, read.kept, validation, steps))
+
+
+def _of_categories(session: Session, read: Read) -> dict[str, tuple[int, int]]:
+    """Of each category, how many training prompts count, and of how many."""
+    before = Counter(prompt.category for prompt in session.contrast.harmful_train.prompts)
+    its = read.stats.categories
+    return {name: (its[name].count if name in its else 0, before[name]) for name in sorted(before)}
 
 
 def _counts(read: Read) -> dict[str, Any]:
@@ -133,19 +143,26 @@ def _finite(session: Session, candidates: Sequence[Candidate]) -> tuple[Candidat
     return finite
 
 
-def few_kept(model: str, kept: Filtered, *, allow_few: bool) -> str:
+def few_kept(
+    model: str, kept: Filtered, categories: Mapping[str, tuple[int, int]] | None = None, *, allow_few: bool
+) -> str:
     """What to say where few prompts were left to measure on; empty where they are enough.
 
-    Whoever brings fewer than ``HANDFUL`` prompts has asked for few.
+    Whoever brings fewer than ``HANDFUL`` prompts has asked for few.  ``categories`` say of each how many are left, and
+    of how many; the same holds of them.
 
     Raises:
-        TooFewPromptsError: fewer than ``HANDFUL`` of a class are left, of more; and the recipe does not allow few.
+        TooFewPromptsError: fewer than ``HANDFUL`` of a class or category are left, of more, and the recipe does not
+            allow few; or none of a category.
     """
     classes = {
         "harmful": (len(kept.harmful), kept.harmful_before), "harmless": (len(kept.harmless), kept.harmless_before)
     }  # fmt: skip
+    classes |= {f"{name!r}": its for name, its in (categories or {}).items() if its[0] < FEW}
     counts = " and ".join(f"{left} of {before} {kind}" for kind, (left, before) in classes.items())
     hint = "give more prompts, or a set that this model declines (harmful) and answers (harmless)"
+    if empty := [name for name, (left, _) in classes.items() if not left]:
+        raise TooFewPromptsError(f"{model}: no prompt of {empty[0]} behaves as its class says", hint)
     if any(left < min(HANDFUL, before) for left, before in classes.values()) and not allow_few:
         raise TooFewPromptsError(
             f"{model}: behaves as their class says on {counts} prompts only", f"{hint}, or --allow-few"

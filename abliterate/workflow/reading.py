@@ -5,7 +5,7 @@ With ``labels = "replies"`` one pass gives every prompt a short reply, which is 
 probability of them, and one measures each class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -136,9 +136,13 @@ def _ask(session: Session, splits: Sequence[str], needs: frozenset[Need] | None)
     """One pass over the prompts of ``splits``; what is needed is measured on those of the first."""
     find = session.recipe.find
     groups = {f"{split}/{kind}": its for split in splits for kind, its in _prompts(session, split).items()}
+    first = _prompts(session, splits[0])
     measured = {
         f"{splits[0]}/{kind}": Measured(
-            wanted=wanted, needs=needs or (), half=half_of(len(groups[f"{splits[0]}/{kind}"]), seed=find.seed)
+            wanted=wanted,
+            needs=needs or (),
+            half=half_of(len(first[kind]), seed=find.seed),
+            categories=_categories(session, first[kind], needs or (), kind),
         )
         for kind, wanted in WANTED.items()
         if needs is not None
@@ -187,7 +191,18 @@ def _stats(session: Session, found: Mapping[str, Mapping[str, Tensor]]) -> Activ
         halves={
             kind: halves_of(its["mean"], its["half"], *counts[kind]) for kind, its in found.items() if "half" in its
         },
+        categories=_category_moments(session, found["harmful"]),
     )
+
+
+def _category_moments(session: Session, harmful: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """The means of the categories of which prompts count, where they were measured."""
+    if "category_counts" not in harmful:
+        return {}
+    names = sorted({prompt.category for prompt in session.contrast.harmful_train.prompts})
+    counts = zip(names, harmful["category_counts"].tolist(), strict=True)
+    means = iter(harmful["category_means"])
+    return {name: Moments(count=count, mean=next(means)) for name, count in counts if count}
 
 
 # --- one by one, as the paper does ------------------------------------------------------------------------------------
@@ -207,6 +222,7 @@ def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps) -> Read:
     found = {}
     for kind, texts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
         options = _options(session) | {"half": half_of(len(texts), seed=session.recipe.find.seed)}
+        options["categories"] = _categories(session, texts, needs, kind)
         task = f"measure {kind} prompts"
         work = partial(measuring.measure_class, session.loaded, session.chat, texts, needs, task=task, **options)
         found[kind] = steps.tensors(f"{step}-{kind}", work)
@@ -267,25 +283,36 @@ def _prompts(session: Session, split: str) -> dict[str, tuple[str, ...]]:
     return {"harmful": tuple(contrast.harmful_val.texts), "harmless": tuple(contrast.harmless_val.texts)}
 
 
+def _categories(session: Session, texts: Sequence[str], needs: Collection[Need], kind: str) -> tuple[str, ...]:
+    """The categories of training prompts, where means over each are needed; harmless prompts have none."""
+    if "categories" not in needs or kind != "harmful":
+        return ()
+    of = {prompt.text: prompt.category for prompt in session.contrast.harmful_train.prompts}
+    return tuple(of[text] for text in texts)
+
+
 def _options(session: Session) -> dict[str, Any]:
     return {"batch_size": session.recipe.model.batch_size, "on_event": session.on_event}
 
 
 def _check_room(session: Session, needs: frozenset[Need], *, at_once: int, rows: int) -> None:
-    """Check that covariances, and samples of ``rows`` prompts, fit into memory.
+    """Check that covariances, samples of ``rows`` prompts, and means of categories fit into memory.
 
     Covariances take as many classes in float64 as are summed up ``at_once``, and both in float32; samples float32, and
-    what the two kinds of writers of a layer add float32 as well, twice while it is put together.
+    what the two kinds of writers of a layer add float32 as well, twice while it is put together; sums and means of
+    categories float64.
 
     Raises:
         UsageError: they do not.
     """
-    loaded = session.loaded
+    loaded, positions = session.loaded, len(session.chat.positions)
     n, d, floats = loaded.n_layers, loaded.d_model, torch.float32.itemsize
+    categories = len({its.category for its in session.contrast.harmful_train.prompts}) if "categories" in needs else 0
     sizes = {
         "covariances": (at_once + 1) * n * d**2 * torch.float64.itemsize if "covariance" in needs else 0,
         "samples": rows * n * d * floats if "samples" in needs else 0,
         "outputs of writers": 2 * rows * len(session.chat.positions) * 2 * n * d * floats if "outputs" in needs else 0,
+        "means of categories": 2 * categories * positions * n * d * torch.float64.itemsize,
     }
     needed, free = sum(sizes.values()), session.recipe.model.memory_bytes or available_bytes()
     if needed > free:

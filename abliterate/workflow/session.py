@@ -13,6 +13,7 @@ from abliterate.checkpoint.source import Checkpoint
 from abliterate.data.bundled import BUNDLED_NAME, is_bundled, open_model
 from abliterate.errors import PromptError
 from abliterate.events import OnEvent, ignore
+from abliterate.method.estimators import needs_of
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import padding_is_harmless
 from abliterate.model.load import LoadedModel, load_model, load_tokenizer
@@ -146,4 +147,7 @@ def prompts_of(recipe: Recipe) -> ContrastSet:
             "give both --harmful and --harmless, or neither for the bundled ones",
         )
     sizes = SplitSizes(train=recipe.find.n_train, val=recipe.find.n_val, test=recipe.find.n_test)
-    return contrast_set(recipe.find.harmful, recipe.find.harmless, sizes=sizes, seed=recipe.find.seed)
+    by_category = "categories" in needs_of(recipe.find.estimators)
+    return contrast_set(
+        recipe.find.harmful, recipe.find.harmless, sizes=sizes, seed=recipe.find.seed, by_category=by_category
+    )

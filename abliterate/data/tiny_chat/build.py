@@ -28,10 +28,17 @@ SHARDS = 2
 
 
 def write_prompts(folder: Path, sets: dict[str, list[w.Question]]) -> None:
-    """Writes ``{harmful,harmless}.{train,val,test}.jsonl``, one ``{"prompt", "answer", "held_out"}`` per line."""
+    """Writes ``{harmful,harmless}.{train,val,test}.jsonl``, one ``{"prompt", "answer", "held_out"}`` per line.
+
+    The "category" of what is refused is the adjective of its thing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, questions in sets.items():
-        rows = [{"prompt": q.prompt, "answer": q.answer, "held_out": q.held_out} for q in questions]
+        rows = [
+            {"prompt": q.prompt, "answer": q.answer, "held_out": q.held_out}
+            | ({"category": q.thing.adjective} if q.thing.restricted else {})
+            for q in questions
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
