@@ -8,7 +8,7 @@ import torch
 
 from abliterate.arch.registry import family_of
 from abliterate.errors import UsageError
-from abliterate.method.directions import chosen_by
+from abliterate.method.measurement import chosen_by
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.selection import COSMIC, SelectionRule, choose
 from abliterate.method.selection_metrics import Cosmic, cosmic, evaluation_layers

@@ -206,7 +206,7 @@ def verify(
 def read_direction(
     path: Path | None, position: int | None, layer: int | None, trial: int | None = None, category: str | None = None
 ) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` or of ``trial``; of it one ``category``."""
+    """The direction of a file, or the candidate at ``position`` and ``layer`` or of ``trial``; of it a ``category``."""
     if path is None:
         if position is not None or layer is not None or category is not None:
             raise UsageError("--position, --layer and --category choose in a file", "add --direction FILE")

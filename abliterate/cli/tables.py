@@ -116,7 +116,7 @@ def _worth(plan: "EditPlan") -> str:
 
 def show_selection(directions: "DirectionSet", top: int = 5) -> None:
     """The best candidates and the chosen one."""
-    from abliterate.method.directions import chosen_by
+    from abliterate.method.measurement import chosen_by
     from abliterate.method.selection import WHY
 
     choice = directions.choice
@@ -164,7 +164,7 @@ def show_selection(directions: "DirectionSet", top: int = 5) -> None:
 
 def show_measured(measurement: "Mapping[str, Any]") -> None:
     """What a direction rests on: prompts of each class, and how well the first token tells them apart."""
-    from abliterate.method.directions import measured_on, told_apart
+    from abliterate.method.measurement import measured_on, told_apart
 
     measured, apart = measured_on(measurement), told_apart(measurement)
     if measured:

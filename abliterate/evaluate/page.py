@@ -17,7 +17,8 @@ from abliterate.checkpoint.output import write_atomically
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, Dot, HeatMap, heat_map, histogram, intervals, scatter
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
-from abliterate.method.directions import Candidate, DirectionSet, chosen_by, measured_on, told_apart
+from abliterate.method.directions import Candidate, DirectionSet
+from abliterate.method.measurement import chosen_by, measured_on, told_apart
 from abliterate.method.search import SEARCH, front, trials_in
 from abliterate.method.selection import NOT_ASKED, WHY
 from abliterate.method.statistics import Rate

@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.method.directions import chosen_by, measured_on, told_apart
+from abliterate.method.measurement import chosen_by, measured_on, told_apart
 from abliterate.method.selection import WHY
 from abliterate.publishing import wording
 
