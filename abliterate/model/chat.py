@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from abliterate.errors import PromptError
+from abliterate.model.rendering import render
 
 PROBES = ("What is a lake?", "Count to 7", "tell me about Zürich!", "a b c 9", "(why)")
 """User texts that end in different characters; what their renderings share at the end is the template's."""
@@ -95,7 +96,7 @@ class ChatFormat:
         """Token ids of one user turn, up to where the assistant begins.
 
         Raises:
-            PromptError: the template fails, the BOS is not single, or the template's ending is not where it must be.
+            PromptError: the template fails or alters what it is given (``rendering``), or the BOS is not single.
         """
         messages = [{"role": "user", "content": prompt}]
         if self.system is not None:
@@ -103,18 +104,15 @@ class ChatFormat:
         return self.encode_messages(messages)
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins."""
-        from jinja2 import TemplateError
+        """Token ids of a conversation, up to where the assistant begins.
 
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
-            )
-        except (TemplateError, ValueError, KeyError, TypeError) as error:
-            raise PromptError(
-                f"{self.name}: its chat template fails ({error})",
-                "some templates refuse a system prompt: drop --system",
-            ) from error
+        Raises:
+            PromptError: as for ``encode``.
+        """
+        given, _ = render(self.tokenizer, messages, self.options, name=self.name)
+        rendered = self.tokenizer.apply_chat_template(
+            given, tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
+        )
         ids = [int(token) for token in rendered["input_ids"]]
         self._check_bos(ids)
         return ids
