@@ -100,10 +100,10 @@ def test_a_template_that_takes_parts_is_given_parts():
 
 @pytest.mark.parametrize(
     "what",
-    ["", "m.content[:20]", "m.content[:20] | tojson", "m.content | lower", "m.content | tojson", "m.content | e"],
+    ["''", "m.content[:20]", "m.content[:20] | tojson", "m.content | lower", "m.content | tojson", "m.content | e"],
 )
 def test_a_template_that_alters_the_prompt_is_refused(what):
-    template = CHATML.replace("m['content']", what or "''")
+    template = CHATML.replace("m['content']", what)
     with pytest.raises(PromptError, match=r"tiny: its chat template drops, cuts or escapes a prompt: '") as caught:
         ChatFormat(tokenizer(template), name="tiny").encode('Is "a < b" a long enough text about Zürich?')
     assert "mend the template" in caught.value.hint
@@ -117,7 +117,7 @@ def test_a_template_that_trims_the_prompt_is_not():
 def test_a_template_that_drops_the_system_prompt_is_refused():
     drops = "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}"
     assert ChatFormat(tokenizer(drops + CHATML)).positions
-    with pytest.raises(PromptError, match="drops, cuts or escapes the system prompt: 'Be kind.'") as caught:
+    with pytest.raises(PromptError, match=r"drops, cuts or escapes the system prompt: 'Be kind.'") as caught:
         ChatFormat(tokenizer(drops + CHATML), system="Be kind.")
     assert "--system" in caught.value.hint
 

@@ -49,7 +49,7 @@ class HarnessModel(HFLM):
         self.loaded, self.chat, self.name, self.rows, self.on_event = loaded, chat, name, batch_size, on_event
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
-        """A conversation as text; a template that loses what is asked is refused, where ``HFLM`` drops the system turn."""
+        """A conversation as text; where the template fails, ``HFLM`` would drop the system turn."""
         if not add_generation_prompt:
             return super().apply_chat_template(chat_history, add_generation_prompt=False)
         return render(self.chat.tokenizer, chat_history, self.chat.options, name=self.name)[1]

@@ -101,7 +101,7 @@ def load_model(
     if budget is None:
         on_event(Started(task=task, total=checkpoint.size_bytes, unit="bytes"))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _explained(checkpoint):
+    with explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
         if budget is None and not decoded:
             at = {"": place} if place.type == "mps" else where.device_map
@@ -232,8 +232,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any
 
 
 @contextmanager
-def _explained(checkpoint: Checkpoint) -> Iterator[None]:
-    """What transformers raises while it loads, as our errors."""
+def explained(checkpoint: Checkpoint) -> Iterator[None]:
+    """What transformers raises while it loads, as our errors.
+
+    Raises:
+        UsageError: it needs code of its own.
+        CheckpointError: anything else.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:

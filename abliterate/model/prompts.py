@@ -40,12 +40,13 @@ class PromptSet:
     """Some prompts and where they came from.
 
     ``near_duplicates`` is how many prompts of the source were left out because they nearly repeat one of an earlier
-    split.
+    split.  ``too_long`` is how many were, as the model has no room for them.
     """
 
     source: str
     prompts: tuple[Prompt, ...]
     near_duplicates: int = 0
+    too_long: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -77,6 +78,7 @@ class ContrastSet:
                 "source": part.source,
                 "count": len(part.prompts),
                 "near_duplicates": part.near_duplicates,
+                "too_long": part.too_long,
                 "sha256": part.sha256,
             }
             for name, part in parts.items()
