@@ -20,6 +20,7 @@ from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
+from abliterate.model.rendering import settle_template
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str
@@ -254,7 +255,7 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tokenizer of transformers
-    """The tokenizer of a folder, of the class it declares.
+    """The tokenizer of a folder, of the class it declares, with its chat template.
 
     For some model types (``qwen2`` among them) transformers 5 ignores a declared ``TokenizersBackend`` and rebuilds the
     tokenizer as the released models have it, which misreads a ``tokenizer.json`` of another kind.
@@ -264,7 +265,9 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tok
     path = folder / "tokenizer_config.json"
     declared = read_json(path).get("tokenizer_class") if path.is_file() else None
     kind = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
-    return kind.from_pretrained(folder, **options)
+    tokenizer = kind.from_pretrained(folder, **options)
+    settle_template(tokenizer, folder)
+    return tokenizer
 
 
 def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedModel:  # noqa: ANN401 - transformers types

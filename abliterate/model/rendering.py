@@ -2,12 +2,44 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.source import read_json
 from abliterate.errors import PromptError
 
 SHOWN = 40
 """Characters of a prompt that a message quotes."""
+
+
+BESIDE = ("chat_template.json", "processor_config.json")
+"""Files of multimodal models and their kin that may hold the template in place of the tokenizer's own."""
+FOR_TOOLS = ("tool_use", "rag")
+"""Names of templates that are not for plain conversations."""
+
+
+def settle_template(tokenizer: Any, folder: Path) -> None:  # noqa: ANN401 - a tokenizer of transformers
+    """Give ``tokenizer`` the chat template of its folder where transformers finds none, or none that is the default.
+
+    Raises:
+        PromptError: there are several for plain conversations, and none is the default.
+        CheckpointError: a file that may hold it is no JSON.
+    """
+    found = tokenizer.chat_template
+    for name in BESIDE:
+        if not found and (folder / name).is_file():
+            found = read_json(folder / name).get("chat_template")
+    if isinstance(found, list):
+        found = {its["name"]: its["template"] for its in found}
+    if isinstance(found, dict) and "default" not in found:
+        plain = [name for name in found if name not in FOR_TOOLS]
+        if len(plain) != 1:
+            raise PromptError(
+                f"{folder}: has the chat templates {', '.join(sorted(found))}, and none of them is the default",
+                "put the one to use into a chat_template.jinja in that folder",
+            )
+        found = found[plain[0]]
+    tokenizer.chat_template = found
 
 
 def render(
