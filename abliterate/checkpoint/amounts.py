@@ -1,7 +1,7 @@
 """Amounts of bytes, for people."""
 
 
-def size(size_bytes: float, *, digits: int = 1) -> str:
+def size(size_bytes: int, *, digits: int = 1) -> str:
     """Bytes in the unit in which they have up to three digits before the point."""
     amount = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
