@@ -15,7 +15,7 @@ from abliterate.editing.planning import along, plan
 from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
-from abliterate.events import OnEvent, ignore
+from abliterate.events import Noted, OnEvent, ignore
 from abliterate.exports.dequantising import dequantise
 from abliterate.exports.importing import Half, ImportReport
 from abliterate.exports.importing import import_gguf as _import_gguf
@@ -265,6 +265,8 @@ def verify(
     session = open_session(name, recipe, revision=finished.revision_of(base), on_event=on_event)
     made = finished.plan(session.checkpoint)
     has_prompts = bool(recipe.find.harmful and recipe.find.harmless) or is_bundled(name)
+    if behaviour and not has_prompts:
+        on_event(Noted(text=pipeline.NOT_COMPARED))
     report = pipeline.verify(session, made, finished.folder, behaviour=behaviour and has_prompts)
     if report.ok and finished.document["verification"] is None and not finished.from_hub:
         manifest.record(finished.folder, session.checkpoint, report)

@@ -17,6 +17,7 @@ from abliterate.method.edits import removing
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int64: "I64",
     torch.float8_e4m3fn: "F8_E4M3",
 }

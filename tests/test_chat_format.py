@@ -86,6 +86,42 @@ def test_no_template_is_refused(template):
     assert "chat" in caught.value.hint
 
 
+PARTS = CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}")
+"""As multimodal models have it: of a plain string it shows nothing."""
+
+
+def test_a_template_that_takes_parts_is_given_parts():
+    chat, plain = (ChatFormat(tokenizer(template), system="Be kind.") for template in (PARTS, CHATML))
+    assert chat.encode("What is a lake?") == plain.encode("What is a lake?")
+    assert chat.suffix == plain.suffix
+    strict = ChatFormat(tokenizer(PARTS.replace("part.text", "part.text + ''")))  # fails on a string
+    assert strict.encode("What is a lake?") == ChatFormat(tokenizer(CHATML)).encode("What is a lake?")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["''", "m.content[:20]", "m.content[:20] | tojson", "m.content | lower", "m.content | tojson", "m.content | e"],
+)
+def test_a_template_that_alters_the_prompt_is_refused(what):
+    template = CHATML.replace("m['content']", what)
+    with pytest.raises(PromptError, match=r"tiny: its chat template drops, cuts or escapes a prompt: '") as caught:
+        ChatFormat(tokenizer(template), name="tiny").encode('Is "a < b" a long enough text about Zürich?')
+    assert "mend the template" in caught.value.hint
+
+
+def test_a_template_that_trims_the_prompt_is_not():
+    chat = ChatFormat(tokenizer(CHATML.replace("m['content']", "m['content'] | trim")))
+    assert chat.encode(" Hi\n") == chat.encode("Hi")
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused():
+    drops = "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+    assert ChatFormat(tokenizer(drops + CHATML)).positions
+    with pytest.raises(PromptError, match=r"drops, cuts or escapes the system prompt: 'Be kind.'") as caught:
+        ChatFormat(tokenizer(drops + CHATML), system="Be kind.")
+    assert "--system" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "template", ["{{ messages[9]['content'] }}", "{{ raise_exception('no') }}", "{% if %}", "{{ 1 + 'a' }}"]
 )
@@ -135,6 +171,21 @@ def test_a_template_without_a_system_role_is_refused_with_advice():
     with pytest.raises(PromptError, match="System role not supported") as caught:
         ChatFormat(tokenizer(NO_SYSTEM + CHATML), system="Be kind.")
     assert "--system" in caught.value.hint
+
+
+def test_a_template_that_wants_a_system_prompt_is_told_so():
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('needs a system turn') }}{% endif %}"
+    with pytest.raises(PromptError, match="needs a system turn") as caught:
+        ChatFormat(tokenizer(wants + CHATML))
+    assert "give one with --system" in caught.value.hint
+    assert ChatFormat(tokenizer(wants + CHATML), system="Be kind.").positions
+
+
+def test_a_template_with_an_error_of_syntax_is_to_be_mended():
+    with pytest.raises(PromptError, match=r"fails \(.*line 2\)") as caught:
+        ChatFormat(tokenizer("{{ bos_token }}\n{% for m in messages %}"))
+    assert "the template itself is broken" in caught.value.hint
+    assert "--system" not in caught.value.hint
 
 
 def test_a_conversation_is_rendered_turn_by_turn():

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from abliterate import __version__
+from abliterate.cli.app import COMMANDS as GROUPS
 from abliterate.cli.app import app
 from abliterate.cli.failures import explain
 from abliterate.cli.options import default_out, parse_size
@@ -91,6 +94,21 @@ def test_every_command_explains_itself_with_an_example(command):
     shown = run(command, "--help")
     assert shown.exit_code == 0
     assert f"Example: abliterate {command}" in " ".join(shown.stdout.split())
+
+
+def test_the_root_lists_every_command_under_a_heading():
+    shown = run("--help").stdout
+    everything = {name for group in GROUPS.values() for name in group}
+    assert everything == typer.main.get_command(app).commands.keys()
+    assert all(shown.count(f"\n  {name} ") == 1 for name in everything)
+    assert all(f"\n{heading}:\n" in shown for heading in GROUPS)
+
+
+def test_the_readme_names_every_command():
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    table = text.partition("## Commands")[2].partition("\n## ")[0]
+    missing = [name for group in GROUPS.values() for name in group if not re.search(rf"`(abliterate )?{name}\b", table)]
+    assert missing == []
 
 
 def test_the_root_lists_every_command_and_the_version():

@@ -211,7 +211,11 @@ def test_a_full_disk_is_seen_before_anything_is_written(spare, fits, tmp_path, m
         assert ready(tmp_path / "out", source, needed_bytes=10**9).path.is_dir()
         return
     refused(
-        tmp_path / "out", source, r"needs 1.00 GB, the disk has 1.07 GB free", NotEnoughDiskError, needed_bytes=10**9
+        tmp_path / "out",
+        source,
+        r"needs 1.00 GB and 67.1 MB in reserve, the disk has 1.07 GB free",
+        NotEnoughDiskError,
+        needed_bytes=10**9,
     )
     assert not (tmp_path / "out.partial").exists()
 
@@ -276,8 +280,10 @@ def test_an_edit_that_overflows_float16_is_refused_by_name(name, tmp_path):
     checkpoints.overwrite(base, name, torch.full_like(checkpoints.read(base, name), 65000.0))
     r = torch.zeros(32, 1, dtype=torch.float64)
     r[3], r[20] = 0.9239, -0.3827
-    with pytest.raises(NonFiniteError, match=f"'{name}' overflows its dtype when edited"):
+    with pytest.raises(NonFiniteError, match=f"'{name}' overflows its dtype when edited") as caught:
         checkpoints.edit(base, tmp_path / "out", vectors=r)
+    assert "bfloat16" in caught.value.hint
+    assert "damaged:" not in caught.value.hint
 
 
 def test_large_weights_that_do_not_overflow_are_edited(tmp_path):

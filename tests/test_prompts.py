@@ -1,6 +1,7 @@
 """Prompt files of every kind, the splits, and what is said about unusable ones."""
 
 import csv
+import gzip
 import json
 import sys
 
@@ -95,14 +96,23 @@ def test_duplicates_and_blank_prompts_are_dropped_in_order(tmp_path):
         ("p.jsonl", "", "holds no prompt"),
         ("p.json", "[]", "holds no prompt"),
         ("p.csv", "prompt\n", "holds no prompt"),
-        ("p.csv", "id,words\n1,hello\n", "none of the columns"),
+        ("p.csv", "id,words\n1,hello\n", "row 1 has a text in none of the columns"),
+        ("p.csv", "id,words\n1,hello\n", "its columns are 'id', 'words'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 1}', "row 2 has a text in none of the columns"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"', "row 2 is no JSON"),
+        ("p.jsonl", '{"messages": [{"role": "system", "content": "a"}]}', "row 1 has a text in none of the columns"),
+        ("p.json", '{"a": [1], "b": [2]}', "holds an object with 'a', 'b'"),
+        ("p.txt", b"one\ncaf\xe9", "line 2 is not utf-8"),
+        ("p.jsonl", b'{"prompt": "caf\xe9"}', "line 1 is not utf-8"),
+        ("p.txt.gz", b"one\ntwo", "cannot be read"),
+        ("p.txt.gz", gzip.compress(b"one\ntwo")[:-9], "cannot be read"),
         ("p.jsonl", '{"words": "hello"}', "none of the columns"),
         ("p.jsonl", '{"prompt": 3}', "none of the columns"),
         ("p.jsonl", "[1]", "neither text nor an object"),
         ("p.json", '{"prompt": "hello"}', "must hold a JSON list"),
         ("p.jsonl", '{"prompt": ', "cannot be read"),
         ("p.json", "not json", "cannot be read"),
-        ("p.txt", b"\xff\xfe", "cannot be read"),
+        ("p.txt", b"\xff\xfe", "holds no prompt"),
         ("p.xlsx", "hello", "unknown kind"),
         ("p", "hello", "unknown kind"),
     ],
@@ -115,9 +125,45 @@ def test_a_csv_field_beyond_the_limit_is_refused(tmp_path):
     refused(written(tmp_path, "p.csv", "prompt\n" + "x" * (csv.field_size_limit() + 1)), "cannot be read")
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "."])
-def test_a_missing_file_is_refused(name, tmp_path):
-    refused(str(tmp_path / name), "no such prompt file")
+def test_a_missing_file_is_refused(tmp_path):
+    refused(str(tmp_path / "missing.txt"), "no such prompt file")
+
+
+def test_a_folder_is_refused_with_one_of_its_files(tmp_path):
+    written(tmp_path, "p.txt", "hello")
+    with pytest.raises(PromptError, match="is a folder") as caught:
+        load_prompts(str(tmp_path))
+    assert "p.txt" in caught.value.hint
+
+
+TURNS = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "one"},
+    {"role": "user", "content": "x"},
+]
+ASKED = [{"from": "human", "value": "two"}, {"from": "gpt", "value": "x"}]
+FORMS = {
+    "utf-16.txt": "one\ntwo".encode("utf-16"),
+    "utf-16-be.txt": b"\xfe\xff" + "one\ntwo".encode("utf-16-be"),
+    "utf-32.txt": "one\ntwo".encode("utf-32"),
+    "windows.txt": b"\xef\xbb\xbfone\r\ntwo\r\n",
+    "semicolon.csv": b"id;prompt\n1;one\n2;two\n",
+    "tab.csv": b"id\tprompt\n1\tone\n2\ttwo\n",
+    "tab.tsv": b"id\tprompt\n1\tone\n2\ttwo\n",
+    "utf-16.csv": "id,prompt\n1,one\n2,two\n".encode("utf-16"),
+    "capital.csv": b"Prompt \none\ntwo\n",
+    "prompts.json": b'{"prompts": ["one", "two"], "tags": ["x"]}',
+    "data.json": b'{"data": [{"prompt": "one"}, {"Prompt": "two"}]}',
+    "only-list.json": b'{"version": 1, "cases": ["one", "two"]}',
+    "chat.jsonl": json.dumps({"messages": TURNS}).encode() + b"\n" + json.dumps({"conversations": ASKED}).encode(),
+    "packed.txt.gz": gzip.compress(b"one\ntwo"),
+    "packed.jsonl.gz": gzip.compress(b'"one"\n{"prompt": "two"}'),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_spreadsheets_and_chat_logs_write_is_read(name, tmp_path):
+    assert load_prompts(written(tmp_path, name, FORMS[name])).texts == ["one", "two"]
 
 
 def test_parquet_says_what_it_needs(tmp_path, monkeypatch):

@@ -126,7 +126,11 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
         if tensor.name.endswith(INPUT_SCALES):
             extra.add(tensor.name)
     if not found:
-        raise UnsupportedFormatError(f"{checkpoint.name}: no tensor is stored as FP8 or MXFP4", "nothing to dequantise")
+        stored = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
+        raise UnsupportedFormatError(
+            f"{checkpoint.name}: weights quantised by {method} are stored as {stored}, none as FP8 or MXFP4",
+            "take the checkpoint it was made from, and quantise the result",
+        )
     return found, extra
 
 

@@ -70,6 +70,7 @@ def read_shard(root: Path, name: str) -> Shard:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            check_no_pointer(prefix, where=path)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: truncated or not a safetensors file", _FETCH_AGAIN)
@@ -77,6 +78,18 @@ def read_shard(root: Path, name: str) -> Shard:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", _FETCH_AGAIN) from error
     return parse_header(raw, shard=name, file_size=size, where=str(path))
+
+
+def check_no_pointer(begin: bytes, *, where: Path) -> None:
+    """Check that a file that begins so, 8 bytes or more, is not what Git LFS puts in the place of a large one.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if begin.startswith(b"version ") and (len(begin) == 8 or begin.startswith(LFS_POINTER)):
+        raise CheckpointError(
+            f"{where}: a Git LFS pointer, not the file itself", "get the files: git lfs pull, or hf download"
+        )
 
 
 def read_header(path: Path, shard: Shard) -> bytes:
@@ -113,6 +126,7 @@ def parse_header(raw: bytes, *, shard: str, file_size: int, where: str) -> Shard
     return Shard(name=shard, data_start=8 + len(raw), size_bytes=file_size, tensors=tuple(entries), metadata=metadata)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FETCH_AGAIN = "fetch this file again; the download was probably cut short"
 
 

@@ -9,12 +9,12 @@ from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.header import Shard, TensorInfo
 from abliterate.checkpoint.source import (
     INDEX_NAME,
-    OTHER_WEIGHTS,
     Checkpoint,
     check_index,
     open_folder,
     read_json,
     safe_shard_names,
+    without_weights,
 )
 from abliterate.errors import AbliterateError, CheckpointError, HubError, NotEnoughDiskError, UnsupportedFormatError
 
@@ -116,6 +116,7 @@ def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:
         )
     check_index(index, tuple(shards), where=Path(name) / INDEX_NAME)
     named = {shard.name for shard in shards} | {INDEX_NAME}
+    others, left_out = without_weights(file for file in files if file not in named)
     return Checkpoint(
         name=name,
         root=None,
@@ -123,8 +124,8 @@ def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:
         config=config,
         shards=tuple(shards),
         index=index,
-        other_files=tuple(f for f in files if f not in named and not f.endswith(OTHER_WEIGHTS)),
-        left_out=tuple(f for f in files if f not in named and f.endswith(OTHER_WEIGHTS)),
+        other_files=others,
+        left_out=left_out,
     )
 
 

@@ -26,6 +26,10 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
         )
     if folder.is_dir():
         return open_folder(folder, name=str(name), revision=revision)
+    if folder.is_file():
+        raise CheckpointError(
+            f"{name}: is a file, not a checkpoint folder", "give the folder that holds it, with its config.json"
+        )
     if looks_like_path(str(name)):
         raise CheckpointError(f"{name}: no such folder", "give a checkpoint folder, or a Hub name such as owner/model")
     return open_remote(str(name), revision=revision)

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import NotEnoughDiskError, OutputError
+from abliterate.checkpoint.amounts import size
+from abliterate.checkpoint.locking import Lock
+from abliterate.errors import AbliterateError, NotEnoughDiskError, OutputError
 from abliterate.version import __version__
 
 JOURNAL = ".abliterate-journal.json"
@@ -30,13 +32,14 @@ TRIAL_BYTES = 32 * 2**20
 class OutputFolder:
     """An unfinished output folder at ``path``, which ``finish`` renames to ``final``.
 
-    ``done`` are the complete files and their sizes in bytes.
+    ``done`` are the complete files and their sizes in bytes.  ``lock`` keeps other processes away.
     """
 
     final: Path
     path: Path
     fingerprint: str
     done: dict[str, int] = field(default_factory=dict)
+    lock: Lock | None = None
 
     @property
     def private(self) -> Path:
@@ -65,6 +68,7 @@ class OutputFolder:
         """Remove the folder if no work is in it yet."""
         if not self.done and not any(path.is_file() for path in self.path.rglob("*") if path.name != JOURNAL):
             shutil.rmtree(self.path)
+            self._unlock()
 
     def finish(self) -> Path:
         """Flush the folder and give it its final name, without the journal.
@@ -83,8 +87,13 @@ class OutputFolder:
         (self.path / JOURNAL).replace(aside)
         self.path.rename(self.final)
         aside.unlink()
+        self._unlock()
         flush(self.final.parent)
         return self.final
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
@@ -98,20 +107,31 @@ def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -
 
     Raises:
         OutputError: ``final`` exists; it lies inside ``source`` or around it, or inside the Hub cache; or the partial
-            folder of other work is in the way.
+            folder of other work is in the way, or another process is writing it.
         NotEnoughDiskError: ``needed_bytes`` do not fit on the disk.
     """
     final = Path(os.path.abspath(final.expanduser()))  # noqa: PTH100 - symlinks stay as the user typed them
     check_place(final, source)
-    partial = final.with_name(final.name + ".partial")
-    folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint)
+    lock = Lock(final)
+    try:
+        partial = final.with_name(final.name + ".partial")
+        folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint, lock=lock)
+        return _continued(folder, needed_bytes)
+    except AbliterateError:
+        lock.release()
+        raise
+
+
+def _continued(folder: OutputFolder, needed_bytes: int) -> OutputFolder:
+    """``folder`` as it was left, or new."""
+    partial, final = folder.path, folder.final
     if partial.is_file() or any(path.is_file() and path.name != f"{JOURNAL}.tmp" for path in partial.rglob("*")):
         folder.done = _journal(folder)
     _journal_aside(final).unlink(missing_ok=True)
     done = sum((partial / name).stat().st_size for name in folder.done if folder.is_done(name))
     check_space(final, needed_bytes - done)
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomically(partial / JOURNAL, json.dumps({"fingerprint": fingerprint, "done": folder.done}).encode())
+    write_atomically(partial / JOURNAL, json.dumps({"fingerprint": folder.fingerprint, "done": folder.done}).encode())
     return folder
 
 
@@ -127,7 +147,8 @@ def check_space(final: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes + DISK_RESERVE_BYTES:
         raise NotEnoughDiskError(
-            f"{final}: needs {needed_bytes / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free",
+            f"{final}: needs {size(needed_bytes, digits=2)} and {size(DISK_RESERVE_BYTES)} in reserve, the disk has "
+            f"{size(free, digits=2)} free",
             "free some space or choose an output folder on another disk",
         )
 

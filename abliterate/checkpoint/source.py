@@ -6,13 +6,13 @@ of a 140 GB model fetches a few megabytes; ``hub.fetch`` then downloads what the
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.header import Shard, TensorInfo, read_shard
+from abliterate.checkpoint.header import Shard, TensorInfo, check_no_pointer, read_shard
 from abliterate.errors import CheckpointError, UnsupportedFormatError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -20,12 +20,18 @@ SINGLE_NAME = "model.safetensors"
 
 SHARD_NAME = re.compile(r"[^/\\:\0]+\.safetensors")
 
+MISMATCHED = (
+    "index and shards do not belong together: fetch both again; where their hashes are those that the Hub shows, "
+    "it was published so: tell its author, or save it anew with transformers"
+)
+
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 """Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
 
 IGNORED_PARTS = (".git", ".cache", "__pycache__")
 HUBS_OWN = (".gitattributes",)
 """What the Hub puts into a repository by itself: no file of a checkpoint, whether the base has it or not."""
+ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model."
 OUR_MANIFEST, OUR_FOLDER = "abliterate.json", "abliterate"
 """What an edit leaves in its output: when that is edited again, the folder is made anew."""
 
@@ -96,6 +102,7 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
         CheckpointError: a file is missing, truncated, or names something outside the folder.
         UnsupportedFormatError: there are weights, but not as safetensors.
     """
+    _check_no_adapter(folder)
     config = read_json(folder / "config.json")
     index, shard_names = _shard_names(folder)
     shards = tuple(read_shard(folder, shard) for shard in shard_names)
@@ -113,14 +120,25 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
     )
 
 
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").exists():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its base"
+        raise UnsupportedFormatError(
+            f"{folder}: a LoRA adapter of {base}, not a checkpoint",
+            "merge it into its base first (merge_and_unload and save_pretrained of peft), or edit the base",
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        CheckpointError: missing, unreadable, or not an object.
+        CheckpointError: missing, unreadable, a pointer, or not an object.
     """
     try:
-        document = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        check_no_pointer(raw, where=path)
+        document = json.loads(raw)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror})", "the folder must hold a complete checkpoint"
@@ -171,13 +189,13 @@ def check_index(index: Mapping[str, Any] | None, shards: tuple[Shard, ...], *, w
         if placed.get(name) != shard:
             raise CheckpointError(
                 f"{where}: says tensor '{name}' is in {shard}, but it is {_where(placed.get(name))}",
-                "the index and the shards do not belong together: fetch the checkpoint again",
+                MISMATCHED,
             )
     for name, shard in placed.items():
         if name not in index["weight_map"]:
             raise CheckpointError(
                 f"{where}: does not name tensor '{name}' of {shard}",
-                "the index and the shards do not belong together: fetch the checkpoint again",
+                MISMATCHED,
             )
 
 
@@ -207,8 +225,20 @@ def _shard_names(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     )
 
 
+def without_weights(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``names`` of files beside the shards: those that are copied, and those that hold weights.
+
+    An adapter's configuration goes with its weights: alone, transformers would look for them.
+    """
+    names = tuple(names)
+    weights = {name for name in names if name.endswith(OTHER_WEIGHTS)}
+    adapted = {name.rpartition("/")[0] for name in weights if name.rpartition("/")[2].startswith(ADAPTER_STEM)}
+    weights |= {name for name in names if name.rpartition("/")[2] == ADAPTER and name.rpartition("/")[0] in adapted}
+    return tuple(name for name in names if name not in weights), tuple(name for name in names if name in weights)
+
+
 def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    keep, left_out = [], []
+    found = []
     ours = OUR_FOLDER if (folder / OUR_MANIFEST).is_file() else None
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -221,5 +251,5 @@ def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple
         name = relative.as_posix()
         if name in shards or name == INDEX_NAME:
             continue
-        (left_out if name.endswith(OTHER_WEIGHTS) else keep).append(name)
-    return tuple(keep), tuple(left_out)
+        found.append(name)
+    return without_weights(found)

@@ -1,10 +1,10 @@
 """The application: which command is which function."""
 
-import sys
-from io import TextIOWrapper
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from abliterate.cli.categories import categories
 from abliterate.cli.chat import chat
@@ -15,14 +15,42 @@ from abliterate.cli.inspect import inspect
 from abliterate.cli.look import architectures, diff, methods, plan, recipes
 from abliterate.cli.lora import lora
 from abliterate.cli.patch import patch
+from abliterate.cli.process import prepare_streams, stop_on_signals
 from abliterate.cli.publish import push
 from abliterate.cli.reproduce import reproduce
 from abliterate.cli.run import run
 from abliterate.cli.stages import dequantize, edit, measure, select, verify
 from abliterate.version import __version__
 
+COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
+    "The whole job": {"run": run},
+    "Look, and change nothing": {
+        "plan": plan, "chat": chat, "inspect": inspect, "directions": directions, "categories": categories,
+        "methods": methods, "recipes": recipes, "architectures": architectures,
+    },
+    "One stage at a time": {"measure": measure, "select": select, "edit": edit, "verify": verify, "eval": evaluate},
+    "Compare checkpoints": {"compare": compare, "diff": diff, "reproduce": reproduce},
+    "Bring a model, hand on an edit": {
+        "import": import_gguf, "dequantize": dequantize, "patch": patch, "lora": lora, "push": push,
+    },
+}  # fmt: skip
+"""Every command, by what a user wants."""
+
+
+class Grouped(TyperGroup):
+    """The commands under headings."""
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # noqa: ANN401, ARG002 - typer's own click
+        """Write them."""
+        room = formatter.width - 6 - max(map(len, self.commands))
+        for heading, names in COMMANDS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(room)) for name in names])
+
+
 app = typer.Typer(
     name="abliterate",
+    cls=Grouped,
     help="Remove, add or measure a linear direction in an open-weight model, and prove what was written.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,38 +77,15 @@ def _root(
     pass
 
 
-for _name, _command in {
-    "run": run,
-    "plan": plan,
-    "measure": measure,
-    "select": select,
-    "directions": directions,
-    "edit": edit,
-    "dequantize": dequantize,
-    "import": import_gguf,
-    "verify": verify,
-    "reproduce": reproduce,
-    "eval": evaluate,
-    "compare": compare,
-    "diff": diff,
-    "inspect": inspect,
-    "categories": categories,
-    "push": push,
-    "chat": chat,
-    "architectures": architectures,
-    "recipes": recipes,
-    "methods": methods,
-}.items():
-    app.command(_name)(_command)
-
-
-app.add_typer(patch, name="patch")
-app.add_typer(lora, name="lora")
+for _name, _command in (each for group in COMMANDS.values() for each in group.items()):
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
 
 
 def main() -> None:
     """Entry point of the ``abliterate`` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a code page without our signs must not stop the work
+    prepare_streams()
+    stop_on_signals()
     app()

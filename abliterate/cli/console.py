@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -26,9 +26,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from abliterate.cli.lines import Lines, ticking
+from abliterate.cli.process import HUNG_UP, drop_output
 from abliterate.errors import AbliterateError
 from abliterate.events import Advanced, Event, Finished, Noted, OnEvent, Started, WeightsRead, ignore
 
@@ -36,8 +38,31 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PIPE_WIDTH = 160
-out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+
+
+CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+"""Characters that a terminal obeys, as they are shown: prompts, replies and names come from others."""
+
+
+class Plain(Console):
+    """A console that shows control characters, and leaves it to ``guarded`` what happens when its reader is gone."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is to be written; our own control codes come as such."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=segment.text.translate(CONTROLS))
+
+    def on_broken_pipe(self) -> None:
+        """Let it be known."""
+        raise BrokenPipeError
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None where it was closed
+
+
+out = Plain(highlight=False, emoji=False, width=None if _is_terminal(sys.stdout) else PIPE_WIDTH)
+err = Plain(stderr=True, highlight=False, emoji=False, soft_wrap=not _is_terminal(sys.stderr))
 
 
 class RateColumn(ProgressColumn):
@@ -174,15 +199,16 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         from abliterate.cli.failures import explain
 
         try:
-            return command(*args, **kwargs)
-        except typer.Exit:
-            raise
+            try:
+                return command(*args, **kwargs)
+            except (typer.Exit, BrokenPipeError):
+                raise
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence: no traceback
+                failure = explain(error)
+                fail(failure)
+                raise typer.Exit(failure.exit_code) from None
         except BrokenPipeError:
-            out.on_broken_pipe()  # whoever reads our output, ``head`` say, has seen enough
-            raise
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last line of defence: no traceback
-            failure = explain(error)
-            fail(failure)
-            raise typer.Exit(failure.exit_code) from None
+            drop_output()
+            raise typer.Exit(HUNG_UP) from None
 
     return wrapper

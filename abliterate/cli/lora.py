@@ -52,7 +52,7 @@ def export(
     if json:
         show_json({**asdict(report), "out": str(report.out), "complete": report.complete})
         return
-    from abliterate.cli.tables import size
+    from abliterate.checkpoint.amounts import size
 
     out.print(f"rank {report.rank}, {len(report.expressed)} writers, {size(report.size_bytes)}")
     for name, why in list(report.left_out.items())[:MOST_NAMES]:

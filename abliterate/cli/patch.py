@@ -102,7 +102,8 @@ def _written(folder: Path, *, json: bool) -> None:
 
 
 def _show(report: "PatchReport") -> None:
-    from abliterate.cli.tables import size, table
+    from abliterate.checkpoint.amounts import size
+    from abliterate.cli.tables import table
 
     shown = table("patch", "part", "size", right=(1,))
     for name, amount in report.parts.items():

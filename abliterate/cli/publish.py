@@ -1,6 +1,5 @@
 """``abliterate push``, and what ``run`` and ``edit`` share with it."""
 
-import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +57,6 @@ def push(
     """
     from abliterate import api
 
-    stop_on_sigterm()
     with progress() as listen:
         done = api.push(
             folder, name, private=recipe.publish.private, branch=branch, message=message, base=base, verify=verify,
@@ -101,7 +99,6 @@ def stream_through(
         )
     from abliterate import api
 
-    stop_on_sigterm()
     with progress() as listen:
         done = api.stream(
             model, direction, upload.name, target, recipe=recipe, revision=revision, branch=upload.branch,
@@ -116,8 +113,3 @@ def stream_through(
 def show_published(done: "Published") -> None:
     """Where it is."""
     out.print(f"published: {done.url} ({done.files} files, commit {done.commit[:8]})", markup=False, soft_wrap=True)
-
-
-def stop_on_sigterm() -> None:
-    """Treat a polite kill as Ctrl-C: the work can be continued."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

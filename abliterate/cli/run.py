@@ -12,7 +12,7 @@ from rich.markup import escape
 from abliterate.cli import options as opt
 from abliterate.cli.console import err, guarded, out, progress, show_json
 from abliterate.cli.evaluate import check_report
-from abliterate.cli.publish import Upload, check_push_options, show_published, stop_on_sigterm, stream_through
+from abliterate.cli.publish import Upload, check_push_options, show_published, stream_through
 from abliterate.cli.recipe_options import Given, takes
 from abliterate.cli.stages import read_direction
 from abliterate.errors import UsageError
@@ -75,7 +75,6 @@ def run(
     from abliterate.workflow import pipeline
 
     quiet_transformers()
-    stop_on_sigterm()
     err.print("$ abliterate " + shlex.join(sys.argv[1:]), style="dim", markup=False)
     with progress() as listen:
         upload.check(str(model), listen)

@@ -183,6 +183,8 @@ def verify(
 ) -> None:
     """Prove an edited checkpoint against its base: on its bytes, and against inference-time ablation.
 
+    Prompts are those of the edit. Where it names none, give them: there is no default here.
+
     Example: abliterate verify tiny-chat-abl
     """
     from abliterate import api
@@ -238,10 +240,12 @@ def _session(model: str, recipe: Recipe, revision: str | None, listen: "OnEvent"
 
 def _steps(out_file: Path, session: "Session") -> "Steps":
     """What is finished is kept beside the file that is to be written."""
+    from abliterate.checkpoint.locking import Lock
     from abliterate.workflow.pipeline import work_fingerprint
     from abliterate.workflow.steps import Steps
 
-    return Steps(out_file.with_name(out_file.name + ".partial"), work_fingerprint(session))
+    lock = Lock(out_file)
+    return Steps(out_file.with_name(out_file.name + ".partial"), work_fingerprint(session), lock=lock)
 
 
 def _quiet() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from abliterate.checkpoint.amounts import size
 from abliterate.cli.console import out
 
 if TYPE_CHECKING:
@@ -46,16 +47,6 @@ def table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
     for place, name in enumerate(columns):
         made.add_column(name, justify="right" if place in numbers else "left", overflow="fold")
     return made
-
-
-def size(size_bytes: int) -> str:
-    """Bytes for people."""
-    amount = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
-        amount /= 1000
-    return f"{amount:,.1f} TB"
 
 
 def show_plan(plan: "EditPlan", needs: "Sequence[Running]" = ()) -> None:
@@ -198,6 +189,8 @@ def show_verification(report: "VerifyReport") -> None:
             f"[yellow]rows keep their lengths: on the written bytes {min(shares):.1%} to {max(shares):.1%} of what a "
             "writer wrote along the direction is put back[/yellow]"
         )
+    for name in on_bytes.not_finite:
+        out.print(f"[yellow]![/yellow] {escape(name)} holds NaN or infinity, as in the base; the edit leaves it alone")
     if behaviour is not None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
         share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"

@@ -135,7 +135,7 @@ class TensorEdit:
             torch.mm(wide, read, out=leak[start : start + step])
             if expected is not None:
                 leak[start : start + step] -= expected
-        self.check(leak, "overflows its dtype when edited")
+        self.check(leak, *OVERFLOWS)
         places = torch.arange(first_row, first_row + n)
 
         def nearest(position: int, values: Tensor) -> Tensor:
@@ -172,21 +172,27 @@ class TensorEdit:
         for row, values in columns.finish():
             matrix[row] = values
 
-    def check(self, values: Tensor, what: str) -> None:
+    def check(self, values: Tensor, what: str, *hint: str) -> None:
         """``read^T W`` is finite exactly when every element of ``W`` is, so this checks a whole block at little cost.
 
         Raises:
             NonFiniteError: names the tensor.
         """
         if not torch.isfinite(values).all():
-            raise NonFiniteError(f"{self.where} {what}")
+            raise NonFiniteError(f"{self.where} {what}", *hint)
 
     def _round(
         self, held: Float[Tensor, "rows n"], nearest: Callable[[int, Tensor], Tensor], leak: Float[Tensor, "k n"]
     ) -> Float[Tensor, "rows n"]:
         rounded = round_tail(held, nearest, self.edit.read[self.feedback], leak)
-        self.check(rounded, "overflows its dtype when edited")
+        self.check(rounded, *OVERFLOWS)
         return rounded
+
+
+OVERFLOWS = (
+    "overflows its dtype when edited",
+    "nothing is damaged: write the checkpoint as bfloat16 first (save_pretrained of transformers), and edit that",
+)
 
 
 class ColumnEdit:
@@ -223,7 +229,7 @@ class ColumnEdit:
             NonFiniteError: the edit overflowed the stored dtype.
         """
         edit = self.edit
-        edit.check(self._leak, "overflows its dtype when edited")
+        edit.check(self._leak, *OVERFLOWS)
         places = edit.feedback + self._first_row
 
         def nearest(position: int, values: Tensor) -> Tensor:

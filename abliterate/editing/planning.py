@@ -14,6 +14,7 @@ from abliterate.arch.formats import FORMATS
 from abliterate.arch.gains import read_gain
 from abliterate.arch.model_map import ModelMap, Writer, map_model
 from abliterate.arch.packed import text_config
+from abliterate.checkpoint.hashes import same_bytes
 from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError, PlanRefusedError, UnsupportedFormatError
@@ -91,7 +92,9 @@ def within(made: EditPlan, holds: Callable[[Place], bool]) -> EditPlan:
         note = f"{left} of {len(made.writers)} writers are left alone and may still write the direction: {alone}"
         found = replace(made, writers=writers, notes=(*made.notes, note))
     if made.model_map.tied and not holds((None, "embedding")):  # whatever was asked for, the head stays as it is
-        notes = tuple(note for note in found.notes if note not in _head_notes(made.model_map, made.tied))
+        notes = tuple(
+            note for note in found.notes if note not in _head_notes(made.checkpoint, made.model_map, made.tied)
+        )
         partial = not made.model_map.complete or bool(made.model_map.reason)
         exactness = "C" if partial else made.model_map.family.exactness
         found = replace(found, added_head=None, sets_untied=False, notes=notes, exactness=exactness)
@@ -206,7 +209,7 @@ def _covering(
 
 
 def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, mtp: bool) -> list[str]:
-    notes = [*_head_notes(model_map, tied), *_exactness_notes(model_map), *_format_notes(model_map)]
+    notes = [*_head_notes(checkpoint, model_map, tied), *_exactness_notes(model_map), *_format_notes(model_map)]
     for tower, count in model_map.towers.items():
         where = tower.partition("{")[0].rstrip(".")
         notes.append(f"{count} tensors of {where} stay as they are: they meet the stream at a projector only")
@@ -217,7 +220,7 @@ def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, mtp
     return notes
 
 
-def _head_notes(model_map: ModelMap, tied: TiedPolicy) -> list[str]:
+def _head_notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy) -> list[str]:
     if not model_map.tied:
         return []
     if tied == "shared":
@@ -229,7 +232,19 @@ def _head_notes(model_map: ModelMap, tied: TiedPolicy) -> list[str]:
     notes = [f"the head is tied to the embedding: the unedited head {stored}, and tie_word_embeddings becomes false"]
     if model_map.model_type in ("gemma", "gemma2"):
         notes.append("llama.cpp's converter drops the separate head of Gemma 1 and 2 and so ties it again")
+    if _holds_another_head(checkpoint, model_map):
+        notes.append(
+            "config.json ties the head to the embedding, and a head that differs is stored: of the base, transformers "
+            "and vLLM take the embedding, llama.cpp the stored head; of the result, all take the stored head"
+        )
     return notes
+
+
+def _holds_another_head(checkpoint: Checkpoint, model_map: ModelMap) -> bool:
+    """Whether a head is stored that is not the embedding; of a model on the Hub, whose bytes are not here, no."""
+    if model_map.head is None or checkpoint.root is None:
+        return False
+    return not same_bytes(checkpoint.root, model_map.embedding.tensor, checkpoint.root, model_map.head)
 
 
 def _format_notes(model_map: ModelMap) -> list[str]:

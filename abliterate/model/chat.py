@@ -15,10 +15,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abliterate.errors import PromptError
+from abliterate.errors import CheckpointError, PromptError
+from abliterate.model.rendering import SHOWN, render
 
 PROBES = ("What is a lake?", "Count to 7", "tell me about Zürich!", "a b c 9", "(why)")
 """User texts that end in different characters; what their renderings share at the end is the template's."""
+
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+"""Keys of ``config.json`` for the number of positions."""
+
+NO_LIMIT = 10**9
+"""transformers gives a tokenizer that states no ``model_max_length`` a number of thirty digits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,10 +49,12 @@ class ChatFormat:
     """A tokenizer's chat template, checked once.
 
     ``pads`` says that prompts of different lengths may share a batch; see ``forward.padding_is_harmless``.  ``options``
-    are variables given to the template; see ``thinking``.
+    are variables given to the template; see ``thinking``.  The model has room for ids below ``rows``, those of its
+    embedding, and for ``context`` tokens (None: not known).
 
     Raises:
         PromptError: the tokenizer has no chat template, or rendering it fails.
+        CheckpointError: the template's own tokens have no row in the embedding.
     """
 
     def __init__(
@@ -55,6 +64,8 @@ class ChatFormat:
         system: str | None = None,
         name: str = "the model",
         options: Mapping[str, Any] = MappingProxyType({}),
+        rows: int | None = None,
+        context: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise PromptError(
@@ -65,6 +76,8 @@ class ChatFormat:
         self.system = system
         self.name = name
         self.options = dict(options)
+        self.rows = rows
+        self.context = context
         self.pads = True
         self.suffix = self._common_suffix()
 
@@ -85,9 +98,9 @@ class ChatFormat:
 
     @property
     def pad_id(self) -> int:
-        """The padding token, or the end-of-text token where there is none."""
+        """The padding token, or the end-of-text token where there is none, or no row of the embedding is its."""
         for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
+            if candidate is not None and (self.rows is None or candidate < self.rows):
                 return int(candidate)
         return 0
 
@@ -95,28 +108,43 @@ class ChatFormat:
         """Token ids of one user turn, up to where the assistant begins.
 
         Raises:
-            PromptError: the template fails, the BOS is not single, or the template's ending is not where it must be.
+            PromptError: the template fails or alters what it is given (``rendering``), the BOS is not single, or the
+                prompt is longer than the context.
+            CheckpointError: a token has no row in the embedding.
         """
-        messages = [{"role": "user", "content": prompt}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        return self.encode_messages(messages)
+        return self.encode_messages(self._asking(prompt))
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins."""
-        from jinja2 import TemplateError
+        """Token ids of a conversation, up to where the assistant begins.
 
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
-            )
-        except (TemplateError, ValueError, KeyError, TypeError) as error:
+        Raises:
+            PromptError, CheckpointError: as for ``encode``.
+        """
+        ids = self._ids(messages)
+        if self.context is not None and len(ids) > self.context:
             raise PromptError(
-                f"{self.name}: its chat template fails ({error})",
-                "some templates refuse a system prompt: drop --system",
-            ) from error
+                f"{self.name}: a prompt takes {len(ids):,} tokens, and the context holds {self.context:,}: "
+                f"{messages[-1]['content'][:SHOWN]!r}…",
+                "shorten it, or leave it out",
+            )
+        return ids
+
+    def length(self, prompt: str) -> int:
+        """Tokens of one user turn with all of the template, however many the model has room for."""
+        return len(self._ids(self._asking(prompt)))
+
+    def _asking(self, prompt: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def _ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        given, _ = render(self.tokenizer, messages, self.options, name=self.name)
+        rendered = self.tokenizer.apply_chat_template(
+            given, tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
+        )
         ids = [int(token) for token in rendered["input_ids"]]
         self._check_bos(ids)
+        self._check_rows(ids)
         return ids
 
     def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[Batch]:
@@ -146,6 +174,15 @@ class ChatFormat:
                 "a model must see exactly one: mend the template in tokenizer_config.json",
             )
 
+    def _check_rows(self, ids: list[int]) -> None:
+        strange = [token for token in ids if self.rows is not None and token >= self.rows]
+        if strange:
+            token = self.tokenizer.convert_ids_to_tokens(strange[0])
+            raise CheckpointError(
+                f"{self.name}: token {token!r} has the id {strange[0]}, and the embedding has {self.rows} rows",
+                "tokenizer and weights do not belong together: fetch both again, or resize the embedding and train it",
+            )
+
     def _common_suffix(self) -> tuple[int, ...]:
         encoded = [self.encode(probe) for probe in PROBES]
         shared = 0
@@ -157,6 +194,12 @@ class ChatFormat:
                 "such a template has no post-instruction position: use the chat version of this model",
             )
         return tuple(encoded[0][-shared:])
+
+
+def context_of(config: Mapping[str, Any], tokenizer: Any) -> int | None:  # noqa: ANN401 - a tokenizer of transformers
+    """How many tokens a model takes, by the ``config`` of its decoder and its tokenizer; None where neither says."""
+    stated = [*(config.get(name) for name in CONTEXT), getattr(tokenizer, "model_max_length", None)]
+    return min((size for size in stated if isinstance(size, int) and 0 < size < NO_LIMIT), default=None)
 
 
 def left_padded(encoded: Sequence[list[int]], batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -303,7 +303,8 @@ def generate_ids(
 ) -> Int[Tensor, "batch new_tokens"]:
     """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
 
-    ``first`` is called with the logits ``[batch, vocab]`` of the first new token.
+    ``first`` is called with the logits ``[batch, vocab]`` of the first new token.  A model that learned its positions
+    stops where they end.
     """
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -315,6 +316,9 @@ def generate_ids(
                 self.waiting(scores)
                 self.waiting = None
             return scores
+
+    if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
+        max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -25,6 +25,7 @@ from abliterate.model.forward import fitting
 from abliterate.model.likelihood import predict
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
+from abliterate.model.rendering import render
 
 ENDS_THINKING = "</think>"
 KINDS = {"loglikelihood": "answers", "loglikelihood_rolling": "texts", "generate_until": "replies"}
@@ -46,6 +47,12 @@ class HarnessModel(HFLM):
         )
         self._device = loaded.device  # the parameters of a model on disk say "meta"
         self.loaded, self.chat, self.name, self.rows, self.on_event = loaded, chat, name, batch_size, on_event
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
+        """A conversation as text; where the template fails, ``HFLM`` would drop the system turn."""
+        if not add_generation_prompt:
+            return super().apply_chat_template(chat_history, add_generation_prompt=False)
+        return render(self.chat.tokenizer, chat_history, self.chat.options, name=self.name)[1]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:  # noqa: FBT001, FBT002 - as lm-eval calls it
         """Likelihoods of answers."""

@@ -20,6 +20,7 @@ from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
+from abliterate.model.rendering import settle_template
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str
@@ -101,7 +102,7 @@ def load_model(
     if budget is None:
         on_event(Started(task=task, total=checkpoint.size_bytes, unit="bytes"))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _explained(checkpoint):
+    with explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
         if budget is None and not decoded:
             at = {"": place} if place.type == "mps" else where.device_map
@@ -232,8 +233,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | str, **options: Any
 
 
 @contextmanager
-def _explained(checkpoint: Checkpoint) -> Iterator[None]:
-    """What transformers raises while it loads, as our errors."""
+def explained(checkpoint: Checkpoint) -> Iterator[None]:
+    """What transformers raises while it loads, as our errors.
+
+    Raises:
+        UsageError: it needs code of its own.
+        CheckpointError: anything else.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -249,7 +255,7 @@ def _explained(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tokenizer of transformers
-    """The tokenizer of a folder, of the class it declares.
+    """The tokenizer of a folder, of the class it declares, with its chat template.
 
     For some model types (``qwen2`` among them) transformers 5 ignores a declared ``TokenizersBackend`` and rebuilds the
     tokenizer as the released models have it, which misreads a ``tokenizer.json`` of another kind.
@@ -259,7 +265,9 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tok
     path = folder / "tokenizer_config.json"
     declared = read_json(path).get("tokenizer_class") if path.is_file() else None
     kind = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
-    return kind.from_pretrained(folder, **options)
+    tokenizer = kind.from_pretrained(folder, **options)
+    settle_template(tokenizer, folder)
+    return tokenizer
 
 
 def attach(model: Any, tokenizer: Any, family: Family, *, name: str) -> LoadedModel:  # noqa: ANN401 - transformers types

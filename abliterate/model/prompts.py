@@ -3,7 +3,7 @@
 A source is written as
 
 - ``bundled:NAME`` - a set that ships with the package,
-- a path to a ``.txt`` (one prompt per line), ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file,
+- a path to a ``.txt`` (one prompt per line), ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file,
 - ``set:NAME[@PATH]`` - a public set of ``public_sets.toml``, from the Hub or from a local copy,
 - ``hf:OWNER/NAME[/CONFIG][:COLUMN][@SPLIT]`` - any data set on the Hub,
 - ``NAME=SOURCE,NAME=SOURCE,...`` - several of these, each the prompts of one category.
@@ -26,7 +26,7 @@ from abliterate.data.bundled import prompt_sets_path
 from abliterate.data.tiny_chat import prompts_path
 from abliterate.errors import PromptError
 from abliterate.model.prompt_rows import Prompt as Prompt
-from abliterate.model.prompt_rows import prompt_of, rows_of_file, rows_of_hub
+from abliterate.model.prompt_rows import prompts_of_rows, rows_of_file, rows_of_hub
 from abliterate.model.public_sets import PREFIX, load_pools, load_public
 
 CONTRAST = "bundled:contrast"
@@ -45,12 +45,13 @@ class PromptSet:
     """Some prompts and where they came from.
 
     ``near_duplicates`` is how many prompts of the source were left out because they nearly repeat one of an earlier
-    split.
+    split.  ``too_long`` is how many were, as the model has no room for them.
     """
 
     source: str
     prompts: tuple[Prompt, ...]
     near_duplicates: int = 0
+    too_long: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -82,6 +83,7 @@ class ContrastSet:
                 "source": part.source,
                 "count": len(part.prompts),
                 "near_duplicates": part.near_duplicates,
+                "too_long": part.too_long,
                 "sha256": part.sha256,
             }
             for name, part in parts.items()
@@ -329,7 +331,7 @@ def _prompts(source: str) -> list[Prompt]:
         if name not in bundled_lists():
             raise _no_such_set(name)
         path = bundled_lists()[name]
-    return [prompt_of(row, source) for row in rows_of_file(path)]
+    return prompts_of_rows(rows_of_file(path), source)
 
 
 def _from_hub(source: str) -> list[Prompt]:
@@ -338,7 +340,7 @@ def _from_hub(source: str) -> list[Prompt]:
     owner, _, rest = name.partition("/")
     repo, _, config = rest.partition("/")
     rows = rows_of_hub(f"{owner}/{repo}", config=config or None, split=split or "train", source=source)
-    return [prompt_of(row, source, column or None) for row in rows]
+    return prompts_of_rows(rows, source, column or None)
 
 
 def _no_such_set(name: str) -> PromptError:

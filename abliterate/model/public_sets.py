@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from abliterate.errors import PromptError
-from abliterate.model.prompt_rows import Prompt, Row, prompt_of, rows_of_file, rows_of_hub
+from abliterate.model.prompt_rows import Prompt, Row, prompts_of_rows, rows_of_file, rows_of_hub
 
 PREFIX = "set:"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -99,9 +99,8 @@ def load_public(source: str) -> list[Prompt]:
         rows = rows_of_file(_local_copy(Path(place).expanduser(), name))
     else:
         rows = rows_of_hub(found.repo, config=found.config, split=found.split, source=source)
-    return [
-        prompt_of(row, source, found.column) for row in rows if found.where is None or found.where.holds(row, source)
-    ]
+    wanted = (row for row in rows if found.where is None or found.where.holds(row, source))
+    return prompts_of_rows(wanted, source, found.column)
 
 
 def load_pools(source: str, seed: int) -> dict[str, list[Prompt]] | None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.errors import UsageError
+from abliterate.errors import PromptError, UsageError
+from abliterate.model.rendering import render
 
 SWITCHES: tuple[tuple[str, Any, Any], ...] = (
     ("enable_thinking", True, False),  # Qwen 3, GLM 4.5, SmolLM 3, Hunyuan
@@ -61,10 +62,8 @@ def prompt_ending(tokenizer: Any, options: Mapping[str, Any]) -> str:  # noqa: A
 
 def _rendered(tokenizer: Any, options: Mapping[str, Any]) -> str | None:  # noqa: ANN401
     """A prompt as text; None where the template refuses what it is given."""
-    from jinja2 import TemplateError
-
     messages = [{"role": "user", "content": PROBE}]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
-    except (TemplateError, ValueError, KeyError, TypeError):
+        return render(tokenizer, messages, options, name="")[1]
+    except PromptError:
         return None

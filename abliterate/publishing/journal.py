@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.locking import Lock
 from abliterate.checkpoint.output import JOURNAL, write_atomically
 from abliterate.checkpoint.upload import Sent
 from abliterate.errors import OutputError
@@ -20,15 +21,16 @@ class Journal:
     fingerprint: str
     filled: bool = False
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lock: Lock | None = None
 
     @classmethod
     def open(cls, folder: Path, fingerprint: str) -> "Journal":
         """The journal in ``folder``, or a new one.
 
         Raises:
-            OutputError: the folder belongs to something else.
+            OutputError: the folder belongs to something else, or another process is at it.
         """
-        journal = cls(path=folder / JOURNAL, fingerprint=fingerprint)
+        journal = cls(path=folder / JOURNAL, fingerprint=fingerprint, lock=Lock(folder))
         if folder.exists():
             try:
                 document = json.loads(journal.path.read_bytes())
@@ -50,6 +52,11 @@ class Journal:
         document = {"fingerprint": self.fingerprint, "filled": self.filled, "shards": self.shards}
         write_atomically(self.path, json.dumps(document).encode())
 
+    def unlock(self) -> None:
+        """Let other processes at the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
     def add(self, report: ShardReport, sent: Sent, *, large: bool) -> None:
         """Record a shard that the Hub has."""
         self.shards[report.name] = {"report": asdict(report), "size_bytes": sent.size_bytes, "large": large}
@@ -68,4 +75,5 @@ class Journal:
         """The proof of a shard that was sent."""
         kept = dict(self.shards[name]["report"])
         proofs = tuple(TensorProof(**proof) for proof in kept.pop("proofs"))
-        return ShardReport(**{**kept, "failures": tuple(kept["failures"]), "proofs": proofs})
+        texts = {name: tuple(kept.get(name, ())) for name in ("failures", "not_finite")}
+        return ShardReport(**{**kept, **texts, "proofs": proofs})

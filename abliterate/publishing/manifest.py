@@ -118,6 +118,7 @@ def verification_json(report: VerifyReport) -> dict[str, Any]:
         "worst_left": report.bytes.worst_left,
         "identical_tensors": report.bytes.identical_tensors,
         "identical_files": report.bytes.identical_files,
+        "not_finite": list(report.bytes.not_finite),
         "sha256": dict(report.bytes.sha256_files),
         "source_sha256": dict(report.bytes.sha256_source_files),
         "behaviour": None if behaviour is None else asdict(behaviour),

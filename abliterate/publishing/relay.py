@@ -230,6 +230,7 @@ class Relay:
             self.on_event(Finished(task=task))
         size = sum(operation.upload_info.size for operation in operations)
         shutil.rmtree(self.work)
+        self.journal.unlock()
         return published(self.target, commit, files=len(operations), size_bytes=size)
 
     def _pass_on(self, shard: Shard, editor: Editor) -> None:

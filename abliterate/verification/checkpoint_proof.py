@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from abliterate.arch.codecs import HeldScales, as_rows, codec_of
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.budget import COPY_BYTES, DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.hashes import sha256_file
-from abliterate.checkpoint.header import Shard, read_header
+from abliterate.checkpoint.header import Shard, TensorInfo, read_header
 from abliterate.checkpoint.pairs import PAIRS, PairedRange, read_pairs, same_content
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.checkpoint.transfer import one_core
@@ -27,12 +28,16 @@ from abliterate.verification.tensor_proof import ColumnProver, Prover, TensorPro
 
 TASK = "verify"
 
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Dtypes of safetensors that hold NaN and infinity, and are looked at for them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BytesReport:
     """Verification of a written checkpoint against its base.
 
-    ``failures`` are sentences; the checkpoint is what was planned exactly when there are none.
+    ``failures`` are sentences; the checkpoint is what was planned exactly when there are none.  ``not_finite`` are
+    tensors outside the plan that hold NaN or infinity, as they do in the base.
     """
 
     edited: tuple[TensorProof, ...]
@@ -41,6 +46,7 @@ class BytesReport:
     failures: tuple[str, ...]
     sha256_files: Mapping[str, str]
     sha256_source_files: Mapping[str, str]
+    not_finite: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -86,6 +92,7 @@ class ShardReport:
     sha256: str
     source_sha256: str
     rows: Mapping[str, RowSquares] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()
 
 
 def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) -> BytesReport:
@@ -109,6 +116,7 @@ def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) ->
         ),
         sha256_files={shard.name: shard.sha256 for shard in shards},
         sha256_source_files={shard.name: shard.source_sha256 for shard in shards},
+        not_finite=tuple(name for shard in shards for name in shard.not_finite),
     )
 
 
@@ -126,6 +134,7 @@ class ShardCheck:
     rows: dict[str, RowSquares] = field(default_factory=dict)
     identical: int = 0
     digests: tuple[str, str] = ("", "")
+    not_finite: dict[str, None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: EditPlan, result: Checkpoint, shard: Shard, memory_bytes: int) -> "ShardCheck":
@@ -143,6 +152,7 @@ class ShardCheck:
             sha256=self.digests[1],
             source_sha256=self.digests[0],
             rows=self.rows,
+            not_finite=tuple(self.not_finite),
         )
 
     def run(self, advance: Callable[[int], None]) -> None:
@@ -187,7 +197,7 @@ class ShardCheck:
             )
             position = tensor.end
             if tensor.name not in writers or tensor.numel == 0:
-                yield from self._identical(tensor.start, tensor.end, f"tensor '{tensor.name}'", changed)
+                yield from self._identical(tensor.start, tensor.end, f"tensor '{tensor.name}'", changed, tensor)
                 continue
             writer = writers[tensor.name]
             codec = codec_of(self.plan.checkpoint.folder, writer, self.held)
@@ -196,12 +206,18 @@ class ShardCheck:
             yield from self._rows(prover) if writer.in_rows else self._columns(prover)
         yield from self._identical(position, self.shard.size_bytes, f"{self.shard.name}: the end of the file", changed)
 
-    def _identical(self, start: int, end: int, what: str, changed: set[str]) -> Iterator[PairedRange]:
+    def _identical(
+        self, start: int, end: int, what: str, changed: set[str], tensor: TensorInfo | None = None
+    ) -> Iterator[PairedRange]:
+        dtype = None if tensor is None else FLOATS.get(tensor.dtype)
+
         def see(old: Tensor, new: Tensor) -> None:
             if not same_content(old, new):
                 changed.add(what)
+            if tensor is not None and dtype is not None and not bool(old.view(dtype).isfinite().all()):
+                self.not_finite[tensor.name] = None
 
-        size = min(COPY_BYTES, self.slab_bytes)
+        size = max(8, min(COPY_BYTES, self.slab_bytes) // 8 * 8)  # whole elements
         for place in range(start, end, size):
             yield PairedRange(start=place, size=min(size, end - place), see=see)
 

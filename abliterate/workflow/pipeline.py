@@ -38,6 +38,11 @@ from abliterate.workflow.trials import EDITED, side_by_side, task_request
 
 STEPS = "steps"
 
+NOT_COMPARED = (
+    "proven on the bytes only: the edit was given its direction and names no prompts, so its behaviour is not compared "
+    "with hooks; give --harmful and --harmless (bundled:contrast for both, say)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:

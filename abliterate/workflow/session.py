@@ -1,29 +1,35 @@
 """A checkpoint opened for work: its model, its chat format and its prompts, each made once, when first asked for."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+from abliterate.arch.packed import text_config
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.data.bundled import BUNDLED_NAME, is_bundled, open_model
 from abliterate.errors import PromptError
-from abliterate.events import OnEvent, ignore
+from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.estimators import needs_of
-from abliterate.model.chat import ChatFormat
+from abliterate.model.chat import ChatFormat, context_of
 from abliterate.model.forward import padding_is_harmless
-from abliterate.model.load import LoadedModel, load_model, load_tokenizer
+from abliterate.model.load import LoadedModel, explained, load_model, load_tokenizer
 from abliterate.model.memory import available_bytes
-from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, SplitSizes, contrast_set
+from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, PromptSet, SplitSizes, contrast_set
+from abliterate.model.rendering import SHOWN
 from abliterate.model.thinking import DEFAULT, Mode, modes_of
 from abliterate.recipe import Recipe
 
 PROBE = "What is the capital of France?"
 """Any prompt: run alone and beside a longer one."""
+
+FAR_LONGER, LONG = 8, 512
+"""A prompt of more than so many times the median length, and of more tokens than this, is pointed out."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Session:
     @cached_property
     def chat(self) -> ChatFormat:
         """The model's chat format, which knows whether the model may be given padding."""
-        chat = ChatFormat(self.loaded.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name)
+        rows = int(self.loaded.embedding.weight.shape[0])  # type: ignore[union-attr]
+        chat = self._format(self.loaded.tokenizer, rows=rows)
         chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
         return chat
 
@@ -80,7 +87,8 @@ class Session:
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers
         """The tokenizer; no model is loaded."""
         options = {"trust_remote_code": self.recipe.model.trust_remote_code, "local_files_only": True}
-        return load_tokenizer(fetch(self.checkpoint).folder, **options)
+        with explained(self.checkpoint):
+            return load_tokenizer(fetch(self.checkpoint).folder, **options)
 
     def chat_in(self, mode: Mode) -> ChatFormat:
         """The chat format in one of the modes."""
@@ -92,8 +100,12 @@ class Session:
 
     def encoder_in(self, mode: Mode) -> ChatFormat:
         """The chat format in one of the modes, for token ids only; no model is loaded."""
+        return self._format(self.tokenizer, options=mode.options)
+
+    def _format(self, tokenizer: Any, **more: Any) -> ChatFormat:  # noqa: ANN401 - a tokenizer of transformers
+        context = context_of(text_config(self.checkpoint.config), tokenizer)
         return ChatFormat(
-            self.tokenizer, system=self.recipe.model.system, name=self.checkpoint.name, options=mode.options
+            tokenizer, system=self.recipe.model.system, name=self.checkpoint.name, context=context, **more
         )
 
     def release(self) -> None:
@@ -105,8 +117,38 @@ class Session:
 
     @cached_property
     def contrast(self) -> ContrastSet:
-        """The prompts of the recipe."""
-        return prompts_of(self.recipe)
+        """The prompts of the recipe that the model has room for.
+
+        Raises:
+            PromptError: a source is missing or unusable, or none of its prompts is short enough.
+        """
+        parts = prompts_of(self.recipe)
+        return replace(parts, **{its.name: self.fitting(getattr(parts, its.name)) for its in fields(parts)})
+
+    def fitting(self, prompts: PromptSet) -> PromptSet:
+        """``prompts`` without those longer than the context; says which, and where one is far longer than the rest.
+
+        Raises:
+            PromptError: none is left.
+        """
+        chat = self.encoder_in(DEFAULT)
+        lengths = {prompt: chat.length(prompt.text) for prompt in prompts.prompts}
+        kept = {prompt: n for prompt, n in lengths.items() if chat.context is None or n <= chat.context}
+        left_out = len(lengths) - len(kept)
+        if left_out:
+            longest = max(lengths, key=lengths.__getitem__)
+            said = (
+                f"{prompts.source}: {left_out} of {len(lengths)} prompts exceed the context of {chat.context:,} "
+                f"tokens, the longest with {lengths[longest]:,}: {longest.text[:SHOWN]!r}…"
+            )
+            if not kept:
+                raise PromptError(said, "give shorter prompts")
+            self.on_event(Noted(text=f"left out: {said}"))
+        most, typical = max(kept.values()), median(kept.values())
+        if most > max(FAR_LONGER * typical, LONG):
+            said = f"{prompts.source}: the longest prompt has {most:,} tokens, half of them at most {typical:,.0f}: "
+            self.on_event(Noted(text=f"{said}its batch takes as much longer"))
+        return replace(prompts, prompts=tuple(kept), too_long=left_out)
 
 
 def open_session(

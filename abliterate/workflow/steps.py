@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abliterate.checkpoint.locking import Lock
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import AbliterateError
 
@@ -22,11 +23,13 @@ class Steps:
     that cannot be read was cut off while it was written, and is made again.
 
     As a context, the folder is deleted when the work is done, and when it fails with an ``AbliterateError``: the next
-    try would fail the same way or has other options.  After any other exception, as an interrupt, it stays.
+    try would fail the same way or has other options.  After any other exception, as an interrupt, it stays.  ``lock``
+    keeps other processes away until then.
     """
 
-    def __init__(self, folder: Path | None = None, fingerprint: str = "") -> None:
+    def __init__(self, folder: Path | None = None, fingerprint: str = "", *, lock: Lock | None = None) -> None:
         self.folder = folder
+        self._lock = lock
         if folder is None:
             return
         owner = folder / "fingerprint"
@@ -42,6 +45,8 @@ class Steps:
     ) -> None:
         if error is None or isinstance(error, AbliterateError):
             self.clear()
+        if self._lock is not None:
+            self._lock.release()
 
     def document(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The kept document ``name``; the first time, what ``make`` gives, as plain data."""

@@ -236,7 +236,7 @@ def material_of(session: Session) -> Material:
     recipe, contrast = session.recipe, session.contrast
     prompts = {HARMFUL: contrast.harmful_test, HARMLESS: contrast.harmless_test}
     if recipe.evaluate.look_alike:
-        prompts[LOOK_ALIKE] = load_prompts(recipe.evaluate.look_alike)
+        prompts[LOOK_ALIKE] = session.fitting(load_prompts(recipe.evaluate.look_alike))
     return Material(prompts=prompts, text=read_text(recipe.evaluate.text) if recipe.evaluate.text else "")
 
 
