@@ -170,6 +170,8 @@ LATER = {
     "labels": "replies",
     "reply_tokens": 32,
     "kl_margin": 1.0,
+    "trials": 0,
+    "startup_trials": 60,
     "roles": ("embedding", "attention", "mlp"),
     "exclude_layers": "",
     "strength": 1.0,
