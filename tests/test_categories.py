@@ -14,8 +14,10 @@ from abliterate.cli.app import app
 from abliterate.errors import PromptError, TooFewPromptsError, UsageError
 from abliterate.evaluate.category_page import render_categories
 from abliterate.evaluate.charts import curves
-from abliterate.method.directions import Subspace, given
+from abliterate.method.directions import DirectionSet, Subspace, given
+from abliterate.method.estimators import category_differences, difference_of_means
 from abliterate.method.linalg import cosine
+from abliterate.method.moments import Moments
 from abliterate.model import interventions
 from abliterate.model.prompts import SplitSizes, contrast_set, load_prompts
 from abliterate.recipe import Recipe
@@ -23,6 +25,7 @@ from abliterate.workflow import pipeline, trying_categories
 from abliterate.workflow.session import open_session
 from abliterate.workflow.trying_categories import try_categories
 from tests import offloading, planted
+from tests.test_estimators import statistics
 
 NAMES = ("lock", "seal")
 TRUTH = planted.DIRECTIONS.flip(0)
@@ -89,6 +92,22 @@ def test_what_is_measured_is_what_was_planted(chosen, found):
     assert cosine(vectors, TRUTH) == pytest.approx([1.0, 1.0], abs=1e-6)  # of float32 residuals
     assert found.cosines[0][1] == pytest.approx(planted.COSINE, abs=1e-6)
     assert chosen.metadata["categories"] == {"lock": [12, 12], "seal": [12, 12]}
+
+
+def test_the_categories_of_a_place_are_its_vectors_in_their_order_and_make_up_the_difference_of_means():
+    stats, generator = statistics(), torch.Generator().manual_seed(1)
+    first = stats.mean("harmful") + torch.randn(stats.mean("harmful").shape, generator=generator, dtype=torch.float64)
+    parts = {"a": Moments(count=2, mean=first), "b": Moments(count=1, mean=3 * stats.mean("harmful") - 2 * first)}
+    found = category_differences(replace(stats, categories=parts))
+    assert len(found) == 12
+    for one, whole in zip(found, difference_of_means(stats), strict=True):
+        a, b = one.everywhere.vectors.double().T
+        place = stats.positions.index(one.position), one.layer
+        assert torch.allclose(a, (first - stats.mean("harmless"))[place], atol=1e-6)
+        assert torch.allclose((2 * a + b) / 3, whole.vector.double(), atol=1e-6)
+        assert one.provenance["categories"] == ["a", "b"]
+    (alone,) = DirectionSet(candidates=found[:1]).choose_candidate(found[0].id).of_category("b").chosen.subspaces
+    assert torch.equal(alone.vectors[:, 0], found[0].everywhere.vectors[:, 1])
 
 
 def test_each_direction_refuses_its_own_category_and_adding_one_refuses_all(found):

@@ -14,7 +14,6 @@ from abliterate.method.estimators import (
     ESTIMATORS,
     Estimator,
     biprojected_difference,
-    category_differences,
     difference_of_means,
     estimate,
     least_squares_erasure,
@@ -45,22 +44,6 @@ def statistics(positions=(-3, -2, -1), layers=4, d=6):
     means = torch.randn(2, len(positions), layers, d, generator=generator, dtype=torch.float64)
     moments = {kind: Moments(count=3, mean=mean) for kind, mean in zip(("harmful", "harmless"), means, strict=True)}
     return ActivationStats(positions=positions, moments=moments)
-
-
-def test_the_categories_of_a_place_are_its_vectors_in_their_order_and_make_up_the_difference_of_means():
-    stats, generator = statistics(), torch.Generator().manual_seed(1)
-    first = stats.mean("harmful") + torch.randn(stats.mean("harmful").shape, generator=generator, dtype=torch.float64)
-    parts = {"a": Moments(count=2, mean=first), "b": Moments(count=1, mean=3 * stats.mean("harmful") - 2 * first)}
-    found = category_differences(dataclasses.replace(stats, categories=parts))
-    assert len(found) == 12
-    for one, whole in zip(found, difference_of_means(stats), strict=True):
-        a, b = one.everywhere.vectors.double().T
-        place = stats.positions.index(one.position), one.layer
-        assert torch.allclose(a, (first - stats.mean("harmless"))[place], atol=1e-6)
-        assert torch.allclose((2 * a + b) / 3, whole.vector.double(), atol=1e-6)
-        assert one.provenance["categories"] == ["a", "b"]
-    (alone,) = DirectionSet(candidates=found[:1]).choose_candidate(found[0].id).of_category("b").chosen.subspaces
-    assert torch.equal(alone.vectors[:, 0], found[0].everywhere.vectors[:, 1])
 
 
 def test_the_difference_of_means_is_one_at_each_position_and_layer():
