@@ -165,6 +165,10 @@ def test_the_sets_of_options_that_do_not_matter():
 LATER = {
     "estimators": ("difference-of-means", "projected-difference"),
     "all_scores": False,
+    "trained": "",
+    "train_steps": 24,
+    "cone_size": 3,
+    "independent_of": (),
     "change": "removal",
     "allow_few": False,
     "labels": "replies",
