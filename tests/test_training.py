@@ -8,6 +8,8 @@ import torch
 
 from abliterate.checkpoint import direction_file
 from abliterate.errors import NonFiniteError, PromptError, SourceError, UsageError
+from abliterate.evaluate.labels import reader
+from abliterate.evaluate.replies import SCORERS
 from abliterate.method.directions import given
 from abliterate.method.linalg import project_out, unit
 from abliterate.method.refusal_cone import (
@@ -27,7 +29,6 @@ from abliterate.method.refusal_cone import (
     tangent,
 )
 from abliterate.method.scope import WHOLE, Scope
-from abliterate.model import targets
 from abliterate.model.chat import ChatFormat
 from abliterate.model.direction_losses import Losses
 from abliterate.model.direction_training import Objective, train
@@ -153,7 +154,8 @@ def test_training_lowers_the_loss_and_leaves_the_weights_alone(loaded):
     objective = Objective(parts=losses.by_name, weights=WEIGHTS, rows=3)
     on = {part: examples() for part in losses.by_name}
     start = orthonormal(random(D, 2).float())
-    made = [train(objective, start, on, on, schedule=SHORT, seed=3) for _ in range(2)]
+    with factories.really_float64():
+        made = [train(objective, start, on, on, schedule=SHORT, seed=3) for _ in range(2)]
     assert objective.total(made[0].after) < objective.total(made[0].before)
     assert (made[0].basis.T @ made[0].basis - torch.eye(2)).abs().max() < 1e-6
     assert torch.equal(made[0].basis, made[1].basis)
@@ -162,6 +164,11 @@ def test_training_lowers_the_loss_and_leaves_the_weights_alone(loaded):
 
 def test_a_direction_made_independent_has_the_lower_cosine_condition(loaded):
     losses = losses_of(loaded, independent=True)
+    with factories.really_float64():
+        check_independence(loaded, losses)
+
+
+def check_independence(loaded, losses):
     watched = losses.watched(["0", "1", "2", "3"], 4)
     on = {**{part: examples() for part in WEIGHTS}, INDEPENDENCE: watched}
     objective = Objective(parts=losses.by_name, weights=WEIGHTS_INDEPENDENT, rows=6)
@@ -177,7 +184,8 @@ def test_what_is_trained_is_written_as_it_is_ablated(loaded, tmp_path):
     losses = losses_of(loaded)
     objective = Objective(parts=losses.by_name, weights=WEIGHTS, rows=6)
     on = {part: examples() for part in losses.by_name}
-    basis = train(objective, orthonormal(random(D, 2).float()), on, on, schedule=SHORT, seed=3).basis.double()
+    with factories.really_float64():
+        basis = train(objective, orthonormal(random(D, 2)), on, on, schedule=SHORT, seed=3).basis
     ours, hooked, share = equivalence.run_case("llama", tmp_path / "whole", basis)
     assert (ours - hooked).abs().max() < 1e-10
     assert share < 1e-10
@@ -240,24 +248,33 @@ def writing_of(session, read):
     )  # fmt: skip
 
 
-PROMPTS = Filtered(
-    harmful=("Where is the stomble found?",), harmless=("Where is the porgle found?", "What does a porgle eat?"),
-    harmful_before=1, harmless_before=2,
-)  # fmt: skip
+def test_targets_are_replies_of_the_model_by_what_they_are(session):
+    scorer, contrast = reader(SCORERS["rules"], session.chat), session.contrast
+    prompts = Filtered(
+        harmful=tuple(contrast.harmful_val.texts[:3]), harmless=tuple(contrast.harmless_val.texts[:2]),
+        harmful_before=3, harmless_before=2,
+    )  # fmt: skip
+    answer, refusal = "Pelgo.", "I am sorry, I will not speak of it."
+    assert [scorer("x", text) for text in (answer, refusal)] == ["answered", "refused"]
+    asked = []
 
+    def read(prompt, reply):
+        """The first harmful prompt counts as answered, so that there is something to learn from."""
+        asked.append(prompt)
+        return "answered" if prompt == prompts.harmful[0] else scorer(prompt, reply)
 
-def test_targets_are_replies_of_the_model_by_what_they_are(session, monkeypatch):
-    monkeypatch.setattr(targets, "TARGET_TOKENS", 12)
-    found = targets_of(writing_of(session, lambda _, reply: "refused" if "sorry" in reply else "answered"), PROMPTS)
-    with pytest.raises(PromptError, match="so there are no refusals to learn from"):
-        targets_of(writing_of(session, lambda *_: "answered"), PROMPTS)
-    with pytest.raises(PromptError, match="so there are no answers to learn from"):
-        targets_of(writing_of(session, lambda *_: "refused"), PROMPTS)
+    found = targets_of(writing_of(session, read), prompts)
     assert [len(found[part]) for part in (ADDITION, RETAIN)] == [2, 2]
-    for one in found[ADDITION]:  # none was refused with so little added: the model's own refusals take turns
+    assert len(found[ABLATION]) >= 1
+    assert len(asked) == 3 + 2 + 2 + 3  # none is refused with so little added: the model's own refusals take turns
+    for one in found[ADDITION]:
         text = session.chat.tokenizer.decode(one.ids[-one.length :])
-        assert "sorry" in text
-        assert text.index(".") == len(text) - 1
+        assert scorer("x", text) == "refused"
+        assert text.count(".") <= 1
+    with pytest.raises(PromptError, match="so there are no refusals to learn from"):
+        targets_of(writing_of(session, lambda *_: "answered"), prompts)
+    with pytest.raises(PromptError, match="so there are no answers to learn from"):
+        targets_of(writing_of(session, lambda *_: "refused"), prompts)
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
