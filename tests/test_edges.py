@@ -432,4 +432,4 @@ def test_what_a_terminal_obeys_is_shown(tmp_path):
     grid.add_row(Text(strange))
     console.print(grid)
     assert not set("\x1b\x9b") & set(written.getvalue())
-    assert written.getvalue().count("\\x1b[2J") == 3
+    assert written.getvalue().count("evil\\x1b]0;title") == 3

@@ -40,7 +40,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
 class Grouped(TyperGroup):
     """The commands under headings."""
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # noqa: ANN401, ARG002 - typer's own click
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401, ARG002 - of typer's own click
         """Write them."""
         room = formatter.width - 6 - max(map(len, self.commands))
         for heading, names in COMMANDS.items():

@@ -214,7 +214,7 @@ class ShardCheck:
         def see(old: Tensor, new: Tensor) -> None:
             if not same_content(old, new):
                 changed.add(what)
-            if tensor is not None and dtype is not None and not bool(old.view(dtype).isfinite().all()):
+            if tensor is not None and dtype is not None and not bool(as_rows(old, dtype, 1).isfinite().all()):
                 self.not_finite[tensor.name] = None
 
         size = max(8, min(COPY_BYTES, self.slab_bytes) // 8 * 8)  # whole elements
