@@ -17,6 +17,7 @@ from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
+from abliterate.method.search import unsearched
 from abliterate.method.selection import WHY, SelectionRule
 from abliterate.model.measuring import Filtered, Validation, choose_candidate, choose_from_all
 from abliterate.model.scores import ScoreFile
@@ -170,6 +171,7 @@ def select(session: Session, directions: DirectionSet, *, steps: Steps | None = 
     counts = _with_validation(directions.metadata, prompts)
     if recipe.find.trials:
         return search(session, replace(directions, metadata={**directions.metadata, **counts}), prompts, steps)
+    directions = unsearched(directions)
     kept = steps.path("scores.safetensors")
     store = ScoreFile(kept) if kept else None
     calibration = directions.metadata.get("calibration")
