@@ -21,7 +21,7 @@ RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint /s
 COPY pyproject.toml README.md LICENSE /src/
 COPY abliterate /src/abliterate
 COPY recipes /src/recipes
-RUN pip install --constraint /src/constraints.txt '/src[lora,datasets,eval]'
+RUN pip install --constraint /src/constraints.txt '/src[lora,datasets,eval,search]'
 
 # Any user may be given by --user, also one without an entry in /etc/passwd: torch asks for a name, others for a home.
 # A volume, because weights that are read past the page cache should not lie on the layers of the container.

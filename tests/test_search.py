@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from abliterate.checkpoint import direction_file
 from abliterate.cli.app import app
+from abliterate.cli.stages import read_direction
 from abliterate.errors import NonFiniteError, SourceError, UsageError
 from abliterate.evaluate.page import search_chart
 from abliterate.events import Advanced, Noted, Started
@@ -343,6 +344,20 @@ def test_trials_that_cannot_be_taken(found, measured):
         take(replace(directions, metadata=metadata), 4)
     with pytest.raises(UsageError, match="cannot be read"):
         take(replace(directions, metadata={**directions.metadata, "trials": [{"number": "x"}]}), 0)
+
+
+def test_whoever_chooses_otherwise_has_nothing_of_the_search(found, session, measured, tmp_path):
+    directions, _, _ = found
+    file = direction_file.save(directions, tmp_path / "direction.safetensors")
+    named = read_direction(file, -1, directions.chosen.layer)
+    assert named.chosen.estimator == "projected-difference"
+    ruled = replace(session, recipe=RECIPE.with_changes({"trials": 0}))
+    ruled.__dict__.update(loaded=session.loaded, chat=session.chat)
+    chosen = finding.select(ruled, directions)
+    assert chosen.choice == finding.select(ruled, measured).choice
+    for one in (named, chosen):
+        assert not {SEARCH, "trials"} & one.metadata.keys()
+        assert {its.id for its in one.candidates} == {its.id for its in measured.candidates}
 
 
 def test_the_chart_has_every_trial_and_a_ring_at_the_one_taken(found):

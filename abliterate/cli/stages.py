@@ -216,7 +216,7 @@ def read_direction(
             raise UsageError("--trial takes a trial of a file that a search wrote", "add --direction FILE")
         return None
     from abliterate.checkpoint.direction_file import load
-    from abliterate.method.search import take
+    from abliterate.method.search import take, unsearched
 
     directions = load(path)
     if (position is None) != (layer is None):
@@ -224,7 +224,7 @@ def read_direction(
     if position is not None and trial is not None:
         raise UsageError("--trial and --position each take a candidate", "give one of the two")
     if position is not None and layer is not None:
-        directions = directions.choose(position, layer)
+        directions = unsearched(directions).choose(position, layer)
     if trial is not None:
         directions = take(directions, trial)
     _ = directions.chosen  # fails here, before any work, when nothing is chosen

@@ -222,6 +222,15 @@ def take(directions: DirectionSet, number: int) -> DirectionSet:
     return _taken(directions, trials[number], GIVEN, "it was asked for")
 
 
+def unsearched(directions: DirectionSet) -> DirectionSet:
+    """A copy with nothing of a search in it, and nothing chosen where it was chosen by one."""
+    if SEARCH not in directions.metadata:
+        return directions
+    measured = tuple(one for one in directions.candidates if one.estimator != SEARCH)
+    metadata = {name: its for name, its in directions.metadata.items() if name not in (SEARCH, "trials")}
+    return replace(directions, candidates=measured, metadata=metadata, choice=None)
+
+
 def _taken(directions: DirectionSet, trial: Trial, rule: str, why: str) -> DirectionSet:
     about = directions.metadata[SEARCH]
     made = candidate(trial.number, trial.parameters, directions, about["estimator"])

@@ -34,7 +34,7 @@ class Example:
 class Writing:
     """What writes and reads targets: a model, with ``start`` ablated where ``scope`` holds, or added at its layer.
 
-    ``read(prompt, reply)`` says what a reply is.
+    ``read(prompt, reply)`` says what a reply is; ``note`` is told where other replies than the published are taken.
     """
 
     loaded: LoadedModel
@@ -43,6 +43,7 @@ class Writing:
     scope: Scope
     read: Callable[[str, str], Label]
     batch_size: int
+    note: Callable[[str], None] = lambda _: None
 
 
 def targets_of(
@@ -73,6 +74,11 @@ def targets_of(
     if not refusals:
         own = [its for its in _replies(writing, harmful) if its.label == "refused"]
         refusals = [_Reply(prompt, its.ids, its.label) for prompt, its in zip(harmless, _in_turn(own), strict=False)]
+        if refusals:
+            writing.note(
+                f"with {start.id} added none of {len(harmless)} harmless prompts is refused: refusals are learned from "
+                f"{len(own)} of the model's own, of harmful prompts"
+            )
     if not refusals:
         raise PromptError(
             f"{loaded.name} refuses none of {len(harmless)} harmless prompts with {start.id} added, nor any of "

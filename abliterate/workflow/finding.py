@@ -19,6 +19,7 @@ from abliterate.events import Noted
 from abliterate.method.calibration import Calibration
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.estimators import Need, estimate, needs_of, stability
+from abliterate.method.search import unsearched
 from abliterate.method.selection import COSMIC, WHY, SelectionRule
 from abliterate.method.selection_metrics import Cosmic
 from abliterate.model.measuring import Filtered, Validation, choose_candidate, choose_from_all
@@ -213,6 +214,7 @@ def select(
     counts = _with_validation(directions.metadata, prompts)
     if recipe.find.trials:
         return search(session, replace(directions, metadata={**directions.metadata, **counts}), prompts, steps)
+    directions = unsearched(directions)
     kept = steps.path(scores)
     store = ScoreFile(kept) if kept else None
     rule = _rule(recipe.find, directions.metadata.get("calibration"))

@@ -38,7 +38,7 @@ from abliterate.model.direction_training import Examples, Objective, Trained, tr
 from abliterate.model.measuring import Filtered
 from abliterate.model.room import gradient_rows
 from abliterate.model.targets import Writing, targets_of
-from abliterate.recipe import Recipe
+from abliterate.recipe import Recipe, option
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -51,7 +51,7 @@ def check_trained(recipe: Recipe) -> None:
     """Find out before hours of work that what a recipe trains can be.
 
     Raises:
-        UsageError: independence is asked of something that is not one trained direction.
+        UsageError: independence is asked of something that is not one trained direction, or a size of no cone.
         SourceError: a direction file cannot be read.
     """
     find = recipe.find
@@ -59,6 +59,10 @@ def check_trained(recipe: Recipe) -> None:
         raise UsageError(
             "only one direction that is trained can be made independent of others",
             "give --trained rdo (or --method rdo)",
+        )
+    if find.cone_size != option("cone_size").default and find.trained != CONE:
+        raise UsageError(
+            f"a cone of {find.cone_size} directions is asked for, and none is trained", "give --trained cone"
         )
     for name in find.independent_of:
         if name != START:
@@ -181,6 +185,7 @@ class _Training:
             scope=self._scope,
             read=reader(SCORERS[session.recipe.evaluate.scorer], session.chat),
             batch_size=session.recipe.model.batch_size,
+            note=self._say,
         )
         prompts = self.training, self.validation
         total = sum(len(its.harmful) + 2 * len(its.harmless) for its in prompts)
