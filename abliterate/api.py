@@ -26,6 +26,7 @@ from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.method.directions import DirectionSet
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits

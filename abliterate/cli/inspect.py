@@ -42,7 +42,7 @@ def inspect(
     from abliterate.workflow.session import open_session
 
     check_report(report)
-    chosen = read_direction(direction, position, layer, category)
+    chosen = read_direction(direction, position, layer, category=category)
     if chosen is None:
         raise AssertionError("a file was given")
     quiet_transformers()

@@ -46,7 +46,7 @@ def export(
 
     from abliterate import api
 
-    chosen = read_direction(direction, position, layer, category)
+    chosen = read_direction(direction, position, layer, category=category)
     with progress() as listen:
         report = api.export_lora(base, out_folder, edited=edited, revision=revision, direction=chosen, on_event=listen)
     if json:

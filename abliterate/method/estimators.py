@@ -158,7 +158,10 @@ def low_rank_difference(stats: ActivationStats) -> tuple[Candidate, ...]:
     utility = max(1, d // 4)
     for safety in sorted({max(1, d // part) for part in (4, 16, 64)}, reverse=True):
         found = differences(stats.outputs, safety_rank=safety, utility_rank=utility)
-        of_layers, of_mlps = ({layer: its for (layer, kind), its in found.items() if kind == one} for one in IN_BLOCKS)
+        of_layers, of_mlps = (
+            {layer: its for (layer, kind), its in found.items() if kind == one and layer is not None}
+            for one in IN_BLOCKS
+        )
         layer = min(of_layers, key=lambda n: abs(n - round(0.6 * stats.n_layers)), default=None)
         if layer is None:
             continue

@@ -21,8 +21,9 @@ def unit(v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """
     v = v.to(torch.float64)
     length = torch.linalg.vector_norm(v)
-    if not math.isfinite(float(length.detach())) or length == 0:
-        raise ValueError(f"a vector of length {float(length.detach())} has no direction")
+    size = length.item()
+    if not math.isfinite(size) or size == 0:
+        raise ValueError(f"a vector of length {size} has no direction")
     return v / length
 
 

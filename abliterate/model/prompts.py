@@ -236,7 +236,7 @@ def categories_of(prompts: PromptSet) -> tuple[str, ...]:
             "give every row a 'category', or one source for each: --harmful NAME=SOURCE,NAME=SOURCE",
         )
     names = tuple(sorted({prompt.category for prompt in prompts.prompts}))
-    if len(names) < 2:
+    if len(names) == 1:
         raise PromptError(f"{prompts.source}: all prompts are of one category, {names[0]!r}", "give two or more")
     return names
 

@@ -45,14 +45,23 @@ def _agree(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit)
     same_read = _distance(_span(gain[:, None] * wanted.read), _span(edit.read)) < AGREEMENT
     same_rank = wanted.rank == edit.rank and wanted.strength == edit.strength
     same_scale = wanted.column_scale == edit.column_scale and wanted.keeps_rows == edit.keeps_rows
-    if wanted.row_scale is not None or edit.row_scale is not None:
-        same_scale = same_scale and wanted.row_scale is not None and edit.row_scale is not None
-        same_scale = same_scale and torch.equal(wanted.row_scale, edit.row_scale)
-    if not (same_read and same_rank and same_scale and _same_constant(plan, writer, wanted, edit)):
+    if not (
+        same_read
+        and same_rank
+        and same_scale
+        and _same_rows(wanted, edit)
+        and _same_constant(plan, writer, wanted, edit)
+    ):
         return False
     if writer.norms:
         return _agree_behind(gain, wanted, edit)
     return torch.dist(_operator(wanted), _operator(edit)).item() < AGREEMENT * (1 + float(wanted.write.norm()))
+
+
+def _same_rows(wanted: WeightEdit, edit: WeightEdit) -> bool:
+    if wanted.row_scale is None or edit.row_scale is None:
+        return wanted.row_scale is edit.row_scale
+    return torch.equal(wanted.row_scale, edit.row_scale)
 
 
 def _not_planned(plan: EditPlan, stream: StreamEdit) -> list[str]:

@@ -58,7 +58,9 @@ def try_categories(
     scorer, opening = SCORERS[recipe.evaluate.scorer], open_thinking(prompt_ending(chat.tokenizer, chat.options))
     tried = []
     for (change, category, strength), its in zip((what for what, _ in changes), replies, strict=True):
-        classes = [scorer.classify(text, opening + reply) for text, reply in zip(asked, its, strict=True)]
+        classes: list[ReplyClass] = [
+            scorer.classify(text, opening + reply) for text, reply in zip(asked, its, strict=True)
+        ]
         tried.append(
             Tried(
                 change=change, category=category, strength=strength,
