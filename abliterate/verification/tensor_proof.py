@@ -97,7 +97,8 @@ class Prover:
     def rows(self, old: Tensor, new: Tensor, first_row: int) -> None:
         """Stream vectors stored as rows, from ``first_row`` of the tensor on."""
         for _, before, after in self.pairs(old, new, first_row):
-            c, c_new, along = (before @ self._u).T, (after @ self._u).T, (before @ self._turned).T
+            c, c_new = (before @ self._u).T, (after @ self._u).T
+            along = c if self._row_scale is None else (before @ self._turned).T
             exact = before - c.T @ self._a.T
             if self.edit.constant is not None:
                 exact = exact + self.edit.constant
@@ -215,7 +216,7 @@ class ColumnProver:
         self._c = torch.zeros(k, n, dtype=torch.float64)
         self._c_new = torch.zeros(k, n, dtype=torch.float64)
         self._error, self._total, self._total_new = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-        self._turned = torch.zeros(k, n, dtype=torch.float64)
+        self._turned = torch.zeros_like(self._c) if prover._row_scale is not None else self._c
         self._along, self._base = torch.zeros(k, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         self._scale: Tensor | None = None
         self._gathered = False
@@ -256,8 +257,7 @@ class ColumnProver:
 
     def finish(self) -> None:
         """Judge the columns, once both passes are over."""
-        along = self._c if self._prover._row_scale is None else self._turned
-        expected = self._prover.left_along(self._c, along, self._scale)
+        expected = self._prover.left_along(self._c, self._turned, self._scale)
         self._prover._judge(self._c, self._c_new, expected, self._scale, self._error, self._total, self._total_new)
 
     def _rows_of(self, vectors: Float[Tensor, "d k"], place: int, block: Tensor) -> Float[Tensor, "rows k"]:
