@@ -38,7 +38,7 @@ from abliterate.model.direction_training import Examples, Objective, Trained, tr
 from abliterate.model.measuring import Filtered
 from abliterate.model.room import gradient_rows
 from abliterate.model.targets import Writing, targets_of
-from abliterate.recipe import Recipe, option
+from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -51,7 +51,7 @@ def check_trained(recipe: Recipe) -> None:
     """Find out before hours of work that what a recipe trains can be.
 
     Raises:
-        UsageError: independence is asked of something that is not one trained direction, or a size of no cone.
+        UsageError: independence is asked of something that is not one trained direction.
         SourceError: a direction file cannot be read.
     """
     find = recipe.find
@@ -59,10 +59,6 @@ def check_trained(recipe: Recipe) -> None:
         raise UsageError(
             "only one direction that is trained can be made independent of others",
             "give --trained rdo (or --method rdo)",
-        )
-    if find.cone_size != option("cone_size").default and find.trained != CONE:
-        raise UsageError(
-            f"a cone of {find.cone_size} directions is asked for, and none is trained", "give --trained cone"
         )
     for name in find.independent_of:
         if name != START:
