@@ -111,7 +111,7 @@ def loaded(tmp_path_factory):
 def chat_of(encoded):
     """A chat format that knows prompts by their number."""
     chat = ChatFormat.__new__(ChatFormat)
-    chat.pads, chat.tokenizer = True, type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
+    chat.pads, chat.rows, chat.tokenizer = True, None, type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
     chat.encode = lambda prompt: encoded[int(prompt)]
     return chat
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from abliterate.errors import NonFiniteError, UsageError
+from abliterate.errors import NonFiniteError, PromptError, UsageError
 from abliterate.method.directions import GIVEN, Candidate, DirectionSet, Subspace
 from abliterate.method.kernel import LAYER, PER_LAYER, between, kernels_of
 from abliterate.method.linalg import unit
@@ -121,7 +121,8 @@ def vectors_of(directions: DirectionSet, estimator: str) -> Float[Tensor, "layer
     """The vectors of an estimator at the last position, layer by layer.
 
     Raises:
-        UsageError: it made none for each layer, or one that is searched is zero.
+        UsageError: it made none for each layer.
+        PromptError: one that is searched is zero.
     """
     by_id = {one.id: one for one in directions.candidates if one.is_vector}
     wanted = [f"{estimator}/{LAST}/{layer}" for layer in range(directions.n_layers)]
@@ -132,7 +133,10 @@ def vectors_of(directions: DirectionSet, estimator: str) -> Float[Tensor, "layer
         )
     vectors = torch.stack([by_id[name].vector for name in wanted])
     if not vectors[1:].any(1).all() or len(vectors) == 1:
-        raise UsageError(f"the directions of {estimator!r} are zero where the search looks", "measure on other prompts")
+        raise PromptError(
+            f"there is no candidate direction of {estimator!r} where the search looks: the classes do not differ there",
+            "measure on prompts of two kinds",
+        )
     return vectors
 
 
@@ -145,7 +149,7 @@ def candidate(
     provenance (``kernel.kernels_in``), for the edit "kernel".
 
     Raises:
-        UsageError: as for ``vectors_of``.
+        UsageError, PromptError: as for ``vectors_of``.
     """
     vectors = vectors_of(directions, estimator)
     last, kernels = len(vectors) - 1, kernels_of(parameters)
