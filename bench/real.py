@@ -171,6 +171,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, help="a checkpoint of Qwen that another tool made")
     parser.add_argument("--peer-facts", type=Path, help="what is known of its making, as JSON")
     parser.add_argument("--work", type=Path, default=Path("out/real"), help="where results are kept")
+    parser.add_argument("--remark", default="", help="what a reader of the costs should know of the machine")
     parser.add_argument("--write", type=Path, default=Path("docs/real-models.md"), help="the page")
     args = parser.parse_args()
     if (args.peer is None) != (args.peer_facts is None):
@@ -196,7 +197,7 @@ def main() -> int:
         todo: Mapping[str, Callable[[Path], None]] = {"qwen": jobs.qwen, "smollm2": jobs.smollm2, "gemma": jobs.gemma}
         for name, base in found.items():
             todo[name](base)
-    real_page.write(args.write, work, folder)
+    real_page.write(args.write, work, folder, remark=args.remark)
     print(f"written: {args.write}")
     return int(bool(missing))
 

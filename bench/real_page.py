@@ -43,8 +43,8 @@ middle of the model. "r left" is the largest share of the direction in the strea
 """
 
 
-def write(page: Path, work: Path, models: Path) -> None:
-    """Write the page, and its picture beside it, from the results in ``work``."""
+def write(page: Path, work: Path, models: Path, *, remark: str = "") -> None:
+    """Write the page, and its picture beside it, from the results in ``work``; ``remark`` is on how they were made."""
     run = result_of(work, "qwen-run")
     picture = _picture(page.parent / PICTURE, work) if run and not run["exit"] else ""
     parts = [
@@ -54,7 +54,7 @@ def write(page: Path, work: Path, models: Path) -> None:
         *peer(work, page),
         *_smollm2(work),
         *_gemma(work),
-        f"Machine: {machine()}.",
+        f"Machine: {machine()}.{' ' * bool(remark)}{remark}",
     ]
     text = "\n".join(parts)
     for folder in (work, models):
