@@ -140,7 +140,7 @@ FILES = {
 REFUSED = {
     ("a vector from elsewhere", "affine"), ("several directions", "affine"), ("another in each layer", "affine"),
     ("others in the MLPs", "affine"), ("none at its layer", "affine"), ("none at its layer", "addition"),
-    *(("taken out across what is read", change) for change in ("removal", "kept-norms", "kept-rows", "affine")),
+    *(("taken out across what is read", change) for change in EDITS if change != "addition"),
 }  # fmt: skip
 
 

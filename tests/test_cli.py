@@ -162,7 +162,7 @@ def test_what_stands_in_files_only_is_offered_nowhere():
     hidden = SECTION_OF.keys() - set(OFFERED)
     assert hidden == {
         "n_train", "n_val", "n_test", "seed", "filter_prompts", "reply_tokens", "max_kl_nats", "kl_margin",
-        "min_induce", "prune_layers", "train_steps",
+        "min_induce", "prune_layers", "train_steps", "startup_trials",
     }  # fmt: skip
     assert not any(hidden & options_of(command).keys() for command in COMMANDS)
     with pytest.raises(ValueError, match="seed stands in recipe files only"):

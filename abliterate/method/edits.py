@@ -11,6 +11,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -179,14 +180,11 @@ def kernel_removal(candidate: Candidate, n_layers: int) -> StreamEdit:
         ValueError: a subspace is empty or not finite, or the weights that it came with are none.
     """
     kernels = kernels_in(candidate.provenance) or middle(n_layers)
-    whole = {id(its): _removal(its) for its in candidate.subspaces}
-    places: dict[Place, WeightEdit] = {}
-    for block in range(n_layers):
-        subspace = candidate.at(block)
-        for kind in IN_BLOCKS:
-            weight = kernels[kind].weight(block)
-            if weight and subspace is not None:
-                places[block, kind] = replace(whole[id(subspace)], strength=weight)
+    whole, places = removal(candidate), dict[Place, WeightEdit]()
+    for block, kind in product(range(n_layers), IN_BLOCKS):
+        weight, edit = kernels[kind].weight(block), whole.at(block, kind)
+        if weight and edit is not None:
+            places[block, kind] = replace(edit, strength=weight)
     return StreamEdit(places=places)
 
 
