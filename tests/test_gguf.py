@@ -364,7 +364,7 @@ def test_a_full_disk_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(0, 0, output.DISK_RESERVE_BYTES + 1000))
     monkeypatch.setattr("abliterate.exports.importing.load_gguf", lambda *args, **options: pytest.fail("loaded"))
     file = write(tmp_path)
-    with pytest.raises(NotEnoughDiskError, match=r"needs 0\.00 GB"):
+    with pytest.raises(NotEnoughDiskError, match=r"needs 2\.88 MB"):
         api.import_gguf(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -375,7 +375,7 @@ def test_a_stopped_import_has_no_final_name_and_the_same_command_does_it_again(t
         patch.setattr("abliterate.exports.importing.card", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             api.import_gguf(file, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "out.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", file.name, "out.partial"]
     with pytest.raises(OutputError):
         api.import_gguf(write(tmp_path, "qwen2"), tmp_path / "out")
     api.import_gguf(file, tmp_path / "out")
