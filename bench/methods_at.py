@@ -64,7 +64,8 @@ def run_all(place: Place) -> None:
     directions = direction_file.load(file)
     written = {}
     for name in methods():
-        candidate = candidate_at(directions, load_recipe(name), place)
+        method = load_recipe(name)
+        candidate = None if is_choice(method) else candidate_at(directions, method, place)
         if candidate is not None:
             its = direction_file.save(
                 directions.choose_candidate(candidate.id), place.work / f"{place.name}-{name}.safetensors"
@@ -76,6 +77,11 @@ def run_all(place: Place) -> None:
     done = {name: out for name, out in written.items() if out is not None}
     words = ["compare", place.base, *done.values(), "--recipe", _recipe(place, SIZES)]
     _command(place, "compare", words)
+
+
+def is_choice(recipe: Recipe) -> bool:
+    """Whether a method is another way to find or choose candidates, so that it has none of its own at a place."""
+    return bool(recipe.find.trained or recipe.find.trials or recipe.find.choose_by != "first-token")
 
 
 def candidate_at(directions: DirectionSet, recipe: Recipe, place: Place) -> Candidate | None:
