@@ -33,7 +33,7 @@ refuses to write says so.
 HEAD = ("method", "harmful refused", "look-alikes refused", "harmless refused", "facts kept", "KL, first token",
         "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
 AT_ONE_PLACE = """Every method takes its candidate where the default chose its own, `{chosen}`, as far as it has one
-there, so that what differs is what the method does, not where. Methods that find or choose candidates otherwise are left
+there, so that what differs is what the method does, not where. Methods that find or choose otherwise are left
 out. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls: `random`, a
 random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither should do
 anything.
