@@ -1,6 +1,5 @@
 """``abliterate categories``: the directions of categories of prompts, each removed and each added."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,9 +30,7 @@ def categories(
     position: opt.Position = None,
     layer: opt.Layer = None,
     recipe: Recipe,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
-    ] = None,
+    report: opt.FiguresFile = None,
     json: opt.Json = False,
 ) -> None:
     """Compare the directions of categories of prompts: cosines, refusals with each removed, and with each added.

@@ -28,9 +28,7 @@ def inspect(
     layer: opt.Layer = None,
     category: opt.Category = None,
     recipe: Recipe,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
-    ] = None,
+    report: opt.FiguresFile = None,
     json: opt.Json = False,
 ) -> None:
     """Show the component along a direction layer by layer, and the heads and MLPs that write it.

@@ -24,6 +24,9 @@ DirectionFile = Annotated[Path, typer.Argument(help="A direction file written by
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write a report for a browser to this .html file, with all replies.")
 ]
+FiguresFile = Annotated[
+    Path | None, typer.Option("--report", help="Draw all of it into this .html file; it holds no prompts.")
+]
 ShowReplies = Annotated[
     bool, typer.Option("--show-replies", help="Show replies to harmful prompts as well, where they changed.")
 ]

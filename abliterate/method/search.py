@@ -98,12 +98,13 @@ def bound(trials: Sequence[Trial]) -> float:
     Raises:
         NonFiniteError: no trial has finite figures.
     """
-    if not front(trials):
+    found = front(trials)
+    if not found:
         raise NonFiniteError(
             f"none of the {len(trials)} trials of the search has finite figures",
             "try --dtype float32 (float16 overflows on some models), other estimators, or more --trials",
         )
-    best = front(trials)[0]
+    best = found[0]
     return max(ENOUGH, best.unanswered + math.sqrt(best.unanswered * (1 - best.unanswered) / best.of))
 
 
