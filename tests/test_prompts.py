@@ -105,7 +105,7 @@ def test_duplicates_and_blank_prompts_are_dropped_in_order(tmp_path):
         ("p.txt", b"one\ncaf\xe9", "line 2 is not utf-8"),
         ("p.jsonl", b'{"prompt": "caf\xe9"}', "line 1 is not utf-8"),
         ("p.txt.gz", b"one\ntwo", "cannot be read"),
-        ("p.txt.gz", gzip.compress(b"one\ntwo")[:-9], "cannot be read"),
+        ("p.txt.gz", gzip.compress(b"one\ntwo", mtime=0)[:-9], "cannot be read"),
         ("p.jsonl", '{"words": "hello"}', "none of the columns"),
         ("p.jsonl", '{"prompt": 3}', "none of the columns"),
         ("p.jsonl", "[1]", "neither text nor an object"),
