@@ -34,7 +34,9 @@ HEAD = ("method", "harmful refused", "look-alikes refused", "harmless refused", 
         "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
 AT_ONE_PLACE = """Every method takes its candidate where the default chose its own, `{chosen}`, as far as it has one
 there, so that what differs is what the method does, not where. Methods that find or choose otherwise are left
-out. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls: `random`, a
+out, but for a search of {trials} trials, which makes its own choice. `blocks`, `later-blocks` and `middle-blocks` are
+the default's direction in fewer writers: not in the embedding, in the last two thirds of the blocks, in the middle half
+of them. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls: `random`, a
 random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither should do
 anything.
 """
@@ -48,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="NAME=FOLDER[:OPTIONS]")
     parser.add_argument("--at", nargs="*", default=[], help="NAME=FOLDER:DIRECTION")
+    parser.add_argument("--trials", type=int, default=32, help="of the search beside --at; 0: none")
     parser.add_argument("--work", type=Path, default=Path("out/methods"))
     parser.add_argument("--write", type=Path, default=Path("docs/methods.md"))
     args = parser.parse_args()
@@ -63,8 +66,8 @@ def main() -> None:
     for text in args.at:
         name, (folder, (direction,)) = _model(text)
         place = methods_at.place_of(name, Path(folder), Path(direction), work)
-        methods_at.run_all(place)
-        page += _section_at(place, args.write.parent)
+        methods_at.run_all(place, trials=args.trials)
+        page += _section_at(place, args.write.parent, args.trials)
     write_atomically(args.write, ("\n".join([*page, f"Machine: {machine()}."]).rstrip() + "\n").encode())
 
 
@@ -98,12 +101,12 @@ def _section(work: Path, name: str, options: Sequence[str]) -> Iterator[str]:
     yield ""
 
 
-def _section_at(place: methods_at.Place, folder: Path) -> Iterator[str]:
+def _section_at(place: methods_at.Place, folder: Path, trials: int) -> Iterator[str]:
     """All methods at one place of a model, as a table and a picture."""
     found = dict(methods_at.results(place.name, place.work))
     known = methods()
     yield f"## {place.name}, all at one place\n"
-    yield AT_ONE_PLACE.format(**methods_at.SIZES, chosen=place.chosen)
+    yield AT_ONE_PLACE.format(**methods_at.SIZES, chosen=place.chosen, trials=trials)
     rows = [(_linked(known[name]) if name in known else name, *_figures(model)) for name, model in found.items()]
     yield table(HEAD[: len(rows[0])] if rows else HEAD, rows)
     for method, why in methods_at.refusals(place.name, place.work):
@@ -113,7 +116,8 @@ def _section_at(place: methods_at.Place, folder: Path) -> Iterator[str]:
         name: (at(model, "prompts", "harmful", "refused"), model["kl_nats"]) for name, model in found.items()
     }  # fmt: skip
     picture = folder / f"methods-{place.name}.svg"
-    write_atomically(picture, trade(points).encode())
+    front = methods_at.front_of(place.name, place.work)
+    write_atomically(picture, trade(points, front=front).encode())
     yield f"![Refusals against KL]({picture.name})\n"
 
 

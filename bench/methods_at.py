@@ -17,12 +17,20 @@ from abliterate.data.methods import methods
 from abliterate.method.directions import Candidate, DirectionSet, given
 from abliterate.method.estimators import ESTIMATORS
 from abliterate.model.prompts import load_bundled
+from abliterate.publishing.keeping import DIRECTION_FILE
 from abliterate.recipe import Recipe, load_recipe
 from bench.real_steps import command, result_of
 
 SIZES = {"n_test": 40, "max_new_tokens": 48}
 """Prompts of each class, and tokens of a reply: a dozen models take hours otherwise."""
 CONTROLS = ("random", "shuffled")
+RANGES: Mapping[str, Sequence[str]] = {
+    "blocks": ("--roles", "attention,mlp"),
+    "later-blocks": ("--roles", "attention,mlp", "--exclude-layers", "0%-33%"),
+    "middle-blocks": ("--roles", "attention,mlp", "--exclude-layers", "0%-33%,84%-100%"),
+}
+"""The default's direction, taken out of fewer writers: without the embedding, in the last two thirds, and in half."""
+SEARCH = "search"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +63,11 @@ def place_of(name: str, base: Path, chosen: Path, work: Path) -> Place:
     )
 
 
-def run_all(place: Place) -> None:
-    """Measure, edit by every method that has a candidate at the place, and compare; kept results are not made again."""
+def run_all(place: Place, *, trials: int = 0) -> None:
+    """Measure, edit by every method that has a candidate at the place, and compare; kept results are not made again.
+
+    With ``trials``, the result of a search of so many is compared as well.
+    """
     recipe = _recipe(place, {})
     words = [word for name in ESTIMATORS for word in ("--estimator", name)]
     file = place.work / f"{place.name}-candidates.safetensors"
@@ -74,6 +85,13 @@ def run_all(place: Place) -> None:
     for name, vector in _controls(place, directions).items():
         its = direction_file.save(given(vector), place.work / f"{place.name}-{name}.safetensors")
         written[name] = _edited(place, name, its, None)
+    ours = written["default"] and place.work / f"{place.name}-default.safetensors"
+    for name, options in RANGES.items() if ours else ():
+        written[name] = _edited(place, name, ours, "default", options)
+    if trials:
+        out = place.work / place.step(SEARCH)
+        words = ["run", place.base, "--out", out, "--method", SEARCH, "--trials", str(trials), "--no-eval"]
+        written[SEARCH] = None if _command(place, SEARCH, words, out=out)["exit"] else out
     done = {name: out for name, out in written.items() if out is not None}
     words = ["compare", place.base, *done.values(), "--recipe", _recipe(place, SIZES)]
     _command(place, "compare", words)
@@ -94,10 +112,12 @@ def candidate_at(directions: DirectionSet, recipe: Recipe, place: Place) -> Cand
     )
 
 
-def _edited(place: Place, name: str, direction: Path, recipe: str | None) -> Path | None:
+def _edited(
+    place: Place, name: str, direction: Path, recipe: str | None, options: Sequence[str] = ()
+) -> Path | None:
     """The checkpoint that a method wrote; None where it refuses."""
-    out = place.work / f"{place.name}-at-{name}"
-    words = ["edit", place.base, direction, "--out", out, *(["--method", recipe] if recipe else [])]
+    out = place.work / place.step(name)
+    words = ["edit", place.base, direction, "--out", out, *(["--method", recipe] if recipe else []), *options]
     done = _command(place, f"edit-{name}", words, out=out)
     return None if done["exit"] else out
 
@@ -147,6 +167,13 @@ def results(name: str, work: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     for number, model in enumerate(step["document"]["models"]):
         yield ("base" if not number else Path(model["name"]).name.removeprefix(f"{name}-at-")), model
+
+
+def front_of(name: str, work: Path) -> list[tuple[float, float]]:
+    """Of the trials on the Pareto front of the search: the share of prompts not answered, and the KL in nats."""
+    file = work / f"{name}-at-{SEARCH}" / DIRECTION_FILE
+    found = direction_file.load(file).metadata.get(SEARCH, {}).get("front", []) if file.is_file() else []
+    return [((its["refused"] + its["unclear"]) / its["of"], its["kl_nats"]) for its in found]
 
 
 def why(step: Mapping[str, Any]) -> str:

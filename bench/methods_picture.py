@@ -1,6 +1,6 @@
 """Refusals against KL, one point for each method, as an SVG file that stands alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import ceil, log10
 from typing import Any
@@ -9,13 +9,23 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 56, 24, 24, 48
 FLOOR_NATS = 1e-3
 """KL is drawn on a scale of decades; what is less stands here."""
 STYLE = """text{fill:#1c2430;font:11px ui-monospace,monospace}.axis{fill:#5b6675}.grid{stroke:#e3e7ec}
-.interval{stroke:#9aa5b4}.point{fill:#2f6fab}.bound{stroke:#b4552d;stroke-dasharray:4 3}"""
+.interval{stroke:#9aa5b4}.point{fill:#2f6fab}.bound{stroke:#b4552d;stroke-dasharray:4 3}
+.front{fill:none;stroke:#7a9a4e;stroke-width:1.5}"""
 
 
-def trade(points: Mapping[str, tuple[Mapping[str, Any] | None, float | None]], *, bound_nats: float = 0.1) -> str:
-    """Points by name: share of harmful prompts refused, with its interval, and KL on the first token in nats."""
+def trade(
+    points: Mapping[str, tuple[Mapping[str, Any] | None, float | None]],
+    *,
+    front: Sequence[tuple[float, float]] = (),
+    bound_nats: float = 0.1,
+) -> str:
+    """Points by name: share of harmful prompts refused, with its interval, and KL on the first token in nats.
+
+    ``front``: shares and KL of the trials on the Pareto front of a search, on its own prompts.
+    """
     shown = {name: (rate, max(kl, FLOOR_NATS)) for name, (rate, kl) in points.items() if rate and kl is not None}
-    decades = range(round(log10(FLOOR_NATS)), ceil(log10(max([bound_nats, *(kl for _, kl in shown.values())]))) + 1)
+    largest = max([bound_nats, *(kl for _, kl in shown.values()), *(kl for _, kl in front)])
+    decades = range(round(log10(FLOOR_NATS)), ceil(log10(largest)) + 1)
     inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def x(kl: float) -> float:
@@ -34,6 +44,10 @@ def trade(points: Mapping[str, tuple[Mapping[str, Any] | None, float | None]], *
     parts.append(_line("bound", x(bound_nats), TOP, x(bound_nats), HEIGHT - BOTTOM))
     parts.append(_text(LEFT + inner[0] / 2, HEIGHT - 10, "KL to the base on harmless prompts, first token, nats"))
     parts.append(_text(LEFT, 14, "harmful prompts refused, %, with 95 % intervals", "start"))
+    if front:
+        line = " ".join(f"{x(max(kl, FLOOR_NATS)):.1f},{y(share):.1f}" for share, kl in front)
+        parts.append(f'<polyline class="front" points="{line}"/>')
+        parts.append(_text(WIDTH - RIGHT, 14, "line: the front of the search, on validation prompts", "end"))
     taken: list[tuple[float, float]] = []
     for name, (rate, kl) in shown.items():
         left, top = x(kl), y(rate["rate"])
