@@ -1,6 +1,6 @@
 """How often does a whole run read the weights of a model that stays on disk?
 
-    python -m bench.passes [MODEL] [--memory 700MiB] [--recipe FILE] [--apart] [--write docs/passes.md] [--work out/passes]
+    python -m bench.passes [MODEL] [--memory 700MiB] [--recipe FILE] [--apart] [--write PAGE] [--work out/passes]
 
 Runs MODEL (the bundled model made larger, see ``bench.quarter``) three times, each in a process of its own: held in
 memory; out of core; and, with ``--apart``, out of core with every stage in weight passes of its own, replies of the
@@ -23,7 +23,7 @@ from abliterate import api
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.output import write_atomically
 from abliterate.cli.options import parse_size
-from abliterate.events import Event, Noted, Started, WeightsRead
+from abliterate.events import Event, Noted, Started
 from abliterate.model.offload import Offloaded
 from abliterate.recipe import Recipe, load_recipe
 from bench.edit_speed import machine
@@ -91,9 +91,7 @@ class Counted:
         self._stage, self._before, self._begun = following, now, at
 
     def _total(self) -> int:
-        return sum(
-            max((its.loads[unit.name] for unit in its.units if unit.is_block), default=0) for its in self.models
-        )
+        return sum(max((its.loads[unit.name] for unit in its.units if unit.is_block), default=0) for its in self.models)
 
 
 def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) -> dict[str, Any]:
@@ -132,7 +130,16 @@ def in_a_process(way: str, model: str, work: Path, memory: str, recipe: str | No
     result = work / f"{way}.json"
     if not result.is_file():
         shutil.rmtree(work / way, ignore_errors=True)
-        words = [model, "--way", way, "--memory", memory, "--work", str(work), *(["--recipe", recipe] if recipe else [])]
+        words = [
+            model,
+            "--way",
+            way,
+            "--memory",
+            memory,
+            "--work",
+            str(work),
+            *(["--recipe", recipe] if recipe else []),
+        ]
         subprocess.run([sys.executable, "-m", "bench.passes", *words], check=True)
     return json.loads(result.read_text("utf-8"))
 

@@ -64,7 +64,6 @@ def test_shorter_replies_of_longer_drafts(model, replies):
 
 
 def test_what_begins_a_reply_is_seen_as_ever(model, replies):
-    loaded, chat = model
     seen = []
     for write in (
         lambda watching: generate_tokens(*model, PROMPTS, max_new_tokens=NEW, batch_size=3, watching=watching),
@@ -84,7 +83,7 @@ def test_what_begins_a_reply_is_seen_as_ever(model, replies):
         seen.append([torch.stack([its[row] for row in range(len(PROMPTS))]) for its in (first, states)])
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
-    assert seen[0][1].shape == (len(PROMPTS), 3, loaded.d_model)
+    assert seen[0][1].shape == (len(PROMPTS), 3, model[0].d_model)
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("the replies", 1), ("cut short", 8), ("nothing", 15)])

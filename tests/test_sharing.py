@@ -9,7 +9,12 @@ from abliterate.model.chat import Batch
 from abliterate.model.forward import each_batch
 from abliterate.model.interventions import ablated, added
 from abliterate.model.lockstep import room_for, run_together, share
+from abliterate.model.offload import Offloaded
 from abliterate.model.tasks import current
+from abliterate.recipe import Recipe
+from abliterate.workflow import pipeline
+from abliterate.workflow.passes import passes_of
+from bench.passes import OF_EDITED, Counted
 from tests import factories
 from tests.offloading import all_equal, batches, block_loads, load, logits, offloaded, resident
 
@@ -157,7 +162,7 @@ def test_memory_that_nobody_gives_back_is_noticed(saved):
 
     def stage():
         with room_for(ours.offload, [5], 0):
-            return None
+            return
 
     with pytest.raises(AssertionError, match="nobody gives back"):
         share(ours, [stage, stage])
@@ -182,3 +187,34 @@ def test_generation_is_the_same_beside_other_stages(saved):
     assert all_equal(found[0], [reply(whole, place, 6) for place in (0, 1)])
     assert all_equal(found[1], [reply(whole, 2, 3)])
     assert max(block_loads(ours)) <= 6
+
+
+def test_a_whole_run_takes_the_passes_that_are_announced(tmp_path):
+    """Labels, a few for the choice, one for each token of all replies, and one for the edited model."""
+    recipe = Recipe(
+        **dict.fromkeys(("harmful", "harmless"), "bundled:tiny-chat"), n_train=8, n_val=4, n_test=4, max_new_tokens=10,
+        reply_tokens=10, estimators=("difference-of-means",), controls=True, refusal_tokens=("I",),
+    )  # fmt: skip
+    asked = recipe.with_changes({"memory_bytes": 2**25 + 2**22})
+    counted = Counted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offloaded, "__init__", counted.opened(Offloaded.__init__))
+        patch.setattr(Offloaded, "_working_bytes", lambda _: 2**30)  # or stages wait for memory, and take more passes
+        ours = pipeline.run(None, tmp_path / "ours", asked, on_event=counted.hear)
+    counted.ended("")
+    whole = pipeline.run(None, tmp_path / "whole", recipe)
+    assert ours.evaluation.samples == whole.evaluation.samples
+    for one, other in zip(ours.evaluation.models, whole.evaluation.models, strict=True):
+        assert one.kl_nats == pytest.approx(other.kl_nats, abs=1e-5)
+        assert one.completion_nats == pytest.approx(other.completion_nats, abs=1e-5)
+        for kind, its in one.along.items():
+            assert its == pytest.approx(other.along[kind], abs=1e-3)
+    assert ours.verification.behaviour.stream_share == pytest.approx(
+        whole.verification.behaviour.stream_share, abs=1e-6
+    )
+    announced = passes_of(asked)
+    assert counted.passes["labels and means"] <= announced["measure"]
+    assert counted.passes["selection"] <= announced["select"] + 2  # more rounds, where the first leave it open
+    assert counted.passes["base: replies, likelihoods, hooks"] <= asked.evaluate.max_new_tokens + 1
+    assert counted.passes[OF_EDITED] == 1
+    assert any("8 of 8 replies are, token for token" in text for text in counted.said)

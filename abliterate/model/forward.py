@@ -122,9 +122,10 @@ def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> boo
     """
     (alone,) = left_padded([ids], 1, pad_id)
     (beside,) = left_padded([ids, ids + ids], 2, pad_id)
-    logits = run_batch(loaded, alone)[0, -1]
+    by_itself, padded = run_together(loaded, [partial(run_batch, loaded, alone), partial(run_batch, loaded, beside)])
+    logits = by_itself[0, -1]
     one = logits.double().log_softmax(-1)
-    other = run_batch(loaded, beside)[beside.rows.index(0), -1].double().log_softmax(-1)
+    other = padded[beside.rows.index(0), -1].double().log_softmax(-1)
     divergence = float((one.exp() * (one - other)).sum())
     return divergence < PADDING_NATS[logits.dtype.itemsize]
 

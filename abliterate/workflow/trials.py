@@ -53,10 +53,12 @@ def side_by_side(
     ]
     draft = None if proof is None or bench is None else _draft(session, proof, others)
     hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
+    pads = session.chat.pads if proof is not None else None  # an edit leaves that as it is
     session.release()
     compared = None
     for place, (name, checkpoint) in enumerate(others):
-        result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event)
+        same = pads if place == 0 else None
+        result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event, pads=same)
         view = View(name=name, its=result, drafts=_drafts_of(draft) if place == 0 else {})
         its = _try_other(view, bench, spoken, proof if place == 0 else None, hooked, prompts)
         compared = compared or its
@@ -148,8 +150,8 @@ def _tell_of_drafts(view: View) -> None:
     if pairs:
         same = sum(draft == own for draft, own in pairs)
         text = (
-            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, by a pass "
-            "over all of them; the others it wrote by itself from where they part"
+            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, which one "
+            "pass shows; the others it wrote by itself from where they part"
         )
         view.its.on_event(Noted(text=text))
 
