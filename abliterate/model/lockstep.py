@@ -177,7 +177,7 @@ class _Scheduler:
         whole = task.whole
         if whole is None or whole not in self.parts:
             return
-        if task.error is not None:
+        if task.raised is not None:
             self._end(self.parts[whole])
         if all(part.dead for part in self.parts[whole]):
             del self.parts[whole]

@@ -12,7 +12,7 @@ from greenlet import getcurrent, greenlet
 class Task(greenlet):
     """A thunk that may wait for a unit of ``weights``; what it waits for goes to the greenlet that resumed it.
 
-    ``whole`` is the task that it is a part of.  A part keeps what it raises as ``error``, for its whole to raise.
+    ``whole`` is the task that it is a part of.  A part keeps what it raises as ``raised``, for its whole to raise.
     """
 
     def __init__(self, thunk: Callable[[], Any], weights: object, whole: "Task | None" = None) -> None:
@@ -20,7 +20,7 @@ class Task(greenlet):
         self.weights = weights
         self.whole = whole
         self.result: Any = None
-        self.error: Exception | None = None
+        self.raised: Exception | None = None
         self._thunk = thunk
 
     def _work(self) -> None:
@@ -29,7 +29,7 @@ class Task(greenlet):
         except Exception as error:
             if self.whole is None:
                 raise
-            self.error = error
+            self.raised = error
 
     def wait_for(self, what: object) -> None:
         """Pause until a unit is loaded, or until parts of this task have ended."""
@@ -43,8 +43,8 @@ class Task(greenlet):
         if parts:
             self.wait_for(parts)
         for part in parts:
-            if part.error is not None:
-                raise part.error
+            if part.raised is not None:
+                raise part.raised
         return [part.result for part in parts]
 
 

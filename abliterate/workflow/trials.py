@@ -87,7 +87,7 @@ def _try_base(
     draft: View | None,
     proof: EditPlan | None,
     prompts: Sequence[str],
-) -> tuple[equivalence.HookedBase | None, dict[str, Sequence[str]]]:
+) -> tuple[equivalence.HookedBase | None, Mapping[str, Sequence[str]]]:
     """The base as ``views`` have it, itself the first; gives what the proof compares with, and its replies by mode.
 
     Out of core all views, and the proof's passes, share the weight passes; so do the replies of ``draft``.
