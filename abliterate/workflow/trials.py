@@ -150,7 +150,7 @@ def _tell_of_drafts(view: View) -> None:
     if pairs:
         same = sum(draft == own for draft, own in pairs)
         text = (
-            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, which one "
+            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, as one "
             "pass shows; the others it wrote by itself from where they part"
         )
         view.its.on_event(Noted(text=text))
