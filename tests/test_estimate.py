@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abliterate.checkpoint.output import writing_speed
-from abliterate.events import Noted
+from abliterate.events import Noted, duration
 from abliterate.model import load
 from abliterate.model.chat import ChatFormat
 from abliterate.recipe import Recipe
@@ -42,7 +42,7 @@ def test_each_stage_is_counted_for_what_it_does():
     assert found["measure"] == Amount(prompt_tokens=20.0 * (128 + 2 * 256), steps=4 * 24)
     assert found["select"].prompt_tokens == 20 * (64 + 32) + 15 * 100 * 0.5 * 96
     assert found["edit"] == Amount(moved_bytes=10**9)
-    assert found["verify"] == Amount(prompt_tokens=20.0 * 4 * 32, moved_bytes=2 * 10**9, loads=1)
+    assert found["verify"] == Amount(prompt_tokens=20.0 * 3 * 32, moved_bytes=2 * 10**9, loads=1)
     assert found["replies"].steps == 2 * 128 * (4 + 4 + 2)
     assert found["replies"].prompt_tokens == 2 * (20 * 250 + 100 * (20 + 128))
     assert found["replies"].loads == 0
@@ -77,12 +77,14 @@ def test_the_sentence_has_every_stage_and_the_sum():
     text = sentence(COUNTS, ALL, SPEED, left_out=["tasks"])
     each = {stage: seconds(amount, SPEED) for stage, amount in amounts(COUNTS, ALL).items()}
     assert each["measure"] == pytest.approx(22.4)
-    assert "measure 22 s, select 74 s, edit 2 s, verify 11 s, replies 5 min at most (128 tokens each)" in text
-    assert text.startswith("this will take about 7 min: measure")
+    parts = {stage: duration(its) for stage, its in each.items()}
+    assert parts == {"measure": "22 s", "select": "74 s", "edit": "2 s", "verify": "10 s", "replies": "5 min"}
+    said = ", ".join(f"{stage} {its}" for stage, its in parts.items())
+    assert f"this will take about {duration(sum(each.values()))}: {said} at most (128 tokens each)" in text
     assert "1,000 tokens of prompts/s, 320 tokens of replies/s, 500 MB/s written" in text
     assert text.endswith("; not counted: tasks")
     alone = sentence(COUNTS, ["verify"], replace(SPEED, bytes_per_s=None))
-    assert alone == "this will take about 7 s: verify 7 s; by a short trial: 1,000 tokens of prompts/s"
+    assert alone == "this will take about 6 s: verify 6 s; by a short trial: 1,000 tokens of prompts/s"
 
 
 def test_what_cannot_be_known_is_named():
@@ -195,6 +197,6 @@ def test_out_of_core_the_first_reading_gives_the_pace():
     session = open_session(None, recipe, on_event=heard.append)
     pipeline.say_cost(session, ["verify"])
     assert session.loaded.offload is not None
-    assert re.search(r"\(verify 4\).*takes about .+ MB/s of the first reading", heard[-1].text)
+    assert re.search(r"\(verify 2\).*takes about .+ MB/s of the first reading", heard[-1].text)
     pipeline.say_cost(session, ["verify"])
     assert "which takes" not in heard[-1].text

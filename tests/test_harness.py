@@ -19,9 +19,9 @@ from abliterate.evaluate.benchmarks import against_base, figure, published_for, 
 from abliterate.evaluate.page import render
 from abliterate.model import harness
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate
 from abliterate.model.harness import TaskRequest, check_tasks, run_tasks
 from abliterate.model.load import load_model
+from abliterate.model.replying import generate
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe
 from tests.offloading import block_loads

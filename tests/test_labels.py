@@ -14,9 +14,10 @@ from abliterate.evaluate.replies import RULES, classify
 from abliterate.events import Noted, Started
 from abliterate.method.calibration import Calibration, calibrate
 from abliterate.method.statistics import refusal_metric
-from abliterate.model.forward import generate, last_log_probs
+from abliterate.model.forward import last_log_probs
 from abliterate.model.labelling import LABELS, MISSING, Measured, Replies, label
 from abliterate.model.measuring import Filtered, measure_class
+from abliterate.model.replying import generate
 from abliterate.recipe import Recipe
 from abliterate.workflow import finding, pipeline, reading
 from abliterate.workflow.session import open_session

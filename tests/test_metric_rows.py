@@ -7,10 +7,10 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.data.bundled import model_path
 from abliterate.method.directions import Subspace
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate
 from abliterate.model.interventions import ablated
 from abliterate.model.likelihood import predict
 from abliterate.model.load import load_model
+from abliterate.model.replying import generate
 from abliterate.model.rowwise import subspaces_ablated
 from bench.metric_rows import run_rows
 

@@ -16,11 +16,12 @@ from abliterate.errors import UnsupportedFormatError, UsageError
 from abliterate.method.estimators import difference_of_means
 from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate, last_log_probs, see_residuals
+from abliterate.model.forward import last_log_probs, see_residuals
 from abliterate.model.load import _placement, _rooms, load_model
 from abliterate.model.lockstep import groups
 from abliterate.model.measuring import Filtered, Validation, measure_class, score_candidates
 from abliterate.model.memory import Sizes, can_prefetch, plan_memory, sizes_of
+from abliterate.model.replying import generate
 from abliterate.recipe import Recipe
 from abliterate.workflow.passes import running
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model

@@ -14,7 +14,7 @@ from abliterate.method.selection import RULE, SelectionRule, choose
 from abliterate.method.statistics import refusal_metric
 from abliterate.model import scoring
 from abliterate.model.chat import ChatFormat, left_padded
-from abliterate.model.equivalence import stream_share
+from abliterate.model.equivalence import seen
 from abliterate.model.forward import last_log_probs, padding_is_harmless, run_batch, see_residuals
 from abliterate.model.interventions import ablated, ablated_each, added, added_each, edited, observed
 from abliterate.model.jobs import Job
@@ -509,5 +509,5 @@ def test_the_last_positions_are_shown_of_every_block(name, models):
 def test_the_stream_share_of_blocks_that_run_on_the_last_position(name, models):
     loaded = models(name)
     with factories.really_float64():
-        share = stream_share(loaded, Chat(loaded), torch.eye(D, 1), HARMFUL, batch_size=3)
+        _, share = seen(loaded, Chat(loaded), torch.eye(D, 1), HARMFUL, batch_size=3)
     assert 0.01 < share <= 1

@@ -14,7 +14,7 @@ from abliterate.data.bundled import model_path
 from abliterate.errors import RecipeError, UsageError
 from abliterate.evaluate.page import render
 from abliterate.method.directions import DirectionSet, grid
-from abliterate.model.forward import generate
+from abliterate.model.replying import generate
 from abliterate.model.thinking import modes_of, prompt_ending
 from abliterate.publishing import manifest
 from abliterate.recipe import Recipe

@@ -6,6 +6,7 @@ along the direction, as well.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,13 @@ from abliterate.events import OnEvent, ignore, working
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import Watching, generate, last_log_probs, log_probs_of, see_residuals
+from abliterate.model.drafts import follow
+from abliterate.model.forward import last_log_probs, log_probs_of, see_residuals
 from abliterate.model.likelihood import on_completions, on_text
 from abliterate.model.load import LoadedModel
+from abliterate.model.lockstep import share
 from abliterate.model.prompts import PromptSet
+from abliterate.model.replying import Watching, generate_tokens
 from abliterate.model.thinking import prompt_ending
 
 HARMFUL, HARMLESS, LOOK_ALIKE = "harmful", "harmless", "look-alike"
@@ -104,57 +108,119 @@ class _First:
         return torch.stack([self.found.pop(row) for row in range(count)])
 
 
-def observe(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
+    """What was seen of one model while it replied: what ``Observations`` has under the same names.
+
+    ``tokens``: the replies by kind as token ids, where the model wrote them here.
+    """
+
+    replies: Mapping[str, tuple[str, ...]]
+    first: Float[Tensor, "prompts vocab"]
+    along: Mapping[str, tuple[float, ...]]
+    opening: str
+    tokens: Mapping[str, Sequence[list[int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Predicted:
+    """How likely a model finds the base's replies and the text, as in ``Observations``."""
+
+    completion_nats: float
+    tokens: Float[Tensor, "tokens vocab"]
+    text_nats: float
+
+
+def write(
     loaded: LoadedModel,
     chat: ChatFormat,
     material: Material,
     *,
     name: str,
-    base: Observations | None,
     directions: DirectionSet | None = None,
     max_new_tokens: int,
     batch_size: int,
-    mode: str = "",
     replies: Mapping[str, tuple[str, ...]] | None = None,
+    drafts: Mapping[str, Sequence[list[int]]] | None = None,
     on_event: OnEvent = ignore,
-) -> Observations:
-    """Have a model reply to every prompt, and compare its distributions with those of ``base`` (None: it is the base).
+) -> Written:
+    """Have a model reply to every prompt; out of core, all kinds of prompts share the weight passes.
 
     With ``directions``, how far prompts reach along the chosen candidate is measured as well.  ``replies``, by kind
-    of prompt, are taken as they are where another backend wrote them.
+    of prompt, are taken as they are where another backend wrote them.  ``drafts`` are what the model is likely to
+    reply: where it does, a pass over a whole draft takes the place of one for each token.
     """
     chosen = directions.chosen if directions is not None and directions.choice is not None else None
     basis = None if chosen is None else _read_along(chosen)
     along = {} if chosen is None or basis is None else {kind: _Along(chosen, basis) for kind in material.prompts}
-    firsts, harmless = _First(), material.prompts[HARMLESS].texts
-    given, options = replies, {"batch_size": batch_size, "on_event": on_event}
-    replies = given or {
-        kind: tuple(
-            generate(
-                loaded, chat, prompts.texts, task=f"{name}: reply to {kind} prompts", max_new_tokens=max_new_tokens,
-                watching=_watching(along.get(kind), firsts.see if kind == HARMLESS else None),
-                **options,
-            )
-        )
-        for kind, prompts in material.prompts.items()
-    }  # fmt: skip
-    apart = _without_replies(loaded, chat, material, along, name=name, **options) if given else None
-    first = firsts.of(len(harmless)) if apart is None else apart
-    spoken = base.replies[HARMLESS] if base else replies[HARMLESS]
-    with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
-        completion_nats, tokens = on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
+    firsts = _First()
+    options = {"batch_size": batch_size, "on_event": on_event}
+
+    def reply_to(kind: str) -> list[list[int]]:
+        watching = _watching(along.get(kind), firsts.see if kind == HARMLESS else None)
+        asked = {"max_new_tokens": max_new_tokens, "watching": watching, **options}
+        texts, task = material.prompts[kind].texts, f"{name}: reply to {kind} prompts"
+        if drafts is None:
+            return generate_tokens(loaded, chat, texts, task=task, **asked)
+        return follow(loaded, chat, texts, drafts[kind], task=task, **asked)
+
+    apart, tokens = None, {}
+    if replies is None:
+        stages = [partial(reply_to, kind) for kind in material.prompts]
+        tokens = dict(zip(material.prompts, share(loaded, stages), strict=True))
+        replies = {kind: tuple(map(chat.text, its)) for kind, its in tokens.items()}
+    else:
+        apart = _without_replies(loaded, chat, material, along, name=name, **options)
+    return Written(
+        replies=replies,
+        first=firsts.of(len(material.prompts[HARMLESS].texts)) if apart is None else apart,
+        along={kind: its.of(len(material.prompts[kind].prompts)) for kind, its in along.items()},
+        opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
+        tokens=tokens,
+    )
+
+
+def predict(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    material: Material,
+    spoken: Sequence[str],
+    *,
+    name: str,
+    batch_size: int,
+    on_event: OnEvent = ignore,
+) -> Predicted:
+    """How likely a model finds the base's replies ``spoken`` to harmless prompts, and the text."""
+    harmless = material.prompts[HARMLESS].texts
+
+    def completions() -> tuple[float, Tensor]:
+        with working(on_event, f"{name}: likelihood of the base's replies", len(harmless), "prompts") as advance:
+            return on_completions(loaded, chat, harmless, spoken, batch_size=batch_size, advance=advance)
+
+    def text() -> float:
+        task = f"{name}: likelihood of the text"
+        return on_text(loaded, chat, material.text, task=task, batch_size=batch_size, on_event=on_event)
+
+    (completion_nats, tokens), text_nats = share(loaded, [completions, text])
+    return Predicted(completion_nats=completion_nats, tokens=tokens, text_nats=text_nats)
+
+
+def observations(
+    name: str, written: Written, predicted: Predicted, *, base: Observations | None, mode: str = ""
+) -> Observations:
+    """What was observed of a model, its distributions compared with those of ``base`` (None: it is the base)."""
     return Observations(
         name=name,
         mode=mode,
-        opening=open_thinking(prompt_ending(chat.tokenizer, chat.options)),
-        replies=replies,
-        first=None if base else first,
-        tokens=None if base else tokens,
-        kl_nats=divergence_nats(base.first if base else first, first),
-        kl_tokens_nats=divergence_nats(base.tokens if base else tokens, tokens),
-        completion_nats=completion_nats,
-        text_nats=on_text(loaded, chat, material.text, task=f"{name}: likelihood of the text", **options),
-        along={kind: its.of(len(material.prompts[kind].prompts)) for kind, its in along.items()},
+        opening=written.opening,
+        replies=written.replies,
+        first=None if base else written.first,
+        tokens=None if base else predicted.tokens,
+        kl_nats=divergence_nats(base.first if base else written.first, written.first),
+        kl_tokens_nats=divergence_nats(base.tokens if base else predicted.tokens, predicted.tokens),
+        completion_nats=predicted.completion_nats,
+        text_nats=predicted.text_nats,
+        along=written.along,
     )
 
 
@@ -176,12 +242,17 @@ def _without_replies(
 ) -> Float[Tensor, "prompts vocab"]:
     """Distributions on harmless prompts, and the reach of all along the direction, in passes of their own."""
     harmless = material.prompts[HARMLESS].texts
-    with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
-        first = last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
-    for kind, its in along.items():
+
+    def distributions() -> Tensor:
+        with working(on_event, f"{name}: distributions on harmless prompts", len(harmless), "prompts") as advance:
+            return last_log_probs(loaded, chat, harmless, batch_size=batch_size, advance=advance)
+
+    def reach(kind: str, its: _Along) -> None:
         texts = material.prompts[kind].texts
         with working(on_event, f"{name}: {kind} prompts along the direction", len(texts), "prompts") as advance:
             see_residuals(loaded, chat, texts, its.positions, its.see, batch_size=batch_size, advance=advance)
+
+    first, *_ = share(loaded, [distributions, *(partial(reach, kind, its) for kind, its in along.items())])
     return first
 
 

@@ -13,8 +13,9 @@ from abliterate.errors import PromptError, UsageError
 from abliterate.evaluate.replies import is_refusal
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import each_batch, generate_ids
+from abliterate.model.forward import each_batch
 from abliterate.model.load import LoadedModel
+from abliterate.model.replying import generate_ids
 
 PROBE_PROMPTS = 64
 PROBE_TOKENS = 24

@@ -147,6 +147,10 @@ class ChatFormat:
         self._check_rows(ids)
         return ids
 
+    def text(self, tokens: Sequence[int] | Tensor) -> str:
+        """A reply as text, special tokens removed."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
     def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[Batch]:
         """Encode ``prompts`` and pad them on the left, in batches of similar length."""
         yield from self.pack([self.encode(prompt) for prompt in prompts], batch_size)

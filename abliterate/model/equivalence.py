@@ -6,6 +6,7 @@ written checkpoint against those of the base under hooks, as KL in nats; and the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,9 +19,10 @@ from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import each_batch, last_log_probs, run_batch
+from abliterate.model.forward import each_batch, last_log_probs, last_of_batch
 from abliterate.model.interventions import edited, observed
 from abliterate.model.load import LoadedModel
+from abliterate.model.lockstep import share
 from abliterate.verification.behaviour import Behaviour, kl_bound_nats, share_bound
 
 OF_BASE = "verify: the base, as it is and under hooks"
@@ -44,11 +46,15 @@ def hooked_base(
     batch_size: int,
     on_event: OnEvent = ignore,
 ) -> HookedBase:
-    """Next-token log-probabilities of the base, as it is and with the edit as hooks."""
+    """Next-token log-probabilities of the base, as it is and with the edit as hooks; out of core in one weight pass."""
     with working(on_event, OF_BASE, 2 * len(prompts), "prompt passes") as advance:
-        plain = last_log_probs(loaded, chat, prompts, batch_size=batch_size, advance=advance)
-        with edited(loaded, stream):
-            hooked = last_log_probs(loaded, chat, prompts, batch_size=batch_size, advance=advance)
+        as_it_is = partial(last_log_probs, loaded, chat, prompts, batch_size=batch_size, advance=advance)
+
+        def under_hooks() -> Tensor:
+            with edited(loaded, stream):
+                return as_it_is()
+
+        plain, hooked = share(loaded, [as_it_is, under_hooks])
     return HookedBase(plain=plain, hooked=hooked)
 
 
@@ -68,12 +74,8 @@ def compare(
     """
     removed = None if plan.stream is None else plan.stream.removed
     stored = coarsest_format(plan)
-    share = None
-    with working(on_event, OF_WRITTEN, (1 if removed is None else 2) * len(prompts), "prompt passes") as advance:
-        options = {"batch_size": batch_size, "advance": advance}
-        ours = last_log_probs(written, chat, prompts, **options)
-        if removed is not None:
-            share = stream_share(written, chat, removed, prompts, **options)
+    with working(on_event, OF_WRITTEN, len(prompts), "prompts") as advance:
+        ours, stream_share = seen(written, chat, removed, prompts, batch_size=batch_size, advance=advance)
     kl = exact_kl_nats(base.hooked, ours)
     computing = next(written.model.parameters()).dtype
     return Behaviour(
@@ -82,7 +84,7 @@ def compare(
         worst_kl_nats=float(kl.max()),
         ablation_kl_nats=float(exact_kl_nats(base.hooked, base.plain).mean()),
         same_top=float((ours.argmax(-1) == base.hooked.argmax(-1)).double().mean()),
-        stream_share=share,
+        stream_share=stream_share,
         kl_bound_nats=kl_bound_nats(stored, computing),
         share_bound=share_bound(stored, computing),
         exact_family=plan.claim == "equal to hooks",
@@ -95,33 +97,38 @@ def coarsest_format(plan: EditPlan) -> str:
     return max((writer.format for writer in plan.writers), key=lambda name: FORMATS[name].unit_roundoff)
 
 
-def stream_share(
+def seen(
     loaded: LoadedModel,
     chat: ChatFormat,
-    directions: Float[Tensor, "d k"],
+    directions: Float[Tensor, "d k"] | None,
     prompts: Sequence[str],
     *,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> float:
-    """Largest ``|Q^T h| / |h|`` over blocks and real tokens."""
-    basis = orthonormal_basis(directions)
+) -> tuple[Tensor, float | None]:
+    """Log-probabilities ``[prompts, vocab]`` of the next token, and the largest ``|Q^T h| / |h|`` in the stream.
 
-    def worst_share(batch: Batch) -> Tensor:
-        real = batch.attention_mask.bool()
-        worst = torch.zeros((), dtype=torch.float64)
+    The latter is over blocks and real tokens; None without ``directions``.
+    """
+    basis = None if directions is None else orthonormal_basis(directions)
+    worst = torch.zeros((), dtype=torch.float64)
 
-        def see(_: int, x: Tensor) -> None:
-            nonlocal worst
-            seen = real[:, -x.shape[-2] :].to(x.device)  # Gemma 4 runs its last blocks on the last position only
-            h = x[..., seen, :].to(device="cpu", dtype=torch.float64)
-            share = torch.linalg.vector_norm(h @ basis, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
-            worst = torch.maximum(worst, share.nan_to_num(nan=float("inf")).max())
+    def see(real: Tensor, _: int, x: Tensor) -> None:
+        nonlocal worst
+        if basis is None:
+            return
+        rows = real[:, -x.shape[-2] :].to(x.device)  # Gemma 4 runs its last blocks on the last position only
+        h = x[..., rows, :].to(device="cpu", dtype=torch.float64)
+        share = torch.linalg.vector_norm(h @ basis, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
+        worst = torch.maximum(worst, share.nan_to_num(nan=float("inf")).max())
 
-        with observed(loaded, see, leaving_last=True):
-            run_batch(loaded, batch)
+    def run(batch: Batch) -> Tensor:
+        with observed(loaded, partial(see, batch.attention_mask.bool()), leaving_last=True):
+            found = last_of_batch(loaded, batch)
         advance(len(batch.rows))
-        return worst
+        return found
 
-    shares = each_batch(loaded, chat.batches(prompts, batch_size), worst_share)
-    return max((float(share) for _, share in shares), default=0.0)
+    log_probs: dict[int, Tensor] = {}
+    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), run):
+        log_probs.update(zip(batch.rows, found, strict=True))
+    return torch.stack([log_probs[row] for row in range(len(prompts))]), None if basis is None else float(worst)

@@ -1,24 +1,21 @@
 """Forward passes over lists of prompts: log-probabilities of the next token, residuals, replies."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import NonFiniteError
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes, waiting_bytes
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import groups, run_together
-from abliterate.model.room import reply_rows
+from abliterate.model.lockstep import room_for, run_together
 
 DEFAULT_BATCH_SIZE = 32
 PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
@@ -89,16 +86,20 @@ def each_job(
     waiting = list(jobs)
     sizes = (batch.input_ids.shape for batch, _ in waiting)
     shapes = [(rows, width, new_tokens) for rows, width in sizes]
-    for group in fitting(loaded, shapes, result_bytes=result_bytes):
-        chosen = waiting[group.start : group.stop]
-        results = run_together(loaded, [job for _, job in chosen])
-        yield from ((batch, result) for (batch, _), result in zip(chosen, results, strict=True))
+    with closing(fitting(loaded, shapes, result_bytes=result_bytes)) as spans:
+        for span in spans:
+            chosen = waiting[span.start : span.stop]
+            results = run_together(loaded, [job for _, job in chosen])
+            yield from ((batch, result) for (batch, _), result in zip(chosen, results, strict=True))
 
 
-def fitting(loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0) -> Iterator[range]:
+def fitting(
+    loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0
+) -> Generator[range, None, None]:
     """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
 
-    All batches of a range wait, with their states in memory, while one of them runs.
+    All batches of a range wait, with their states in memory, while one of them runs.  That memory is reserved until
+    the next range is asked for; in a task, a range may wait until others have done with theirs.
     """
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
@@ -107,7 +108,11 @@ def fitting(loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, resu
         cached = (width + new) * cache if new else 0
         sizes.append(rows * (waiting_bytes(loaded, width) + cached + result_bytes))
         most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))
-    yield from groups(sizes, loaded.offload.working_bytes - most)
+    first = 0
+    while first < len(sizes):
+        with room_for(loaded.offload, sizes[first:], most) as count:
+            yield range(first, first + count)
+        first += count
 
 
 def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:
@@ -117,9 +122,10 @@ def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> boo
     """
     (alone,) = left_padded([ids], 1, pad_id)
     (beside,) = left_padded([ids, ids + ids], 2, pad_id)
-    logits = run_batch(loaded, alone)[0, -1]
+    by_itself, padded = run_together(loaded, [partial(run_batch, loaded, alone), partial(run_batch, loaded, beside)])
+    logits = by_itself[0, -1]
     one = logits.double().log_softmax(-1)
-    other = run_batch(loaded, beside)[beside.rows.index(0), -1].double().log_softmax(-1)
+    other = padded[beside.rows.index(0), -1].double().log_softmax(-1)
     divergence = float((one.exp() * (one - other)).sum())
     return divergence < PADDING_NATS[logits.dtype.itemsize]
 
@@ -235,138 +241,3 @@ def see_residuals(
 
     for _ in each_batch(loaded, chat.batches(prompts, batch_size), run):
         pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watching:
-    """Who is shown what of the pass over prompts that begins replies to them.
-
-    ``first(rows, logits)``: the logits of the first new token after some prompts.  ``see(rows, l, values)``: what
-    enters each block of ``layers`` at their last ``n_positions`` tokens.
-    """
-
-    first: Callable[[Sequence[int], Tensor], None] | None = None
-    see: Callable[[Sequence[int], int, Tensor], None] = lambda *_: None
-    layers: Collection[int] = ()
-    n_positions: int = 1
-
-
-def generate(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    task: str = "generate",
-    watching: Watching | None = None,
-    on_event: OnEvent = ignore,
-) -> list[str]:
-    """Greedy replies, special tokens removed, in the order of ``prompts``; ``watching`` is shown what begins them."""
-    on_event(Started(task=task, total=len(prompts), unit="prompts"))
-
-    def reply(batch: Batch) -> Tensor:
-        its = watching or Watching()
-        told = None if its.first is None else partial(its.first, batch.rows)
-        tokens, residuals = reply_and_see(
-            loaded, chat, batch, max_new_tokens, layers=its.layers, n_positions=its.n_positions, first=told
-        )
-        for layer, values in residuals.items():
-            its.see(batch.rows, layer, values)
-        on_event(Advanced(task=task, amount=len(batch.rows)))
-        return tokens
-
-    replies: list[str] = [""] * len(prompts)
-    batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
-    for batch, rows in each_batch(loaded, batches, reply, new_tokens=max_new_tokens):
-        for row, tokens in zip(batch.rows, rows, strict=True):
-            replies[row] = str(chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    on_event(Finished(task=task))
-    return replies
-
-
-def rows_of_replies(
-    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], batch_size: int, max_new_tokens: int
-) -> int:
-    """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
-    longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
-    return reply_rows(loaded, batch_size, longest + max_new_tokens)
-
-
-def generate_ids(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    batch: Batch,
-    max_new_tokens: int,
-    *,
-    first: Callable[[Tensor], None] | None = None,
-) -> Int[Tensor, "batch new_tokens"]:
-    """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
-
-    ``first`` is called with the logits ``[batch, vocab]`` of the first new token.  A model that learned its positions
-    stops where they end.
-    """
-    from transformers import LogitsProcessor, LogitsProcessorList
-
-    class Show(LogitsProcessor):
-        waiting = first
-
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-            if self.waiting is not None:
-                self.waiting(scores)
-                self.waiting = None
-            return scores
-
-    if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
-        max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return loaded.model.generate(
-                input_ids=batch.input_ids.to(loaded.device),
-                attention_mask=batch.attention_mask.to(loaded.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # what is likeliest, whatever the repository would rather have sampled
-                logits_processor=LogitsProcessorList([Show()]),
-                pad_token_id=chat.pad_id,
-            )
-
-    (out,) = run_together(loaded, [run])
-    return out[:, batch.input_ids.shape[1] :].cpu()
-
-
-def reply_and_see(
-    loaded: LoadedModel,
-    chat: ChatFormat,
-    batch: Batch,
-    max_new_tokens: int,
-    *,
-    layers: Collection[int],
-    n_positions: int,
-    first: Callable[[Tensor], None] | None,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The greedy continuation of a batch, and what entered each block of ``layers`` at the last tokens of its prompts.
-
-    One forward pass over the prompts serves both.  Residuals are ``[rows, n_positions, d]`` in float32, on the host.
-    """
-    seen: dict[int, Tensor] = {}
-    if not layers:
-        return generate_ids(loaded, chat, batch, max_new_tokens, first=first), seen
-
-    def show(layer: int, x: Tensor) -> None:
-        if (
-            layer in layers and layer not in seen
-        ):  # the first forward pass has the prompts, the others one new token each
-            seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
-
-    with observed(loaded, show):
-        tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=first)
-    if any(values.shape[1] < n_positions for values in seen.values()):  # as in see_residuals
-        seen.clear()
-        with observed(loaded, show):
-            run_batch(loaded, batch, keep=n_positions)
-    return tokens, seen

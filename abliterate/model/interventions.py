@@ -8,7 +8,7 @@ An edit of weights (``edited``) has its operator at the outputs of the writers a
 applied twice.
 
 Where several thunks take turns at one model (``lockstep``), an intervention acts on the passes of the thunk that made
-it, and one made outside of them acts on all.
+it, and of those that are parts of it; one made outside of them acts on all.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.method.weight_edit import WeightEdit
 from abliterate.model.load import LoadedModel
-from abliterate.model.tasks import Task, current
+from abliterate.model.tasks import Task, current, lineage
 
 EMBEDDING: Place = (None, "embedding")
 Change = Callable[[Tensor], Tensor]
@@ -297,9 +297,10 @@ class _OfTasks:
         self._when_empty = when_empty
 
     def change(self, x: Tensor) -> Tensor:
-        """``x`` after the changes of the task that runs."""
-        for change in self._changes.get(current(), ()):  # type: ignore[call-overload] - None is no key
-            x = change(x)
+        """``x`` after the changes of the task that runs, and of those that it is a part of."""
+        for task in lineage():
+            for change in self._changes.get(task, ()):
+                x = change(x)
         return x
 
     def add(self, owner: Task, change: Change) -> Undo:

@@ -17,8 +17,9 @@ from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.class_sums import ClassSums
 from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import check_finite, each_job, log_probs_of, reply_and_see
+from abliterate.model.forward import check_finite, each_job, log_probs_of
 from abliterate.model.load import LoadedModel
+from abliterate.model.replying import reply_and_see
 
 Label = Literal["refused", "answered", "unclear"]
 LABELS: tuple[Label, ...] = ("refused", "answered", "unclear")
@@ -121,7 +122,7 @@ def label(
     batches = _batches(chat, [group.partition("/")[0] for group, _ in flat], texts, batch_size)
     for batch, tokens, residuals in _each(loaded, chat, texts, batches, found, layers, max_new_tokens):
         for row, its in zip(batch.rows, tokens, strict=True):
-            reply = str(chat.tokenizer.decode(its, skip_special_tokens=True)).strip()
+            reply = chat.text(its)
             found.put(row, its, read(texts[row], reply), chat.pad_id)
         add(batch, residuals)
         on_event(Advanced(task=task, amount=len(batch.rows)))

@@ -6,12 +6,14 @@ meanwhile.
 
 The model's own code decides the order, so nothing here knows an architecture.  A thunk may make one forward pass,
 several, or call ``generate``.  Units are taken in the order in which they were first asked for, again and again; tasks
-that are at different units meet in the next pass.
+that are at different units meet in the next pass.  A thunk may also call ``run_together`` itself: its thunks become
+tasks beside all others, so that whole stages of work share their weight passes (``share``).
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ from abliterate.model.offload import Offloaded, Unit, Values
 from abliterate.model.tasks import Task, current
 
 T = TypeVar("T")
+ROOM = "room"
+"""What a task waits for that has no memory for its batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +50,46 @@ def run_together(
     Raises:
         CheckpointError: a shard ends too early.
     """
-    weights = loaded.offload
-    if weights is None or current() is not None:
+    weights, running = loaded.offload, current()
+    if weights is None:
         return [thunk() for thunk in thunks]
+    if running is not None:
+        return running.call(thunks) if len(thunks) > 1 else [thunk() for thunk in thunks]
     with torch.inference_mode():
         return _Scheduler(weights, on_pass).run([Task(thunk, weights) for thunk in thunks])
+
+
+def share(loaded: LoadedModel, stages: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Call ``stages``, each of which runs many batches; out of core they share weight passes and memory.
+
+    A stage without room for its batches waits for it (``room_for``).  Where the weights are held stages run one after
+    the other.
+    """
+    return run_together(loaded, stages) if stages else []
+
+
+@contextmanager
+def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[int]:
+    """Reserve memory for what waits between blocks: gives how many of ``sizes`` fit now, one or more.
+
+    ``most`` bytes are for the pass that runs meanwhile.  A task in whose way others are waits until one of them is
+    done.
+    """
+
+    def left() -> int:
+        running = max([most, *(its for _, its in weights.reserved)])
+        return weights.working_bytes - running - sum(waits for waits, _ in weights.reserved)
+
+    task = current()
+    while task is not None and weights.reserved and sizes[0] > left():
+        task.wait_for(ROOM)
+    fits = next(groups(sizes, left()))
+    mine = sum(sizes[place] for place in fits), most
+    weights.reserved.append(mine)
+    try:
+        yield len(fits)
+    finally:
+        weights.reserved.remove(mine)
 
 
 def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
@@ -68,8 +107,9 @@ def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
 class _Scheduler:
     """Runs tasks in lockstep.
 
-    ``waiting`` holds the tasks that wait for each unit, ``ranks`` the order in which units were first asked for, and
-    ``fetched`` the unit that is read ahead.
+    ``waiting`` holds the tasks that wait for each unit, ``hungry`` those that wait for memory, ``parts`` the parts that
+    others wait for, ``ranks`` the order in which units were first asked for, and ``fetched`` the unit that is read
+    ahead.
     """
 
     def __init__(self, weights: Offloaded, on_pass: Callable[[WeightPass], None]) -> None:
@@ -77,6 +117,8 @@ class _Scheduler:
         self.on_pass = on_pass
         self.ranks = weights.ranks
         self.waiting: dict[Unit, list[Task]] = {}
+        self.hungry: list[Task] = []
+        self.parts: dict[Task, list[Task]] = {}
         self.fetched: tuple[Unit, Future[Values]] | None = None
         self.passed: list[str] = []
         self.read_before = weights.bytes_read
@@ -86,7 +128,10 @@ class _Scheduler:
             for task in tasks:
                 self._resume(task)
             place = -1
-            while self.waiting:
+            while self.waiting or self.hungry:
+                self._feed()
+                if not self.waiting:
+                    continue  # what was fed has ended, and given its memory back
                 unit = self._next(place, self.waiting)
                 if self.ranks[unit] <= place:
                     self._end_pass()
@@ -104,18 +149,61 @@ class _Scheduler:
         tasks = self.waiting.pop(unit)
         self._look_ahead(unit)
         for task in tasks:
-            self._resume(task, unit)
+            if not task.dead:  # else a part beside it has failed
+                self._resume(task, unit)
             self._look_ahead(unit)
         self.weights.release(unit)
 
     def _resume(self, task: Task, passed: Unit | None = None) -> None:
         """Run ``task`` until it waits or ends; ``passed`` is the unit it waited for.  What it raises is raised here."""
-        unit = task.switch()
-        if not task.dead:
-            self.ranks.setdefault(unit, len(self.ranks))
-            self.waiting.setdefault(unit, []).append(task)
-            if passed is not None and self.ranks[unit] > self.ranks[passed]:
-                self.weights.following[passed] = unit
+        asked = task.switch()
+        if task.dead:
+            self._ended(task)
+        elif isinstance(asked, list):
+            self.parts[task] = asked
+            for part in asked:
+                if not part.dead:  # else another part has failed
+                    self._resume(part)
+        elif asked is ROOM:
+            self.hungry.append(task)
+        else:
+            self.ranks.setdefault(asked, len(self.ranks))
+            self.waiting.setdefault(asked, []).append(task)
+            if passed is not None and self.ranks[asked] > self.ranks[passed]:
+                self.weights.following[passed] = asked
+
+    def _ended(self, task: Task) -> None:
+        """Go on with the task that ``task`` is a part of, where it was the last one, or failed and ends the others."""
+        whole = task.whole
+        if whole is None or whole not in self.parts:
+            return
+        if task.raised is not None:
+            self._end(self.parts[whole])
+        if all(part.dead for part in self.parts[whole]):
+            del self.parts[whole]
+            self._resume(whole)
+
+    def _end(self, tasks: Sequence[Task]) -> None:
+        """Stop ``tasks`` and their parts, wherever they wait."""
+        for task in tasks:
+            self._end(self.parts.pop(task, []))
+            while not task.dead:
+                task.throw(GreenletExit)
+        for unit, waiting in list(self.waiting.items()):
+            self.waiting[unit] = [task for task in waiting if not task.dead]
+            if not self.waiting[unit]:
+                del self.waiting[unit]
+        self.hungry = [task for task in self.hungry if not task.dead]
+
+    def _feed(self) -> None:
+        """Let tasks that wait for memory look again."""
+        hungry, self.hungry = self.hungry, []
+        before = list(self.weights.reserved)
+        for task in hungry:
+            if not task.dead:
+                self._resume(task)
+        if hungry and not self.waiting and (self.hungry, self.weights.reserved) == (hungry, before):
+            raise AssertionError("tasks wait for memory that nobody gives back")
 
     def _next(self, place: int, expected: Collection[Unit]) -> Unit:
         """The unit of ``expected`` to load next: the first one after rank ``place``, or else the first of all."""
@@ -154,9 +242,7 @@ class _Scheduler:
     def _stop(self, tasks: list[Task]) -> None:
         """Stop the tasks that have not ended, and release all units."""
         try:
-            for task in tasks:
-                while task:
-                    task.throw(GreenletExit)
+            self._end(tasks)
         finally:
             if self.fetched is not None:
                 self.weights.drop(*self.fetched)

@@ -70,7 +70,7 @@ class Offloaded:
     Without a budget only small modules stay loaded.
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
-    after which.
+    after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -93,6 +93,7 @@ class Offloaded:
         self.loads: Counter[str] = Counter()
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
+        self.reserved: list[tuple[int, int]] = []
         self._memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder

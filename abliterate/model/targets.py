@@ -13,11 +13,11 @@ from abliterate.method.directions import Candidate
 from abliterate.method.refusal_cone import ABLATION, ADDITION, RETAIN, TARGET_TOKENS
 from abliterate.method.scope import Scope
 from abliterate.model.chat import ChatFormat
-from abliterate.model.forward import generate_ids, rows_of_replies
 from abliterate.model.interventions import added, without
 from abliterate.model.labelling import Label
 from abliterate.model.load import LoadedModel
 from abliterate.model.measuring import Filtered
+from abliterate.model.replying import generate_ids, rows_of_replies
 
 SENTENCE_END = "."
 
@@ -111,7 +111,7 @@ def _replies(
     for batch in chat.batches(prompts, rows):
         for row, tokens in zip(batch.rows, generate_ids(writing.loaded, chat, batch, most), strict=True):
             ids = _ended(tokens, chat.pad_id)
-            text = str(chat.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            text = chat.text(ids)
             if text:
                 found[row] = _Reply(prompts[row], ids, writing.read(prompts[row], text))
         advance(len(batch.rows))

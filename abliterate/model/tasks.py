@@ -1,31 +1,64 @@
-"""Work that can pause in the middle of a forward pass: a thunk in a greenlet, and how code finds out which one runs."""
+"""Work that can pause in the middle of a forward pass: a thunk in a greenlet, and how code finds out which one runs.
 
-from collections.abc import Callable
+A task may have parts: tasks that it waits for, and that take turns with all others.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 
 
 class Task(greenlet):
-    """A thunk that may wait for a unit of ``weights``; what it waits for goes to the greenlet that resumed it."""
+    """A thunk that may wait for a unit of ``weights``; what it waits for goes to the greenlet that resumed it.
 
-    def __init__(self, thunk: Callable[[], Any], weights: object) -> None:
-        super().__init__(self._work)
+    ``whole`` is the task that it is a part of.  A part keeps what it raises as ``raised``, for its whole to raise.
+    """
+
+    def __init__(self, thunk: Callable[[], Any], weights: object, whole: "Task | None" = None) -> None:
+        super().__init__(self._work, None if whole is None else whole.parent)
         self.weights = weights
+        self.whole = whole
         self.result: Any = None
+        self.raised: Exception | None = None
         self._thunk = thunk
 
     def _work(self) -> None:
-        self.result = self._thunk()
+        try:
+            self.result = self._thunk()
+        except Exception as error:
+            if self.whole is None:
+                raise
+            self.raised = error
 
-    def wait_for(self, unit: object) -> None:
-        """Pause until ``unit`` is loaded."""
+    def wait_for(self, what: object) -> None:
+        """Pause until a unit is loaded, or until parts of this task have ended."""
         if self.parent is None:
             raise AssertionError("a task runs in a greenlet of its own")
-        self.parent.switch(unit)
+        self.parent.switch(what)
+
+    def call(self, thunks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Call ``thunks`` as parts of this task and give their results; if one raises, the others are stopped."""
+        parts = [Task(thunk, self.weights, self) for thunk in thunks]
+        if parts:
+            self.wait_for(parts)
+        for part in parts:
+            if part.raised is not None:
+                raise part.raised
+        return [part.result for part in parts]
 
 
 def current() -> Task | None:
     """The task whose code is running, or None outside of all tasks."""
     running = getcurrent()
     return running if isinstance(running, Task) else None
+
+
+def lineage() -> list[Task]:
+    """The task whose code is running and all that it is a part of, the outermost first."""
+    found: list[Task] = []
+    task = current()
+    while task is not None:
+        found.insert(0, task)
+        task = task.whole
+    return found

@@ -8,8 +8,8 @@ from typing import Literal
 from abliterate.editing.asked import stream_of_hooks
 from abliterate.method.directions import DirectionSet
 from abliterate.model.chat import left_padded
-from abliterate.model.forward import generate_ids
 from abliterate.model.interventions import added, edited
+from abliterate.model.replying import generate_ids
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session, open_session
 
@@ -52,4 +52,4 @@ def reply(
         context = added(loaded, direction.chosen.everywhere.added, direction.choice.layer, scale=scale)
     with context:
         tokens = generate_ids(loaded, chat_format, batch, session.recipe.evaluate.max_new_tokens)[0]
-    return str(chat_format.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return chat_format.text(tokens)

@@ -24,32 +24,32 @@ validation prompts.  Where replies say which prompts count, it is one for each t
 SELECTING = 3
 """Passes: the base, the bypass of all candidates together, KL and induce of the best; with all scores they share one.
 More where the candidates' states do not fit into memory at once, and where the best ones are not kept."""
-VERIFYING = 4
-"""Passes: the base, the base under hooks, the edited model's distributions, and its residual stream."""
-SCORING, SCORING_APART = 1, 3
-"""Passes for each model: the likelihood of the base's replies.  Distributions and components along the direction are
-seen while replies are written, or take a pass each where another backend writes them."""
+VERIFYING = 2
+"""Passes: the base, as it is and under hooks, and the written checkpoint.  Replies are written in the same ones."""
+SCORING = 1
+"""Passes of the base: the likelihood of its own replies.  Others are asked for it while they reply."""
 STAGES = ("measure", "select", "verify", "replies")
 
 
 def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int = 2) -> dict[str, int]:
     """The least number of weight passes of each stage.
 
-    A search takes one for the base and, for each trial, one for the KL and one for each token of the replies.
-    Replies are written by ``models`` checkpoints and by the controls of the recipe.  They take one pass for each token,
-    however many prompts there are.
+    A search takes one for the base and, for each trial, one for each token of the replies.
+    Replies are written by ``models`` checkpoints.  They take one pass for each token, however many prompts, controls
+    and modes there are.  What hooks make of the base is tried in its passes: where the edit is proven as well, the
+    edited checkpoint only has to agree with the replies of that, in one pass.
     """
-    kinds = 3 if recipe.evaluate.look_alike else 2
-    models = (models + (2 if recipe.evaluate.controls else 0)) * (2 if recipe.evaluate.thinking == "both" else 1)
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
-    written = 0 if recipe.evaluate.backend == "vllm" else kinds * recipe.evaluate.max_new_tokens
+    elsewhere = recipe.evaluate.backend == "vllm"
+    replying = 1 if elsewhere else recipe.evaluate.max_new_tokens
+    edited = 1 if "verify" in stages else replying
     outputs = "outputs" in needs_of(recipe.find.estimators)
-    searching = 1 + recipe.find.trials * (1 + recipe.find.reply_tokens)
+    searching = 1 + recipe.find.trials * recipe.find.reply_tokens
     every = {
         "measure": (recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING) + outputs,
         "select": searching if recipe.find.trials else SELECTING - recipe.find.scores_all,
-        "verify": VERIFYING,
-        "replies": models * (written + SCORING if written else SCORING_APART),
+        "verify": 0 if "replies" in stages else VERIFYING,
+        "replies": replying + SCORING + edited + (models - 2) * replying,
     }
     return {stage: count for stage, count in every.items() if stage in stages}
 

@@ -34,7 +34,8 @@ from abliterate.workflow.search import check_search
 from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
 from abliterate.workflow.training import check_trained
-from abliterate.workflow.trials import EDITED, side_by_side, task_request
+from abliterate.workflow.trials import EDITED, side_by_side
+from abliterate.workflow.views import task_request
 
 STEPS = "steps"
 

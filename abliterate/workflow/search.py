@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from abliterate.method.statistics import exact_kl_nats, standard_error
 from abliterate.model.forward import check_finite, last_log_probs
 from abliterate.model.interventions import edited
 from abliterate.model.labelling import Replies, label
+from abliterate.model.lockstep import share
 from abliterate.model.measuring import Filtered
 from abliterate.recipe import NOT_IN_NUMBERS, Recipe
 from abliterate.workflow.session import Session
@@ -123,8 +125,10 @@ def _tried(
     chosen = replace(directions, candidates=(made,)).choose_candidate(made.id)
     stream = stream_asked(session.recipe.edit, chosen, session.loaded.n_layers)
     with edited(session.loaded, stream):
-        divergence = exact_kl_nats(base, _log_probs(session, prompts)).tolist()
-        replies = _replies(session, prompts) if all(map(math.isfinite, divergence)) else None
+        stages = [partial(_log_probs, session, prompts), partial(_replies, session, prompts)]
+        log_probs, replies = share(session.loaded, stages)
+    divergence = exact_kl_nats(base, log_probs).tolist()
+    replies = replies if all(map(math.isfinite, divergence)) else None
     return Trial(
         number=number,
         parameters=parameters,

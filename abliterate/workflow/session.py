@@ -36,12 +36,14 @@ FAR_LONGER, LONG = 8, 512
 class Session:
     """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
 
-    The model is loaded when first asked for, and dropped with the session.
+    The model is loaded when first asked for, and dropped with the session.  ``pads``: what is known of padding (see
+    ``ChatFormat``); None: it is tried.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     on_event: OnEvent = ignore
+    pads: bool | None = None
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -61,7 +63,8 @@ class Session:
         """The model's chat format, which knows whether the model may be given padding."""
         rows = int(self.loaded.embedding.weight.shape[0])  # type: ignore[union-attr]
         chat = self._format(self.loaded.tokenizer, rows=rows)
-        chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
+        known = self.pads
+        chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id) if known is None else known
         return chat
 
     @cached_property

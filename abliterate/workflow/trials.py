@@ -1,139 +1,30 @@
 """Models tried on the test prompts, one after the other, never two in memory: the base, controls, and others."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.errors import PromptError
-from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
 from abliterate.evaluate.evaluation import EvalReport
-from abliterate.evaluate.evaluation import report as put_together
-from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Material, Observations, observe
-from abliterate.evaluate.replies import SCORERS
-from abliterate.evaluate.reply_text import said
-from abliterate.events import OnEvent, working
+from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Material
+from abliterate.events import Noted
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import project_out
-from abliterate.method.statistics import Rate
+from abliterate.method.stream_edit import StreamEdit
 from abliterate.model import equivalence
-from abliterate.model.chat import ChatFormat
-from abliterate.model.harness import TaskRequest, run_tasks, version
-from abliterate.model.interventions import without
-from abliterate.model.judges import load_judge
+from abliterate.model.interventions import edited, without
+from abliterate.model.lockstep import share
 from abliterate.model.prompts import load_prompts
-from abliterate.model.thinking import Mode
-from abliterate.model.vllm_backend import replies_of
-from abliterate.recipe import Recipe
 from abliterate.verification.behaviour import Behaviour
 from abliterate.workflow.session import Session
+from abliterate.workflow.views import Bench, View, read_text
 
 HELD_OUT_PROMPTS = 32
 BASE, EDITED = "base", "edited"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Bench:
-    """Models as they are tried, one after the other, and what was seen of them; ``tasks`` as lm-eval gives it back."""
-
-    recipe: Recipe
-    material: Material
-    directions: DirectionSet | None
-    on_event: OnEvent
-    observed: list[Observations] = field(default_factory=list)
-    of_controls: list[Observations] = field(default_factory=list)
-    tasks: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def look(self, name: str, its: Session) -> None:
-        """Try one model on everything in every mode, the base first."""
-        request, written = task_request(self.recipe), self._written(name, its)
-        for mode in its.modes:
-            self._see(self.observed, name, its, mode, written.get(mode.name))
-            if request.names:
-                self.tasks[_label(name, mode, its)] = run_tasks(
-                    its.loaded, its.chat_in(mode), request, name=_label(name, mode, its),
-                    batch_size=self.recipe.model.batch_size, on_event=self.on_event,
-                )  # fmt: skip
-
-    def look_at_control(self, name: str, its: Session) -> None:
-        """Try a control, on the prompts alone."""
-        for mode in its.modes:
-            self._see(self.of_controls, name, its, mode)
-
-    def report(self, session: Session) -> EvalReport:
-        """Score everything that was tried, one mode after the other."""
-        recipe, every = self.recipe, [*self.observed, *self.of_controls]
-        models = [model for mode in session.modes for model in every if model.mode == mode.name]
-        judge, judged = judged_replies(session, self.material, models) if recipe.evaluate.judge else ("", {})
-        against = {model.name: base.name for model in self.observed if (base := self._base(model.mode)) is not model}
-        return put_together(
-            self.material,
-            models,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            scorer=SCORERS[recipe.evaluate.scorer],
-            judge=judge,
-            judged=judged,
-            tasks={
-                name: scores_of(found, self.tasks.get(against.get(name, "")), recipe.evaluate.tasks)
-                for name, found in self.tasks.items()
-            },
-            benchmarks=_how(task_request(recipe), session.checkpoint.name) if self.tasks else None,
-            modes={mode.name: mode.text for mode in session.modes if mode.name},
-        )
-
-    def _base(self, mode: str) -> Observations:
-        return next(model for model in self.observed if model.mode == mode)
-
-    def _written(self, name: str, its: Session) -> dict[str, dict[str, tuple[str, ...]]]:
-        """Replies that another backend writes, by mode and kind; it needs the memory of the model for itself."""
-        if self.recipe.evaluate.backend != "vllm":
-            return {}
-        its.release()
-        asked = {
-            (mode.name, kind): (its.encoder_in(mode), prompts.texts)
-            for mode in its.modes
-            for kind, prompts in self.material.prompts.items()
-        }
-        found = replies_of(
-            its.checkpoint, asked, name=name, max_new_tokens=self.recipe.evaluate.max_new_tokens,
-            dtype=self.recipe.model.dtype, trust_remote_code=self.recipe.model.trust_remote_code,
-            on_event=self.on_event,
-        )  # fmt: skip
-        return {mode.name: {kind: found[mode.name, kind] for kind in self.material.prompts} for mode in its.modes}
-
-    def _see(
-        self,
-        where: list[Observations],
-        name: str,
-        its: Session,
-        mode: Mode,
-        replies: Mapping[str, tuple[str, ...]] | None = None,
-    ) -> None:
-        chat, base = its.chat_in(mode), [model for model in self.observed if model.mode == mode.name]
-        where.append(
-            observe(
-                its.loaded, chat, self.material, name=_label(name, mode, its), base=base[0] if base else None,
-                directions=self.directions if _same_ending(its.chat, chat, self.directions) else None,
-                max_new_tokens=self.recipe.evaluate.max_new_tokens, batch_size=self.recipe.model.batch_size,
-                mode=mode.name, replies=replies, on_event=self.on_event,
-            )
-        )  # fmt: skip
-
-
-def _label(name: str, mode: Mode, its: Session) -> str:
-    """The name of a model; with its mode where there are several."""
-    return f"{name}, {mode.name}" if len(its.modes) > 1 else name
-
-
-def _same_ending(measured: ChatFormat, chat: ChatFormat, directions: DirectionSet | None) -> bool:
-    """Whether the position of the chosen direction holds the same tokens in both."""
-    choice = None if directions is None else directions.choice
-    return choice is None or measured.suffix[choice.position :] == chat.suffix[choice.position :]
 
 
 def side_by_side(
@@ -154,77 +45,115 @@ def side_by_side(
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
-        bench = _Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
-    hooked = compared = None
-    if proof is not None and proof.stream is not None:
-        hooked = equivalence.hooked_base(
-            session.loaded, session.chat, proof.stream, prompts, batch_size=recipe.model.batch_size,
-            on_event=session.on_event,
-        )  # fmt: skip
-    if bench is not None:
-        bench.look(BASE, session)
-        for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed):
-            with without(session.loaded, control):
-                bench.look_at_control(name, session)
+        bench = Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
+    base = View(name=BASE, its=session)
+    controls_of = [
+        View(name=name, its=session, hooks=partial(without, session.loaded, control), is_control=True)
+        for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed)
+    ]
+    draft = None if proof is None or bench is None else _draft(session, proof, others)
+    hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
+    pads = session.chat.pads if proof is not None else None  # an edit leaves that as it is
     session.release()
+    compared = None
     for place, (name, checkpoint) in enumerate(others):
-        result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event)
-        if proof is not None and hooked is not None and place == 0:
-            compared = _compared(result, proof, hooked, prompts)
-        if bench is not None:
-            bench.look(name, result)
+        same = pads if place == 0 else None
+        result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event, pads=same)
+        view = View(name=name, its=result, drafts=_drafts_of(draft) if place == 0 else {})
+        its = _try_other(view, bench, spoken, proof if place == 0 else None, hooked, prompts)
+        compared = compared or its
         result.release()
     return compared, None if bench is None else bench.report(session)
 
 
-def task_request(recipe: Recipe) -> TaskRequest:
-    """What a recipe asks of lm-eval."""
-    asked = recipe.evaluate
-    return TaskRequest(
-        names=asked.tasks, limit=asked.task_limit, path=asked.task_path, shots=asked.task_shots, chat=asked.task_chat
-    )
+def _draft(session: Session, proof: EditPlan, others: Sequence[tuple[str, Checkpoint]]) -> View | None:
+    """The edited model as hooks make it of the base, where that spares weight passes: its replies are drafts."""
+    if session.recipe.evaluate.backend == "vllm" or proof.stream is None or not others:
+        return None
+    if session.loaded.offload is None:
+        return None
+    name = f"{others[0][0]}, by hooks"
+    return View(name=name, its=session, hooks=partial(edited, session.loaded, proof.stream), is_control=True)
 
 
-def _how(request: TaskRequest, base: str) -> Benchmarks:
-    put = "through the chat template, examples as turns" if request.chat else "as plain text, without the chat template"
-    some = f", the first {request.limit} documents of each" if request.limit else ""
-    return Benchmarks(about=f"lm-eval {version()}, {put}{some}", published=published_for(base, request.names))
+def _drafts_of(draft: View | None) -> dict[str, Mapping[str, Sequence[list[int]]]]:
+    return {} if draft is None else {mode: written.tokens for mode, written in draft.written.items()}
 
 
-def judged_replies(session: Session, material: Material, models: Sequence[Observations]) -> tuple[str, dict[str, Rate]]:
-    """The name of the recipe's guard model, and how many replies to harmful prompts it says yes to, by model.
+def _try_base(
+    session: Session,
+    bench: Bench | None,
+    views: Sequence[View],
+    draft: View | None,
+    proof: EditPlan | None,
+    prompts: Sequence[str],
+) -> tuple[equivalence.HookedBase | None, Mapping[str, Sequence[str]]]:
+    """The base as ``views`` have it, itself the first; gives what the proof compares with, and its replies by mode.
 
-    It is shown replies without their thinking.  Replies on which it gives no answer are not counted.
-
-    Raises:
-        UsageError, CheckpointError: there is no such judge, or it cannot be loaded.
+    Out of core all views, and the proof's passes, share the weight passes; so do the replies of ``draft``.
     """
-    recipe = session.recipe
-    name, _, place = recipe.evaluate.judge.partition("@")
-    asked = read_text(recipe.evaluate.judge_format) if recipe.evaluate.judge_format else None
-    with working(session.on_event, f"load the judge {name}", 1, "model"):
-        judge = load_judge(name, place=place or None, format=asked, device=recipe.model.device)
-    texts = material.prompts[HARMFUL].texts
-    found = {}
-    for model in models:
-        replies = [said(model.opening + reply) for reply in model.replies[HARMFUL]]
-        with working(session.on_event, f"judge replies of {model.name}", len(replies), "replies"):
-            verdicts = judge.judge(list(zip(texts, replies, strict=True)))
-        answers = [verdict.positive for verdict in verdicts if verdict.positive is not None]
-        found[model.name] = Rate(hits=sum(answers), count=len(answers))
-    return f"{name}: {judge.spec.about or judge.spec.repo}", found
+    found: dict[str, equivalence.HookedBase] = {}
+
+    def under_hooks(stream: StreamEdit) -> None:
+        found["hooked"] = equivalence.hooked_base(
+            session.loaded, session.chat, stream, prompts, batch_size=session.recipe.model.batch_size,
+            on_event=session.on_event,
+        )  # fmt: skip
+
+    stages = [partial(under_hooks, proof.stream)] if proof is not None and proof.stream is not None else []
+    every = views if draft is None else [*views, draft]
+    stages += [stage for view in every if bench is not None for stage in bench.writing(view)]
+    if stages:
+        share(session.loaded, stages)
+    if bench is None:
+        return found.get("hooked"), {}
+    spoken = {mode: its.replies[HARMLESS] for mode, its in views[0].written.items()}
+    share(session.loaded, [stage for view in views for stage in bench.predicting(view, spoken)])
+    for view in views:
+        bench.note(view)
+    bench.run_tasks(views[0])
+    return found.get("hooked"), spoken
 
 
-def read_text(path: str) -> str:
-    """The text in a file.
+def _try_other(
+    view: View,
+    bench: Bench | None,
+    spoken: Mapping[str, Sequence[str]],
+    proof: EditPlan | None,
+    hooked: equivalence.HookedBase | None,
+    prompts: Sequence[str],
+) -> Behaviour | None:
+    """Another checkpoint: what it does, and how it compares with the base under the hooks of ``proof``."""
+    compared: list[Behaviour] = []
+    stages: list[Callable[[], Any]] = []
+    if proof is not None and hooked is not None:
+        stages.append(lambda: compared.append(_compared(view.its, proof, hooked, prompts)))
+    if bench is not None:
+        stages += [*bench.writing(view), *bench.predicting(view, spoken)]
+    if stages:
+        share(view.its.loaded, stages)
+    if bench is not None:
+        _tell_of_drafts(view)
+        bench.note(view)
+        bench.run_tasks(view)
+    return compared[0] if compared else None
 
-    Raises:
-        PromptError: it cannot be read.
-    """
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot be read as text ({error})", "give a UTF-8 text file") from error
+
+def _tell_of_drafts(view: View) -> None:
+    """Say how many replies are those that the base gave under hooks."""
+    pairs = [
+        (draft, own)
+        for mode, of_mode in view.drafts.items()
+        for kind, drafts in of_mode.items()
+        for draft, own in zip(drafts, view.written[mode].tokens[kind], strict=True)
+    ]
+    if pairs:
+        same = sum(draft == own for draft, own in pairs)
+        text = (
+            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, as one "
+            "pass shows; the others it wrote by itself from where they part"
+        )
+        view.its.on_event(Noted(text=text))
 
 
 def material_of(session: Session) -> Material:

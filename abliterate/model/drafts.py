@@ -1,0 +1,119 @@
+"""Greedy replies in few passes, where it is known beforehand what the model is likely to say.
+
+Speculative decoding with a whole reply as the draft (Leviathan et al. 2023, arXiv 2211.17192; Stern et al. 2018, arXiv
+1811.03115): one forward pass over prompt and draft gives the token that greedy decoding takes at each place.  As far as
+the draft has these tokens it is the reply, and from where they part the model writes on.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.model.chat import Batch, ChatFormat
+from abliterate.model.forward import each_batch, run_batch
+from abliterate.model.interventions import observed
+from abliterate.model.likelihood import LOGIT_BYTES
+from abliterate.model.load import LoadedModel
+from abliterate.model.replying import Watching, ends_of, generate_ids, until_end
+from abliterate.model.room import reply_rows
+
+TIE_NATS = {2: 0.125, 4: 1e-4, 8: 1e-8}
+"""By the bytes of a logit: how far tokens may be apart that rounding alone puts in order.  A bfloat16 logit between 16
+and 32 is a multiple of 0.125; in float32 and wider, sums in another order differ by less than this."""
+
+
+def follow(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    drafts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    task: str,
+    watching: Watching | None = None,
+    on_event: OnEvent = ignore,
+) -> list[list[int]]:
+    """Greedy replies as ``forward.generate_tokens`` gives them, read off ``drafts`` as far as those agree.
+
+    Of two tokens that rounding cannot tell apart (``TIE_NATS``) the draft's is taken.
+    """
+    on_event(Started(task=task, total=len(prompts), unit="prompts"))
+    ends, its = ends_of(loaded), watching or Watching()
+    encoded = [chat.encode(prompt) for prompt in prompts]
+    drafts = [until_end(draft[:max_new_tokens], ends) for draft in drafts]
+    longest = max(map(len, drafts), default=0)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    kept = longest + max(1, its.n_positions)
+    rows = max(1, min(batch_size, LOGIT_BYTES // (kept * vocabulary * 4)))
+    found: list[list[int]] = [[] for _ in prompts]
+
+    def check(batch: Batch) -> Tensor:
+        own = [drafts[row] for row in batch.rows]
+        with observed(loaded, partial(_show, its, batch.rows, list(map(len, own)))):
+            logits = run_batch(loaded, batch, keep=kept)
+        if its.first is not None:
+            first = torch.stack([logits[place, -len(draft) - 1] for place, draft in enumerate(own)])
+            its.first(batch.rows, first)
+        for place, (row, draft) in enumerate(zip(batch.rows, own, strict=True)):
+            found[row] = until_end(agreed(logits[place, -len(draft) - 1 :], draft)[:max_new_tokens], ends)
+            on_event(Advanced(task=task, amount=int(_is_done(found[row], max_new_tokens, ends))))
+        return torch.empty(0)
+
+    together = [ids + draft for ids, draft in zip(encoded, drafts, strict=True)]
+    for _ in each_batch(loaded, chat.pack(together, rows), check, result_bytes=kept * vocabulary * 4):
+        pass
+    missing = [row for row, tokens in enumerate(found) if not _is_done(tokens, max_new_tokens, ends)]
+    begun = [encoded[row] + found[row] for row in missing]
+    needs = [max_new_tokens - len(found[row]) for row in missing]
+    for row, more in zip(missing, _write_on(loaded, chat, begun, needs, batch_size), strict=True):
+        found[row] += more
+    on_event(Advanced(task=task, amount=len(missing)))
+    on_event(Finished(task=task))
+    return found
+
+
+def agreed(logits: Tensor, draft: Sequence[int]) -> list[int]:
+    """The tokens of ``draft`` as far as greedy decoding takes them, and the one that it takes after these.
+
+    ``logits`` ``[len(draft) + 1, vocab]`` are those at the last token of the prompt and at each of the draft.
+    """
+    most, own = logits.max(-1)
+    asked = torch.tensor([*draft, 0], dtype=torch.long, device=logits.device)[:, None]
+    behind = (most - logits.gather(1, asked)[:, 0]).float()
+    takes = (behind <= TIE_NATS[logits.dtype.itemsize]).tolist()
+    same = next((place for place, take in enumerate(takes[: len(draft)]) if not take), len(draft))
+    return [*draft[:same], int(own[same])]
+
+
+def _is_done(tokens: Sequence[int], max_new_tokens: int, ends: frozenset[int]) -> bool:
+    return len(tokens) >= max_new_tokens or bool(tokens and tokens[-1] in ends)
+
+
+def _show(watching: Watching, rows: Sequence[int], behind: Sequence[int], layer: int, x: Tensor) -> None:
+    """Show what enters a block at the last tokens of prompts that ``behind`` more tokens follow."""
+    if layer not in watching.layers:
+        return
+    width, n = x.shape[1], watching.n_positions
+    parts = [x[place, width - more - n : width - more] for place, more in enumerate(behind)]
+    watching.see(rows, layer, torch.stack(parts).detach().to(device="cpu", dtype=torch.float32, copy=True))
+
+
+def _write_on(
+    loaded: LoadedModel, chat: ChatFormat, begun: Sequence[list[int]], needs: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    """What follows after ``begun``, up to as many tokens as each row ``needs``."""
+    found: list[list[int]] = [[] for _ in begun]
+    ends, most = ends_of(loaded), max(needs, default=0)
+
+    def write(batch: Batch) -> Tensor:
+        return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
+
+    rows = reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most)
+    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most):
+        for row, its in zip(batch.rows, tokens.tolist(), strict=True):
+            found[row] = until_end(its, ends)[: needs[row]]
+    return found

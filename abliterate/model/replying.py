@@ -1,0 +1,175 @@
+"""Greedy replies to prompts, and what is seen of the pass over a prompt that begins one."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.model.chat import Batch, ChatFormat
+from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
+from abliterate.model.interventions import observed
+from abliterate.model.load import LoadedModel
+from abliterate.model.lockstep import run_together
+from abliterate.model.room import reply_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watching:
+    """Who is shown what of the pass over prompts that begins replies to them.
+
+    ``first(rows, logits)``: the logits of the first new token after some prompts.  ``see(rows, l, values)``: what
+    enters each block of ``layers`` at their last ``n_positions`` tokens.
+    """
+
+    first: Callable[[Sequence[int], Tensor], None] | None = None
+    see: Callable[[Sequence[int], int, Tensor], None] = lambda *_: None
+    layers: Collection[int] = ()
+    n_positions: int = 1
+
+
+def generate(loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
+    """The replies of ``generate_tokens`` as text, special tokens removed."""
+    return [chat.text(tokens) for tokens in generate_tokens(loaded, chat, prompts, **options)]
+
+
+def generate_tokens(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    task: str = "generate",
+    watching: Watching | None = None,
+    on_event: OnEvent = ignore,
+) -> list[list[int]]:
+    """Greedy replies as token ids, in the order of ``prompts``; ``watching`` is shown what begins them.
+
+    A reply that ended in time ends in the token that says so, and what pads it behind that is left out.
+    """
+    on_event(Started(task=task, total=len(prompts), unit="prompts"))
+
+    def reply(batch: Batch) -> Tensor:
+        its = watching or Watching()
+        told = None if its.first is None else partial(its.first, batch.rows)
+        tokens, residuals = reply_and_see(
+            loaded, chat, batch, max_new_tokens, layers=its.layers, n_positions=its.n_positions, first=told
+        )
+        for layer, values in residuals.items():
+            its.see(batch.rows, layer, values)
+        on_event(Advanced(task=task, amount=len(batch.rows)))
+        return tokens
+
+    replies: list[list[int]] = [[] for _ in prompts]
+    batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
+    for batch, rows in each_batch(loaded, batches, reply, new_tokens=max_new_tokens):
+        for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
+            replies[row] = until_end(tokens, ends_of(loaded))
+    on_event(Finished(task=task))
+    return replies
+
+
+def ends_of(loaded: LoadedModel) -> frozenset[int]:
+    """The tokens that end a reply."""
+    stated = getattr(loaded.model, "generation_config", None)
+    ends = None if stated is None else stated.eos_token_id
+    ends = loaded.tokenizer.eos_token_id if ends is None else ends
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
+    """``tokens`` up to the first that ends a reply, that one as well; what is behind it only pads."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: end + 1])
+
+
+def rows_of_replies(
+    loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], batch_size: int, max_new_tokens: int
+) -> int:
+    """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
+    longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
+    return reply_rows(loaded, batch_size, longest + max_new_tokens)
+
+
+def generate_ids(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    batch: Batch,
+    max_new_tokens: int,
+    *,
+    first: Callable[[Tensor], None] | None = None,
+) -> Int[Tensor, "batch new_tokens"]:
+    """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
+
+    ``first`` is called with the logits ``[batch, vocab]`` of the first new token.  A model that learned its positions
+    stops where they end.
+    """
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Show(LogitsProcessor):
+        waiting = first
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+            if self.waiting is not None:
+                self.waiting(scores)
+                self.waiting = None
+            return scores
+
+    if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
+        max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return loaded.model.generate(
+                input_ids=batch.input_ids.to(loaded.device),
+                attention_mask=batch.attention_mask.to(loaded.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,  # what is likeliest, whatever the repository would rather have sampled
+                logits_processor=LogitsProcessorList([Show()]),
+                pad_token_id=chat.pad_id,
+            )
+
+    (out,) = run_together(loaded, [run])
+    return out[:, batch.input_ids.shape[1] :].cpu()
+
+
+def reply_and_see(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    batch: Batch,
+    max_new_tokens: int,
+    *,
+    layers: Collection[int],
+    n_positions: int,
+    first: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The greedy continuation of a batch, and what entered each block of ``layers`` at the last tokens of its prompts.
+
+    One forward pass over the prompts serves both.  Residuals are ``[rows, n_positions, d]`` in float32, on the host.
+    """
+    seen: dict[int, Tensor] = {}
+    if not layers:
+        return generate_ids(loaded, chat, batch, max_new_tokens, first=first), seen
+
+    def show(layer: int, x: Tensor) -> None:
+        if (
+            layer in layers and layer not in seen
+        ):  # the first forward pass has the prompts, the others one new token each
+            seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
+
+    with observed(loaded, show):
+        tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=first)
+    if any(values.shape[1] < n_positions for values in seen.values()):  # as in see_residuals
+        seen.clear()
+        with observed(loaded, show):
+            run_batch(loaded, batch, keep=n_positions)
+    return tokens, seen
