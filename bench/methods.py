@@ -36,9 +36,9 @@ AT_ONE_PLACE = """Every method takes its candidate where the default chose its o
 there, so that what differs is what the method does, not where. Methods that find or choose otherwise are left
 out, but for a search of {trials} trials, which makes its own choice. `blocks`, `later-blocks` and `middle-blocks` are
 the default's direction in fewer writers: not in the embedding, in the last two thirds of the blocks, in the middle half
-of them. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls: `random`, a
-random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither should do
-anything.
+of them. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls:
+`random`, a random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither
+should do anything.
 """
 KNOWN_TRUTH = """The bundled model is small and was trained to refuse, so that what is true of it is known: its
 figures are a test of the code, and say nothing of other models.

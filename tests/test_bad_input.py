@@ -20,7 +20,9 @@ from abliterate.workflow import pipeline
 from abliterate.workflow.session import Session, open_session
 
 # Which prompts count is not asked: here are prompts that cannot be told apart.
-QUICK = {"filter_prompts": False, "labels": "first-token", "refusal_tokens": ("I",), "allow_few": True}
+QUICK = {
+    "filter_prompts": False, "labels": "first-token", "refusal_tokens": ("I",), "allow_few": True, "prune_layers": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ from abliterate.method.estimators import ESTIMATORS
 from abliterate.recipe import bundled_recipes, load_recipe
 from abliterate.workflow import pipeline
 
-FEW = {"n_train": 16, "n_val": 3, "n_test": 2, "reply_tokens": 12, "train_steps": 2, "cone_size": 2}
+FEW = {
+    "n_train": 16, "n_val": 3, "n_test": 2, "reply_tokens": 12, "train_steps": 2, "cone_size": 2, "prune_layers": 0.4,
+}  # fmt: skip
 REFUSED = {"ace": "times the length", "steer": "no one bias that could hold the constant"}
 """What the bundled model cannot hold: its embedding would drown, and its MLPs have no biases."""
 RUNS = [name for name in methods() if name not in REFUSED]
