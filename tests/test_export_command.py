@@ -74,7 +74,10 @@ def read(path):
 
 def test_a_control_vector_holds_what_enters_the_next_block(file, tmp_path):
     out = tmp_path / "new" / "out.gguf"
-    assert json.loads(run("control-vector", file, "--out", out, "--json").stdout) == {"file": str(out), "blocks": [2 - 1]}
+    assert json.loads(run("control-vector", file, "--out", out, "--json").stdout) == {
+        "file": str(out),
+        "blocks": [2 - 1],
+    }
     values, tensors = read(out)
     assert values == {
         "general.architecture": "controlvector", "controlvector.model_hint": "tiny", "controlvector.layer_count": 1,
@@ -170,9 +173,7 @@ def test_input_that_is_none_is_refused(kind, file, tmp_path):
     broken.write_bytes(b"not a direction")
     refused(5, "not a readable direction file")(run(kind, broken, "--out", out))
     refused(5, "not a readable direction file")(run(kind, tmp_path / "missing.safetensors", "--out", out))
-    refused(2, "no candidate at position -1, layer 77")(
-        run(kind, file, "--out", out, "--position", -1, "--layer", 77)
-    )
+    refused(2, "no candidate at position -1, layer 77")(run(kind, file, "--out", out, "--position", -1, "--layer", 77))
     refused(2, "no direction of a category 'crime'")(run(kind, file, "--out", out, "--category", "crime"))
     undecided = save(DirectionSet(candidates=grid("x", vectors(), (-2, -1))), tmp_path / "undecided.safetensors")
     refused(2, "no choice")(run(kind, undecided, "--out", out))

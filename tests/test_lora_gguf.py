@@ -102,7 +102,10 @@ def test_all_that_peft_can_hold_is_there_or_named(name, exported):
     tied = plan(base).model_map.tied
     assert tied == any("tied head" in why for why in its.left_out.values())
     assert tied == ("token_embd.weight" not in its.names.values())
-    assert len(its.left_out) == tied
+    projectors = {writer.name for writer in plan(base).writers if writer.role == "projector"}
+    assert {name for name, why in its.left_out.items() if "projector" in why} == projectors
+    assert len(its.left_out) == tied + len(projectors)
+    assert bool(projectors) == (name in ("qwen3-vl", "mistral3"))
 
 
 def test_a_tied_head_leaves_the_embedding_out(tmp_path):

@@ -79,5 +79,7 @@ def projection(
     from abliterate.cli.tables import runs_of
 
     out.print(f"taken out of what leaves block {runs_of(list(written.blocks))} (from 0)")
-    err.print("note: llama.cpp does not know this form and would add the vector: give it to runtimes that read glp.mode")
+    err.print(
+        "note: llama.cpp does not know this form and would add the vector: give it to runtimes that read glp.mode"
+    )
     out.print(f"written: {out_file}", markup=False, soft_wrap=True)

@@ -77,7 +77,5 @@ def export(directions: DirectionSet, out: Path) -> list[int]:
         f"{ARCHITECTURE}.model_hint": str(directions.metadata.get("model", "")),
         f"{ARCHITECTURE}.layer_count": len(found),
     }
-    write_gguf(
-        out, ARCHITECTURE, values, {f"direction.{block}": vector for block, vector in found.items()}, what=WHAT
-    )
+    write_gguf(out, ARCHITECTURE, values, {f"direction.{block}": vector for block, vector in found.items()}, what=WHAT)
     return sorted(found)

@@ -15,7 +15,7 @@ from abliterate.method.weight_edit import WeightEdit
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Factors:
-    """``W' - W = b a`` in float32, ``W [d, n]`` with the residual axis first: of the embedding, ``n`` are the tokens."""
+    """``W' - W = b a`` in float32, ``W [d, n]`` with the residual axis first; ``n`` of the embedding are the tokens."""
 
     writer: Writer
     a: Float[Tensor, "k n"]

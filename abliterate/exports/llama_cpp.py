@@ -9,7 +9,7 @@ multipliers or by the order of columns (``changed``).
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from abliterate.arch.model_map import Writer
 
@@ -40,6 +40,7 @@ LINEAR_ATTENTION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"
 """It puts the heads of their linear attention, and so the columns of its output, in another order."""
 
 
+@runtime_checkable
 class Names(Protocol):
     """A ``gguf.TensorNameMap``."""
 

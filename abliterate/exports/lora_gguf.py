@@ -63,6 +63,8 @@ def planned(plan: EditPlan, writers: Sequence[Writer], file: Path) -> GgufAdapte
     for writer in writers:
         name = known.get_name(plain_name(writer.name), try_suffixes=(".weight",))
         why = "llama.cpp has no name for it" if name is None else changed(model_type, writer)
+        if writer.role == "projector":
+            why = "llama.cpp keeps the projector in a file of its own, which takes no adapter"
         if plan.model_map.tied and writer.role == "embedding":
             why = "llama.cpp would use the adapter of the embedding on its tied head as well, where it does not fit"
         if why or name is None:

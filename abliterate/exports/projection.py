@@ -124,7 +124,5 @@ def export(directions: DirectionSet, out: Path, *, n_blocks: int | None = None) 
         "glp.hook_point": HOOK_POINT,
         "glp.spec_version": SPEC_VERSION,
     }
-    write_gguf(
-        out, ARCHITECTURE, values, {f"direction.{block}": vector for block, vector in found.items()}, what=WHAT
-    )
+    write_gguf(out, ARCHITECTURE, values, {f"direction.{block}": vector for block, vector in found.items()}, what=WHAT)
     return Projection(out=out, blocks=tuple(sorted(found)))
