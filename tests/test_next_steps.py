@@ -67,6 +67,8 @@ def test_it_loads_and_nothing_of_it_is_made_up(name, edited):
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert head is not embedding
     assert not torch.equal(head, embedding)
+    config = config_of(folder)  # other runtimes, and transformers 4, go by what it says
+    assert not any(its.get("tie_word_embeddings", False) for its in (config, config.get("text_config", {})))
 
 
 # --- train on it ------------------------------------------------------------------------------------------------------
