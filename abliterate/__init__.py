@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from abliterate.api import diff as diff
     from abliterate.api import edit as edit
     from abliterate.api import eval as eval
+    from abliterate.api import export_control_vector as export_control_vector
     from abliterate.api import export_lora as export_lora
     from abliterate.api import export_patch as export_patch
+    from abliterate.api import export_projection as export_projection
     from abliterate.api import import_gguf as import_gguf
     from abliterate.api import inspect as inspect
     from abliterate.api import load_recipe as load_recipe
@@ -46,8 +48,10 @@ _API = (
     "diff",
     "edit",
     "eval",
+    "export_control_vector",
     "export_lora",
     "export_patch",
+    "export_projection",
     "import_gguf",
     "inspect",
     "load_recipe",

@@ -16,6 +16,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.inspection import Inspection
 from abliterate.events import Noted, OnEvent, ignore
+from abliterate.exports import control_vector, projection
 from abliterate.exports.dequantising import dequantise
 from abliterate.exports.importing import Half, ImportReport
 from abliterate.exports.importing import import_gguf as _import_gguf
@@ -25,6 +26,7 @@ from abliterate.exports.patches.export import PatchReport, Purpose
 from abliterate.exports.patches.export import export as _export_patch
 from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
+from abliterate.exports.projection import Projection
 from abliterate.method.directions import DirectionSet
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.publishing import manifest, relay
@@ -45,9 +47,10 @@ from abliterate.workflow.trials import EDITED
 from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
-    "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval", "export_lora",
-    "export_patch", "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply",
-    "reproduce", "revert_patch", "run", "select", "stream", "verify",
+    "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
+    "export_control_vector", "export_lora", "export_patch", "export_projection", "import_gguf", "inspect",
+    "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
+    "stream", "verify",
 ]  # fmt: skip
 
 
@@ -167,14 +170,16 @@ def export_lora(
     edited: str | Path | None = None,
     revision: str | None = None,
     direction: DirectionSet | None = None,
+    gguf: str | Path | None = None,
     on_event: OnEvent = ignore,
 ) -> AdapterReport:
     """The edit as a PEFT adapter: along ``direction``, or with direction and options of an ``edited`` checkpoint.
 
-    ``edited`` is a folder that abliterate wrote, or its name on the Hub, at ``revision``.
+    ``edited`` is a folder that abliterate wrote, or its name on the Hub, at ``revision``.  ``gguf`` names a file that
+    is to hold the same for llama.cpp.
 
     Raises:
-        UsageError: neither is given.
+        UsageError: neither is given, or the ``gguf`` library is missing.
         PlanRefusedError: an adapter cannot express any of it.
     """
     recipe = Recipe()
@@ -186,7 +191,18 @@ def export_lora(
         change = stream_asked(recipe.edit, direction, made.model_map.n_layers)
     else:
         change = finished.stream if finished is not None else StreamEdit()
-    return _export_lora(along(made, change), Path(out), on_event=on_event)
+    beside = None if gguf is None else Path(gguf)
+    return _export_lora(along(made, change), Path(out), gguf=beside, on_event=on_event)
+
+
+def export_control_vector(direction: DirectionSet, out: str | Path) -> list[int]:
+    """The direction as a control vector of llama.cpp; gives the blocks that add: see ``control_vector``."""
+    return control_vector.export(direction, Path(out))
+
+
+def export_projection(direction: DirectionSet, out: str | Path, *, blocks: int | None = None) -> Projection:
+    """The direction as a projection file (GLP), for a model of ``blocks`` blocks; see ``projection``."""
+    return projection.export(direction, Path(out), n_blocks=blocks)
 
 
 def export_patch(

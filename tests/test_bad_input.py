@@ -10,7 +10,7 @@ from abliterate.data.methods import methods
 from abliterate.editing.asked import plan_asked
 from abliterate.editing.planning import plan
 from abliterate.errors import AbliterateError, PlanRefusedError, PromptError, UsageError
-from abliterate.exports import control_vector
+from abliterate.exports import control_vector, projection
 from abliterate.method.directions import Candidate, DirectionSet, Subspace, given
 from abliterate.method.edits import EDITS, stream_edit
 from abliterate.method.moments import ActivationStats, Moments
@@ -172,14 +172,29 @@ def test_a_direction_of_one_method_and_the_edit_of_another(kind, change, tmp_pat
         assert all(edit.d_model == D for edit in stream_edit(change, directions, LAYERS).edits())
 
 
+def written(directions, out):
+    return projection.export(directions, out, n_blocks=None if directions.statistics else LAYERS)
+
+
+CANNOT_PROJECT = {
+    "several directions", "read along others", "others in the MLPs", "none at its layer",
+    "taken out across what is read",
+}  # fmt: skip
+CANNOT_ADD = {"a vector", "a vector from elsewhere", "several directions", "read along others", "others in the MLPs",
+              "none at its layer", "taken out across what is read"}  # fmt: skip
+"""Nothing of these is added at layer 2 or later, or at all."""
+
+
+@pytest.mark.parametrize(("export", "cannot"), [(control_vector.export, CANNOT_ADD), (written, CANNOT_PROJECT)])
 @pytest.mark.parametrize("kind", FILES)
-def test_a_control_vector_of_it(kind, tmp_path):
+def test_a_file_for_a_runtime_of_it(kind, export, cannot, tmp_path):
     pytest.importorskip("gguf")
-    directions, out = FILES[kind](), tmp_path / "control.gguf"
-    try:
-        control_vector.export(directions, out)
-    except UsageError as error:
-        assert error.hint
-        assert not out.exists()
+    directions, out = FILES[kind](), tmp_path / "out.gguf"
+    if kind in cannot:
+        with pytest.raises(UsageError) as caught:
+            export(directions, out)
+        assert caught.value.hint
+        assert not list(tmp_path.iterdir())
     else:
+        export(directions, out)
         assert out.exists()

@@ -6,9 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from abliterate.checkpoint.direction_file import load, save
+from abliterate.checkpoint.direction_file import save
 from abliterate.cli.app import app
-from abliterate.exports.control_vector import vectors_of
 from abliterate.method.directions import Candidate, DirectionSet, Subspace, given, grid
 
 D, LAYERS = 8, 3
@@ -72,28 +71,3 @@ def test_what_cannot_be_compared_is_said(files):
     failure = run(files["one"], files["wide"])
     assert failure.exit_code == 2
     assert "width 9" in failure.stderr
-
-
-def test_a_control_vector_holds_what_enters_the_next_block(files, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    chosen = load(files["one"]).choose_candidate("x/-2/2")
-    file, out = save(chosen, tmp_path / "chosen.safetensors"), tmp_path / "out.gguf"
-    found = json.loads(run(file, "--control-vector", out, "--json").stdout)
-    assert found["control_vector"] == {"file": str(out), "blocks": [1]}
-    read = gguf.GGUFReader(out)
-    (tensor,) = read.tensors
-    assert tensor.name == "direction.1"
-    assert torch.equal(torch.tensor(tensor.data.copy()), vectors(0)[0, 2])
-    assert bytes(read.fields["general.architecture"].parts[-1]).decode() == "controlvector"
-    assert int(read.fields["controlvector.layer_count"].parts[-1][0]) == 1
-    again = run(file, "--control-vector", out)
-    assert again.exit_code == 2
-    assert "exists already" in again.stderr
-    early = run(files["one"], "--control-vector", tmp_path / "early.gguf")
-    assert early.exit_code == 2
-    assert "begins at layer 2" in early.stderr
-
-
-def test_a_candidate_of_many_layers_is_a_vector_for_each(files, tmp_path):
-    chosen = load(files["one"]).choose_candidate("layered")
-    assert vectors_of(chosen) == {1: torch.eye(D)[:, 2].tolist()}

@@ -10,6 +10,7 @@ from abliterate.cli.categories import categories
 from abliterate.cli.chat import chat
 from abliterate.cli.directions import directions
 from abliterate.cli.evaluate import compare, evaluate
+from abliterate.cli.export import export
 from abliterate.cli.importing import import_gguf
 from abliterate.cli.inspect import inspect
 from abliterate.cli.look import architectures, diff, methods, plan, recipes
@@ -31,7 +32,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "One stage at a time": {"measure": measure, "select": select, "edit": edit, "verify": verify, "eval": evaluate},
     "Compare checkpoints": {"compare": compare, "diff": diff, "reproduce": reproduce},
     "Bring a model, hand on an edit": {
-        "import": import_gguf, "dequantize": dequantize, "patch": patch, "lora": lora, "push": push,
+        "import": import_gguf, "dequantize": dequantize, "patch": patch, "lora": lora, "export": export, "push": push,
     },
 }  # fmt: skip
 """Every command, by what a user wants."""

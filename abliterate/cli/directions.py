@@ -21,10 +21,6 @@ SHADES = " ░▒▓█"
 def directions(
     file: opt.DirectionFile,
     other: Annotated[Path | None, typer.Argument(help="Another direction file, to compare with.")] = None,
-    *,
-    control_vector: Annotated[
-        Path | None, typer.Option("--control-vector", help="Write what was chosen as a control vector of llama.cpp.")
-    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Show what is in a direction file: estimators, layers, scores, stability, cosines; or compare two files.
@@ -36,19 +32,15 @@ def directions(
     first = direction_file.load(file)
     second = None if other is None else direction_file.load(other)
     found = {**_summary(first), **({} if second is None else {"compared": _compared(first, second)})}
-    if control_vector is not None:
-        from abliterate.exports.control_vector import export
-
-        found["control_vector"] = {"file": str(control_vector), "blocks": export(first, control_vector)}
     if json:
         show_json(found)
         return
     from abliterate.cli.search import show_search
-    from abliterate.cli.tables import show_selection, table
+    from abliterate.cli.tables import runs_of, show_selection, table
 
     shown = table(f"{file.name}: {len(first.candidates)} candidates, width {first.d_model}", *_COLUMNS, right=(1,))
     for name, its in found["estimators"].items():
-        shown.add_row(name, str(its["candidates"]), its["vectors"], _runs(its["layers"]))
+        shown.add_row(name, str(its["candidates"]), its["vectors"], runs_of(its["layers"]))
     out.print(shown)
     show_selection(first)
     show_search(first)
@@ -60,10 +52,6 @@ def directions(
         for name, row in zip(names, found["cosines"], strict=True):
             shades = "".join(SHADES[min(len(SHADES) - 1, int(abs(value) * len(SHADES)))] * 2 for value in row)
             out.print(f"{name:>{width}} {shades}", markup=False, highlight=False)
-    if control_vector is not None:
-        out.print(
-            f"control vector for the output of blocks {_runs(found['control_vector']['blocks'])}: {control_vector}"
-        )
     if second is not None:
         compared = found["compared"]
         if compared["chosen"] is not None:
@@ -155,14 +143,3 @@ def _compared(first: "DirectionSet", second: "DirectionSet") -> dict[str, Any]:
         "least": None if least is None else round(shared[least], 6),
         "least_of": least,
     }
-
-
-def _runs(numbers: list[int]) -> str:
-    """Numbers in order as "0 to 7, 9"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)

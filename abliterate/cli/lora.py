@@ -1,5 +1,6 @@
 """``abliterate lora``: the edit as a PEFT adapter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,9 @@ def export(
     position: opt.Position = None,
     layer: opt.Layer = None,
     category: opt.Category = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", help="A .gguf file to write as well: the adapter for llama.cpp (--lora).")
+    ] = None,
     revision: opt.Revision = None,
     json: opt.Json = False,
 ) -> None:
@@ -48,17 +52,33 @@ def export(
 
     chosen = read_direction(direction, position, layer, category=category)
     with progress() as listen:
-        report = api.export_lora(base, out_folder, edited=edited, revision=revision, direction=chosen, on_event=listen)
+        report = api.export_lora(
+            base, out_folder, edited=edited, revision=revision, direction=chosen, gguf=gguf, on_event=listen
+        )
     if json:
-        show_json({**asdict(report), "out": str(report.out), "complete": report.complete})
+        beside = None if report.gguf is None else {**asdict(report.gguf), "file": str(report.gguf.file)}
+        show_json({**asdict(report), "out": str(report.out), "complete": report.complete, "gguf": beside})
         return
     from abliterate.checkpoint.amounts import size
 
     out.print(f"rank {report.rank}, {len(report.expressed)} writers, {size(report.size_bytes)}")
-    for name, why in list(report.left_out.items())[:MOST_NAMES]:
-        out.print(f"not expressed: {name}: {why}", markup=False, soft_wrap=True)
-    if len(report.left_out) > MOST_NAMES:
-        out.print(f"… and {len(report.left_out) - MOST_NAMES} more")
+    _name(report.left_out, "not expressed")
     if report.tied:
         out.print("the head is tied to the embedding: exact as an adapter, but do not merge it")
     out.print(f"written: {report.out}", markup=False, soft_wrap=True)
+    if report.gguf is not None:
+        _name(report.gguf.left_out, "not for llama.cpp")
+        out.print(
+            f"written: {report.gguf.file} ({len(report.gguf.names)} of them for llama.cpp, architecture "
+            f"{report.gguf.architecture})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _name(left_out: Mapping[str, str], how: str) -> None:
+    """Name what is not in a file, and why."""
+    for name, why in list(left_out.items())[:MOST_NAMES]:
+        out.print(f"{how}: {name}: {why}", markup=False, soft_wrap=True)
+    if len(left_out) > MOST_NAMES:
+        out.print(f"… and {len(left_out) - MOST_NAMES} more")

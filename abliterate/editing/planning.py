@@ -164,6 +164,9 @@ class _Edits:
 
 EMBEDDINGS = ("embedding", "stored copy of the tied head")
 
+HEADLESS = ("cohere", "cohere2", "lfm2_moe")
+"""Model types whose head is always the embedding in llama.cpp, by the tensors that gguf 0.19 has for them."""
+
 
 def _holds_constant(writer: Writer) -> bool:
     """Whether a constant that is added where ``writer`` writes goes into it."""
@@ -232,6 +235,11 @@ def _head_notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy) -
     notes = [f"the head is tied to the embedding: the unedited head {stored}, and tie_word_embeddings becomes false"]
     if model_map.model_type in ("gemma", "gemma2"):
         notes.append("llama.cpp's converter drops the separate head of Gemma 1 and 2 and so ties it again")
+    if model_map.model_type in HEADLESS:
+        notes.append(
+            "llama.cpp has no separate head for this architecture, and its converter stops at one: for GGUF choose "
+            "--tied shared"
+        )
     if _holds_another_head(checkpoint, model_map):
         notes.append(
             "config.json ties the head to the embedding, and a head that differs is stored: of the base, transformers "

@@ -4,25 +4,25 @@
 read^T W [k, n]``, with ``alpha = k`` so that PEFT scales by 1.  It holds for linear layers, plain or behind a norm, and
 for the token embedding.  Not for biases (an adapter has none), nor for experts (models keep them in one fused
 parameter), nor for what is quantised or stored transposed: those are named, and while they keep writing the direction,
-the adapter alone is not the whole edit.
+the adapter alone is not the whole edit.  The same factors can be written for llama.cpp beside it (``lora_gguf``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
-from abliterate.checkpoint.directio import SourceFile
 from abliterate.checkpoint.output import fingerprint, prepare, write_atomically, write_json
-from abliterate.editing.reading import read_along
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.exports import lora_gguf
+from abliterate.exports.factors import Factors, factors_of
+from abliterate.exports.lora_gguf import GgufAdapter
 from abliterate.method.weight_edit import WeightEdit
 from abliterate.publishing import wording
 
@@ -32,7 +32,10 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterReport:
-    """An adapter that was written; ``left_out`` says of every writer it cannot express why."""
+    """An adapter that was written; ``left_out`` says of every writer it cannot express why.
+
+    ``gguf`` is the same for llama.cpp, where it was asked for.
+    """
 
     out: Path
     rank: int
@@ -40,6 +43,7 @@ class AdapterReport:
     left_out: Mapping[str, str]
     tied: bool
     size_bytes: int
+    gguf: GgufAdapter | None = None
 
     @property
     def complete(self) -> bool:
@@ -47,12 +51,13 @@ class AdapterReport:
         return not self.left_out
 
 
-def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterReport:
-    """Write the adapter that the edits of ``plan`` come to, into ``out``.
+def export(plan: EditPlan, out: Path, *, gguf: Path | None = None, on_event: OnEvent = ignore) -> AdapterReport:
+    """Write the adapter that the edits of ``plan`` come to, into ``out``, and for llama.cpp to the file ``gguf``.
 
     Raises:
-        PlanRefusedError: nothing of the plan can be expressed.
-        OutputError: ``out`` exists, or lies in the base.
+        PlanRefusedError: nothing of the plan can be expressed, or llama.cpp has no such model.
+        UsageError: the ``gguf`` library is missing.
+        OutputError: ``out`` exists, or lies in the base; or ``gguf`` exists or cannot be written.
     """
     left_out = {
         writer.name: why for writer in plan.writers if (why := not_expressible(writer, plan.edits[writer.tensor.name]))
@@ -63,19 +68,22 @@ def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterR
             f"{plan.checkpoint.name}: no writer can be expressed by an adapter ({next(iter(left_out.values()))})",
             "edit the checkpoint itself, or export a patch",
         )
-    ranks = {writer.name: plan.edits[writer.tensor.name].rank for writer in expressed}
+    beside = None if gguf is None else lora_gguf.planned(plan, expressed, gguf)
     known = fingerprint({"lora": plan.to_json(), **plan.checkpoint.identity()})
     output = prepare(out, source=plan.checkpoint.folder, fingerprint=known, needed_bytes=0)
     on_event(Started(task=TASK, total=sum(writer.tensor.size_bytes for writer in expressed), unit="bytes"))
-    tensors: dict[str, Tensor] = {}
+    factors: list[Factors] = []
     for writer in expressed:
-        tensors |= _factors(plan.checkpoint.folder, writer, plan.edits[writer.tensor.name])
+        factors.append(factors_of(plan.checkpoint.folder, writer, plan.edits[writer.tensor.name]))
         on_event(Advanced(task=TASK, amount=writer.tensor.size_bytes))
     on_event(Finished(task=TASK))
-    save_file(tensors, output.path / ADAPTER, metadata={"format": "pt"})
+    save_file(_tensors(factors), output.path / ADAPTER, metadata={"format": "pt"})
+    ranks = {one.writer.name: one.rank for one in factors}
     write_json(output.path / CONFIG, _config(plan, ranks))
     write_atomically(output.path / "README.md", _card(plan, left_out).encode())
     size = (output.path / ADAPTER).stat().st_size
+    if beside is not None:
+        lora_gguf.write(beside, factors, name=plan.checkpoint.name)
     return AdapterReport(
         out=output.finish(),
         rank=max(ranks.values()),
@@ -83,6 +91,7 @@ def export(plan: EditPlan, out: Path, *, on_event: OnEvent = ignore) -> AdapterR
         left_out=left_out,
         tied=plan.model_map.tied,
         size_bytes=size,
+        gguf=beside,
     )
 
 
@@ -109,15 +118,16 @@ def not_expressible(writer: Writer, edit: WeightEdit) -> str:
     return "stored transposed" if writer.in_rows else ""
 
 
-def _factors(root: Path, writer: Writer, edit: WeightEdit) -> dict[str, Tensor]:
-    """``A`` and ``B`` of one writer in float32, under the names PEFT gives them."""
-    module = "base_model.model." + writer.tensor.name.removesuffix(".weight")
-    with SourceFile(root / writer.tensor.shard) as file:
-        reads = read_along(file, writer, edit.read)[0].to(torch.float32)
-    writes = (-edit.strength * edit.write).to(torch.float32)
-    if writer.role == "embedding":
-        return {f"{module}.lora_embedding_A": reads, f"{module}.lora_embedding_B": writes.clone()}
-    return {f"{module}.lora_A.weight": reads, f"{module}.lora_B.weight": writes.clone()}
+def _tensors(factors: Sequence[Factors]) -> dict[str, Tensor]:
+    """``A`` and ``B`` of all writers under the names PEFT gives them."""
+    found: dict[str, Tensor] = {}
+    for one in factors:
+        module = "base_model.model." + one.writer.tensor.name.removesuffix(".weight")
+        if one.writer.role == "embedding":
+            found |= {f"{module}.lora_embedding_A": one.a, f"{module}.lora_embedding_B": one.b}
+        else:
+            found |= {f"{module}.lora_A.weight": one.a, f"{module}.lora_B.weight": one.b}
+    return found
 
 
 def _config(plan: EditPlan, ranks: Mapping[str, int]) -> dict[str, Any]:
