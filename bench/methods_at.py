@@ -112,9 +112,7 @@ def candidate_at(directions: DirectionSet, recipe: Recipe, place: Place) -> Cand
     )
 
 
-def _edited(
-    place: Place, name: str, direction: Path, recipe: str | None, options: Sequence[str] = ()
-) -> Path | None:
+def _edited(place: Place, name: str, direction: Path, recipe: str | None, options: Sequence[str] = ()) -> Path | None:
     """The checkpoint that a method wrote; None where it refuses."""
     out = place.work / place.step(name)
     words = ["edit", place.base, direction, "--out", out, *(["--method", recipe] if recipe else []), *options]

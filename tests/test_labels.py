@@ -29,6 +29,14 @@ fewer = settings(max_examples=60, deadline=None)
 METRICS = st.lists(st.floats(-18, 18) | st.sampled_from([0.0, 1.0]), max_size=12)
 
 
+def test_where_nothing_is_filtered_all_prompts_count():
+    session = open_session(None, RECIPE.with_changes({"filter_prompts": False, "refusal_tokens": ("I",)}))
+    found = reading.read_validation(session, [5], Steps())
+    assert found.harmful == tuple(session.contrast.harmful_val.texts)
+    assert found.harmless == tuple(session.contrast.harmless_val.texts)
+    assert (found.harmful_before, found.harmless_before) == (len(found.harmful), len(found.harmless))
+
+
 # --- the first token held against replies -----------------------------------------------------------------------------
 
 

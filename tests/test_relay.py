@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import abliterate
-from abliterate.checkpoint.direction_file import load
+from abliterate.checkpoint.direction_file import load, save
 from abliterate.checkpoint.shells import RemoteFile, RemoteFiles
 from abliterate.checkpoint.source import open_folder
 from abliterate.editing.planning import plan
 from abliterate.errors import UsageError
+from abliterate.method.directions import Candidate, DirectionSet, Subspace
+from abliterate.method.moments import ActivationStats, Moments
 from abliterate.publishing.relay import needed_elsewhere, stream
 from tests import checkpoints, factories
 from tests.checkpoints import write_llama
@@ -372,6 +374,23 @@ def test_a_model_that_cannot_be_edited_is_refused_before_anything_is_made(hub, t
     assert done.returncode == 3
     assert not any(line.startswith(("POST", "PUT")) for line in hub.requests)
     assert not (tmp_path / "work.partial").exists()
+
+
+def test_a_constant_is_not_streamed(hub, tmp_path):
+    """In an embedding it could ruin the model, which its rows tell, and they are not there yet."""
+    hub.add(BASE, write_llama(tmp_path / "base", shards=3))
+    one = Candidate(
+        id="some/-1/1", subspace=Subspace(vectors=torch.randn(32, 1)), layer=1,
+        provenance={"estimator": "some", "position": -1},
+    )  # fmt: skip
+    layers = open_folder(tmp_path / "base", name="x").config["num_hidden_layers"]
+    means = {kind: Moments(count=2, mean=torch.randn(1, layers, 32)) for kind in ("harmful", "harmless")}
+    made = DirectionSet(candidates=(one,), statistics=ActivationStats(positions=(-1,), moments=means))
+    save(made.choose_candidate(one.id), tmp_path / "d.safetensors")
+    done = run(tmp_path, hub, *STREAM, "--change", "affine")
+    assert done.returncode == 3, done.stderr
+    assert "'model.embed_tokens.weight' would gain a constant" in errors(done)[0]
+    assert NEW not in hub.repos
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 It holds the tensors of a ``control_vector``, ``direction.N`` for what leaves block ``N`` (from 0; 0 itself is not
 allowed), and keys that say what is to be done along them: ``h' = h - alpha r (r^T h)`` instead of ``h' = h + r``.
 
-What is known of the format is what our survey of 2026-11-27 noted of weightless, whose plugins for vLLM and SGLang
-read it: the tensors, and the keys ``glp.mode`` ("project" or "add"), ``glp.alpha_default``, ``glp.rank``,
+What is known of the format (as of November 2026) is what weightless says of it, whose plugins for vLLM and SGLang read
+it: the tensors, and the keys ``glp.mode`` ("project" or "add"), ``glp.alpha_default``, ``glp.rank``,
 ``glp.hook_point`` and ``glp.spec_version``.  Not known, and our choice: the types of the keys, "resid_post" for what
 leaves a block, and 1 as the version.  How several vectors of one block would lie in it is not known either: they are
 refused, not guessed.  No file of ours was tried in a runtime.

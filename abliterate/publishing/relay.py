@@ -115,6 +115,12 @@ def _prepare(
             f"{model}: rows keep their lengths only where all weights are at hand, and here they pass shard by shard",
             "run or edit without --stream, and push the result",
         )
+    if constants := [one.name for one in made.writers if made.edits[one.tensor.name].constant is not None]:
+        raise PlanRefusedError(
+            f"{model}: '{constants[0]}' would gain a constant, which is held against its rows, and here the shards pass "
+            "one by one",
+            "run or edit without --stream, and push the result",
+        )
     with plain_upload_errors(target.name):
         target = upload.create(target)
     return Relay(

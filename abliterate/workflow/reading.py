@@ -211,12 +211,7 @@ def _category_moments(session: Session, harmful: Mapping[str, Tensor]) -> dict[s
 def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps) -> Read:
     prompts = _prompts(session, TRAIN)
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(refusal_tokens(session))))
-    harmful, harmless = prompts["harmful"], prompts["harmless"]
-    kept = measuring.Filtered(
-        harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
-    )
-    if session.recipe.find.filter_prompts:
-        kept = _typical(session, prompts, tokens.ids, steps, "typical-train")
+    kept = _typical(session, prompts, tokens.ids, steps, "typical-train")
     _check_room(session, needs, at_once=1, rows=len(kept.harmful) + len(kept.harmless))
     step = "-and-".join(["mean", *sorted(needs - {"means"})])
     found = {}
@@ -229,10 +224,19 @@ def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps) -> Read:
     return Read(tokens=tokens, kept=kept, stats=_stats(session, found))
 
 
+def _all_of(prompts: Mapping[str, Sequence[str]]) -> measuring.Filtered:
+    harmful, harmless = tuple(prompts["harmful"]), tuple(prompts["harmless"])
+    return measuring.Filtered(
+        harmful=harmful, harmless=harmless, harmful_before=len(harmful), harmless_before=len(harmless)
+    )
+
+
 def _typical(
     session: Session, prompts: Mapping[str, Sequence[str]], refusal_ids: Sequence[int], steps: Steps, name: str
 ) -> measuring.Filtered:
     """The prompts that behave as their class says; all of them where the recipe keeps all."""
+    if not session.recipe.find.filter_prompts:
+        return _all_of(prompts)
 
     def find() -> dict[str, Any]:
         texts = prompts["harmful"], prompts["harmless"]
