@@ -198,3 +198,10 @@ def test_a_file_for_a_runtime_of_it(kind, export, cannot, tmp_path):
     else:
         export(directions, out)
         assert out.exists()
+
+
+def test_a_run_along_what_its_edit_cannot_be_made_of_is_refused_first(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        pipeline.run(None, tmp_path / "out", load_recipe("ace"), direction=given(torch.randn(128)))
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
