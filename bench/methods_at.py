@@ -21,7 +21,7 @@ from abliterate.publishing.keeping import DIRECTION_FILE
 from abliterate.recipe import Recipe, load_recipe
 from bench.real_steps import command, result_of
 
-SIZES = {"n_test": 40, "max_new_tokens": 48}
+SIZES = {"n_test": 40, "max_new_tokens": 32}
 """Prompts of each class, and tokens of a reply: a dozen models take hours otherwise."""
 CONTROLS = ("random", "shuffled")
 RANGES: Mapping[str, Sequence[str]] = {

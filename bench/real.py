@@ -67,7 +67,7 @@ class Jobs:
         candidates = self.work / "smollm2-candidates.safetensors"
         self._command("smollm2-measure", ["measure", base, "--recipe", recipe, "--out", candidates])
         middle = _layers(base) // 2
-        words = ["edit", base, candidates, "--position", "-1", "--layer", str(middle)]
+        words = ["edit", base, candidates, "--candidate", f"difference-of-means/-1/{middle}"]
         self._edited("smollm2-means", words, prompts=True)
 
     def gemma(self, base: Path) -> None:

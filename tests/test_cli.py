@@ -267,6 +267,8 @@ FAILURES = [
     ((*EDIT, "--memory", "1x"), 2, "'1x' is not a size"),
     ((*EDIT, "--memory", "1000"), 2, "memory_bytes"),
     ((*EDIT, "--position", "-1"), 2, "--position and --layer belong together"),
+    ((*EDIT, "--candidate", "no/-1/0"), 2, "there is no candidate 'no/-1/0'"),
+    ((*EDIT, "--candidate", "no/-1/0", "--position", "-1", "--layer", "0"), 2, "each take a candidate"),
     ((*EDIT, "--position", "-1", "--layer", "7"), 2, "no candidate at position -1, layer 7"),
     (("chat", "base", "--ablate"), 2, "need a direction"),
     (("chat", "base", "--ablate", "--add", "--direction", "d.safetensors"), 2, "exclude each other"),

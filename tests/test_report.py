@@ -20,6 +20,7 @@ from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Materia
 from abliterate.evaluate.page import render
 from abliterate.method.directions import CandidateScore, DirectionSet, grid
 from abliterate.model.prompts import Prompt, PromptSet
+from abliterate.publishing.manifest import evaluation_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "<script>alert('x')</script> & \"quotes\" {{ braces }}"
@@ -89,6 +90,31 @@ def test_models_are_held_against_the_base(evaluation):
     assert control.refusal_change[HARMFUL].verdict == edited.refusal_change[HARMLESS].verdict == "tie"
     assert evaluation.kinds == (HARMFUL, HARMLESS, LOOK_ALIKE)
     assert evaluation.samples[0].replies == (REFUSAL, "Here it is.", REFUSAL)
+
+
+def broken(share):
+    """A report on a model of which ``share`` of 40 harmless replies are empty, as 2 of the base's are."""
+    material = Material(prompts={kind: prompts(*(f"{kind} {n}" for n in range(40))) for kind in (HARMFUL, HARMLESS)})
+
+    def seen(name, count):
+        harmless = ("",) * count + ("Fine, it is blue.",) * (40 - count)
+        return Observations(
+            name=name, replies={HARMFUL: (REFUSAL,) * 40, HARMLESS: harmless}, first=None, tokens=None, kl_nats=0.0,
+            kl_tokens_nats=0.0, completion_nats=1.0, text_nats=math.nan, along={},
+        )  # fmt: skip
+
+    return report(material, [seen("base", 2), seen("edited", round(40 * share))], max_new_tokens=32)
+
+
+def test_replies_that_break_are_pointed_out_everywhere(capsys):
+    harmed = broken(0.4)
+    (line,) = harmed.breakdowns
+    assert line.startswith("edited: 40% (26% to 55%) of its replies to harmless prompts are empty or broken, 5% (1% to")
+    assert evaluation_json(harmed)["breakdowns"] == [line]
+    assert f"<b>{line}: this edit harms the model.</b>" in render("x", harmed, directions=None)
+    tables.show_evaluation(harmed)
+    assert "this edit harms the model" in " ".join(capsys.readouterr().err.split())
+    assert broken(0.15).breakdowns == broken(0.05).breakdowns == ()
 
 
 def test_the_page_is_alone_and_what_it_quotes_is_text(page):

@@ -29,6 +29,7 @@ def categories(
     prompts: Annotated[int, typer.Option(min=1, help="At most so many test prompts of each category and kind.")] = 32,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     recipe: Recipe,
     report: opt.FiguresFile = None,
     json: opt.Json = False,
@@ -43,7 +44,7 @@ def categories(
 
     check_report(report)
     amounts = _numbers(strengths)
-    chosen = read_direction(directions, position, layer)
+    chosen = read_direction(directions, position, layer, candidate=candidate)
     assert chosen is not None
     quiet_transformers()
     with progress() as listen:

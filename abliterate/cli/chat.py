@@ -27,6 +27,7 @@ def chat(
     direction: Annotated[Path | None, typer.Option(help="A direction file, for --ablate or --add.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     trial: opt.Trial = None,
     category: opt.Category = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Preview the edit: remove the direction by hooks.")] = False,
@@ -48,7 +49,7 @@ def chat(
     from abliterate.workflow.session import open_session
 
     quiet_transformers()
-    chosen = read_direction(direction, position, layer, trial, category)
+    chosen = read_direction(direction, position, layer, trial, category, candidate)
     session = open_session(model, recipe, revision=revision, on_event=show_note)
     how = {"direction": chosen, "mode": "ablate" if ablate else "add" if add else None, "scale": scale}
     replies = []

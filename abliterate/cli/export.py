@@ -23,6 +23,7 @@ def control_vector(
     out_file: File,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     category: opt.Category = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", hidden=True, help="Refused, with the reason: such a file can only add.")
@@ -39,7 +40,7 @@ def control_vector(
         from abliterate.exports.control_vector import refuse_ablation
 
         refuse_ablation()
-    chosen = read_direction(direction, position, layer, category=category)
+    chosen = read_direction(direction, position, layer, category=category, candidate=candidate)
     assert chosen is not None, "a file was given"
     blocks = api.export_control_vector(chosen, out_file)
     if json:
@@ -58,6 +59,7 @@ def projection(
     out_file: File,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     category: opt.Category = None,
     blocks: Annotated[
         int | None, typer.Option(min=1, help="How many blocks the model has, where the file holds no measurement.")
@@ -70,7 +72,7 @@ def projection(
     """
     from abliterate import api
 
-    chosen = read_direction(direction, position, layer, category=category)
+    chosen = read_direction(direction, position, layer, category=category, candidate=candidate)
     assert chosen is not None, "a file was given"
     written = api.export_projection(chosen, out_file, blocks=blocks)
     if json:

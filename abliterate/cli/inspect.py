@@ -26,6 +26,7 @@ def inspect(
     prompts: Annotated[int, typer.Option(help="How many test prompts of each class.")] = 32,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     category: opt.Category = None,
     recipe: Recipe,
     report: opt.FiguresFile = None,
@@ -40,7 +41,7 @@ def inspect(
     from abliterate.workflow.session import open_session
 
     check_report(report)
-    chosen = read_direction(direction, position, layer, category=category)
+    chosen = read_direction(direction, position, layer, category=category, candidate=candidate)
     if chosen is None:
         raise AssertionError("a file was given")
     quiet_transformers()

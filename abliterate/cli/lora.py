@@ -33,6 +33,7 @@ def export(
     direction: Annotated[Path | None, typer.Option(help="A direction file, instead of an edited folder.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     category: opt.Category = None,
     gguf: Annotated[
         Path | None, typer.Option("--gguf", help="A .gguf file to write as well: the adapter for llama.cpp (--lora).")
@@ -50,7 +51,7 @@ def export(
 
     from abliterate import api
 
-    chosen = read_direction(direction, position, layer, category=category)
+    chosen = read_direction(direction, position, layer, category=category, candidate=candidate)
     with progress() as listen:
         report = api.export_lora(
             base, out_folder, edited=edited, revision=revision, direction=chosen, gguf=gguf, on_event=listen

@@ -39,6 +39,12 @@ Method = Annotated[
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe: a .toml file or a bundled name.")]
 Position = Annotated[int | None, typer.Option(help="Take the candidate at this position (negative), with --layer.")]
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
+CandidateId = Annotated[
+    str | None,
+    typer.Option(
+        "--candidate", help="Take the candidate of this id, as ESTIMATOR/POSITION/LAYER, where there are several."
+    ),
+]
 Trial = Annotated[int | None, typer.Option(help="Take this trial of the search that chose the direction.")]
 Category = Annotated[
     str | None, typer.Option(help="Of a candidate that holds one for each category: this category's direction alone.")

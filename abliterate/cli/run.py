@@ -40,6 +40,7 @@ def run(
     direction: Direction = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     trial: opt.Trial = None,
     category: opt.Category = None,
     revision: opt.Revision = None,
@@ -60,7 +61,7 @@ def run(
     """
     target = out_folder or opt.default_out(model)
     check_report(report)
-    chosen = read_direction(direction, position, layer, trial, category)
+    chosen = read_direction(direction, position, layer, trial, category, candidate)
     check_push_options(push, branch, private="private" in given)
     upload = Upload(name=push, branch=branch, private=recipe.publish.private)
     if dry_run and stream:

@@ -111,6 +111,7 @@ def edit(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder. Default: NAME-abliterated.")] = None,
     position: opt.Position = None,
     layer: opt.Layer = None,
+    candidate: opt.CandidateId = None,
     trial: opt.Trial = None,
     category: opt.Category = None,
     revision: opt.Revision = None,
@@ -127,7 +128,7 @@ def edit(
     from abliterate import api
 
     target = out_folder or opt.default_out(model)
-    chosen = read_direction(direction, position, layer, trial, category)
+    chosen = read_direction(direction, position, layer, trial, category, candidate)
     assert chosen is not None
     if push is not None and not stream:
         raise UsageError("an edit is not verified, so it is not pushed", "add --stream, or verify and push afterwards")
@@ -206,12 +207,20 @@ def verify(
 
 
 def read_direction(
-    path: Path | None, position: int | None, layer: int | None, trial: int | None = None, category: str | None = None
+    path: Path | None,
+    position: int | None,
+    layer: int | None,
+    trial: int | None = None,
+    category: str | None = None,
+    candidate: str | None = None,
 ) -> "DirectionSet | None":
-    """The direction of a file, or the candidate at ``position`` and ``layer`` or of ``trial``; of it a ``category``."""
+    """The direction of a file, or another candidate in it: at ``position`` and ``layer``, of ``trial``, or by its id.
+
+    Of that a ``category``.
+    """
     if path is None:
-        if position is not None or layer is not None or category is not None:
-            raise UsageError("--position, --layer and --category choose in a file", "add --direction FILE")
+        if any(its is not None for its in (position, layer, category, candidate)):
+            raise UsageError("--position, --layer, --candidate and --category choose in a file", "add --direction FILE")
         if trial is not None:
             raise UsageError("--trial takes a trial of a file that a search wrote", "add --direction FILE")
         return None
@@ -221,10 +230,12 @@ def read_direction(
     directions = load(path)
     if (position is None) != (layer is None):
         raise UsageError("--position and --layer belong together", "give both, or neither")
-    if position is not None and trial is not None:
-        raise UsageError("--trial and --position each take a candidate", "give one of the two")
+    if sum(its is not None for its in (position, trial, candidate)) > 1:
+        raise UsageError("--trial, --candidate and --position each take a candidate", "give one of them")
     if position is not None and layer is not None:
         directions = unsearched(directions).choose(position, layer)
+    if candidate is not None:
+        directions = unsearched(directions).choose_candidate(candidate)
     if trial is not None:
         directions = take(directions, trial)
     _ = directions.chosen  # fails here, before any work, when nothing is chosen

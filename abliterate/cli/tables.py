@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from abliterate.checkpoint.amounts import size
-from abliterate.cli.console import out
+from abliterate.cli.console import err, out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -246,6 +246,8 @@ def show_evaluation(report: "EvalReport", *, samples: int = SAMPLES, show_replie
             continue
         changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
         out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
+    for breakdown in report.breakdowns:
+        err.print(f"note: {breakdown}: this edit harms the model", markup=False)
     _show_modes(report)
     _show_replies(report, samples, harmful_too=show_replies)
 

@@ -118,10 +118,28 @@ class EvalReport:
         """Kinds of prompts, in order."""
         return tuple(self.base.scores)
 
+    @property
+    def breakdowns(self) -> tuple[str, ...]:
+        """Where a model's replies are empty or broken more often than its base's, beyond both intervals, in words."""
+        by_name = {model.name: model for model in self.models}
+        pairs = [(model, by_name[model.against]) for model in self.models if model.against]
+        return tuple(
+            f"{model.name}: {_share(its)} of its replies to {kind} prompts are empty or broken, "
+            f"{_share(before)} of those of {base.name}"
+            for model, base in pairs
+            for kind in self.kinds
+            if (its := model.scores[kind].degenerate).interval[0] > (before := base.scores[kind].degenerate).interval[1]
+        )
+
     def changed(self, sample: Sample) -> tuple[str, ...]:
         """The models that refuse this prompt where their base answers it, or answer it where their base refuses."""
         refused = dict(zip((model.name for model in self.models), sample.refused, strict=True))
         return tuple(m.name for m in self.models if m.against and refused[m.name] != refused[m.against])
+
+
+def _share(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{rate.value:.0%} ({low:.0%} to {high:.0%})"
 
 
 def report(

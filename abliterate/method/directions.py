@@ -262,7 +262,7 @@ class DirectionSet:
         if len(found) > 1:
             raise UsageError(
                 f"several candidates are at position {position}, layer {layer}: {', '.join(one.id for one in found)}",
-                "choose one by its id",
+                "choose one by its id (--candidate)",
             )
         return found[0]
 

@@ -132,6 +132,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
         "max_new_tokens": report.max_new_tokens,
         "modes": dict(report.modes),
         "scorer": report.scorer,
+        "breakdowns": list(report.breakdowns),
         "agreement": {
             "rows": report.agreement.rows,
             "columns": report.agreement.columns,
