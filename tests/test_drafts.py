@@ -7,11 +7,14 @@ import torch
 
 from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.data.bundled import model_path
-from abliterate.model.chat import ChatFormat
+from abliterate.model import replying
+from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.drafts import TIE_NATS, agreed, follow
+from abliterate.model.interventions import observed
 from abliterate.model.load import load_model
-from abliterate.model.replying import Watching, ends_of, generate_tokens, until_end
-from tests.offloading import block_loads
+from abliterate.model.prefix import empty_cache, is_plain
+from abliterate.model.replying import Watching, ends_of, generate_ids, generate_tokens, until_end
+from tests.offloading import batches, block_loads, resident
 
 MODELS = Path(__file__).parent / "models"
 PROMPTS = (
@@ -111,3 +114,42 @@ def test_a_reply_ends_with_the_token_that_ends_it():
     assert until_end([4, 5, 2, 0, 0], {2}) == [4, 5, 2]
     assert until_end([4, 5], {2}) == [4, 5]
     assert until_end([], {2}) == []
+
+
+def stub():
+    """As much of a chat format as writing asks about."""
+    chat = ChatFormat.__new__(ChatFormat)
+    chat.rows, chat.context = None, None
+    chat.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": None})
+    return chat
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3-text", "gemma2", "mixtral", "gpt-oss", "qwen3-next", "falcon-h1", "gemma3n", "opt"]
+)
+def test_rows_that_have_ended_leave_their_batch(name, saved, monkeypatch):
+    """Whatever the cache is: the tokens are those of a batch that stays whole."""
+    loaded = resident(saved(name))
+    loaded.model.generation_config.eos_token_id = None
+    ids, mask = (torch.cat([one, one.flip(1)]) for one in list(batches())[1])
+    mask[2:] = 1
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0}
+    whole = loaded.model.generate(input_ids=ids, max_new_tokens=9, **options)[:, ids.shape[1] :]
+    end = int(whole[1, 2])
+    expected = [until_end(row, {end}) for row in whole.tolist()]
+    assert any(len(its) < 4 for its in expected)
+    loaded.model.generation_config.eos_token_id = end
+    sizes = []
+    with observed(loaded, lambda layer, x: sizes.append(len(x)) if not layer else None):
+        for stretch in (2, 3, 16):
+            monkeypatch.setattr(replying, "STRETCH", stretch)
+            batch = Batch(rows=(0, 1, 2, 3), input_ids=ids, attention_mask=mask)
+            found = generate_ids(loaded, stub(), batch, 9)
+            assert [until_end(row, {end}) for row in found.tolist()] == expected
+            assert found.shape[1] == (9 if any(len(its) == 9 for its in expected) else max(map(len, expected)))
+    plain = is_plain(empty_cache(loaded))
+    assert plain == (name not in ("qwen3-next", "falcon-h1"))
+    lengths = [*map(len, expected)]
+    apart = any(min(lengths) <= done < max(lengths) for done in range(2, 9, 2))
+    assert apart or name in ("gemma3n", "opt")  # which say the same in all rows
+    assert (min(sizes) < 4) == (plain and apart)

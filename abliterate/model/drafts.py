@@ -54,7 +54,7 @@ def follow(
     def check(batch: Batch) -> Tensor:
         own = [drafts[row] for row in batch.rows]
         with observed(loaded, partial(_show, its, batch.rows, list(map(len, own)))):
-            logits = run_batch(loaded, batch, keep=kept)
+            logits = run_batch(loaded, batch, keep=max(map(len, own)) + max(1, its.n_positions))
         if its.first is not None:
             first = torch.stack([logits[place, -len(draft) - 1] for place, draft in enumerate(own)])
             its.first(batch.rows, first)

@@ -96,7 +96,7 @@ def predict(
     rows = max(1, min(batch_size, LOGIT_BYTES // (longest * vocabulary * 4)))
 
     def work(batch: Batch) -> Tensor:
-        logits = run_batch(loaded, batch, keep=longest)
+        logits = run_batch(loaded, batch, keep=1 + max(lengths[row] for row in batch.rows))
         for place, row in enumerate(batch.rows):
             n = lengths[row]
             log_probs = logits[place, -n - 1 : -1].to(device="cpu", dtype=wide(logits.dtype)).log_softmax(-1)

@@ -15,7 +15,11 @@ from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
+from abliterate.model.prefix import empty_cache, is_plain
 from abliterate.model.room import reply_rows
+
+STRETCH = 16
+"""New tokens after which the rows that have ended leave their batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,43 @@ def generate_ids(
     """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
 
     ``first`` is called with the logits ``[batch, vocab]`` of the first new token.  A model that learned its positions
-    stops where they end.
+    stops where they end.  Rows that have ended leave the batch, where its cache can do without them.
+    """
+    if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
+        max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
+    cache = empty_cache(loaded)
+    cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
+    ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))
+    found = torch.full((len(rows), max_new_tokens), chat.pad_id, dtype=torch.long)
+    ends = torch.tensor(sorted(ends_of(loaded)), dtype=torch.long)
+    done = 0
+    while done < max_new_tokens and len(rows):
+        ids = _written_on(loaded, chat, ids, mask, min(stretch, max_new_tokens - done), cache, first)
+        new = ids[:, mask.shape[1] :]
+        found[rows, done : done + new.shape[1]] = new
+        done, first = done + new.shape[1], None
+        goes_on = ~torch.isin(new, ends).any(1)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)[goes_on]
+        ids, rows = ids[goes_on], rows[goes_on]
+        if cache is None or not len(rows):
+            break
+        if not goes_on.all():
+            cache.batch_select_indices(goes_on.nonzero().flatten().to(loaded.device))
+    return found[:, :done]
+
+
+def _written_on(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    ids: Int[Tensor, "rows tokens"],
+    mask: Int[Tensor, "rows tokens"],
+    new_tokens: int,
+    cache: Any,  # noqa: ANN401 - a cache of transformers
+    first: Callable[[Tensor], None] | None,
+) -> Tensor:
+    """``ids`` ``[rows, tokens]`` and what follows them; ``cache`` holds all of them but the last one, or nothing yet.
+
+    No shape is stated of what is given back: this function may pause.
     """
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -120,15 +160,12 @@ def generate_ids(
                 self.waiting = None
             return scores
 
-    if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
-        max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
-
     def run() -> Tensor:
         with torch.inference_mode():
             return loaded.model.generate(
-                input_ids=batch.input_ids.to(loaded.device),
-                attention_mask=batch.attention_mask.to(loaded.device),
-                max_new_tokens=max_new_tokens,
+                input_ids=ids.to(loaded.device),
+                attention_mask=mask.to(loaded.device),
+                max_new_tokens=new_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -136,10 +173,11 @@ def generate_ids(
                 repetition_penalty=1.0,  # what is likeliest, whatever the repository would rather have sampled
                 logits_processor=LogitsProcessorList([Show()]),
                 pad_token_id=chat.pad_id,
+                **({} if cache is None else {"past_key_values": cache}),
             )
 
     (out,) = run_together(loaded, [run])
-    return out[:, batch.input_ids.shape[1] :].cpu()
+    return out.cpu()
 
 
 def reply_and_see(
