@@ -41,9 +41,7 @@ Position = Annotated[int | None, typer.Option(help="Take the candidate at this p
 Layer = Annotated[int | None, typer.Option(help="Take the candidate entering this block, with --position.")]
 CandidateId = Annotated[
     str | None,
-    typer.Option(
-        "--candidate", help="Take the candidate of this id, as ESTIMATOR/POSITION/LAYER, where there are several."
-    ),
+    typer.Option("--candidate", help="Take the candidate of this id: ESTIMATOR/POSITION/LAYER, say."),
 ]
 Trial = Annotated[int | None, typer.Option(help="Take this trial of the search that chose the direction.")]
 Category = Annotated[
