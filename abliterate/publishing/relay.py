@@ -117,7 +117,7 @@ def _prepare(
         )
     if constants := [one.name for one in made.writers if made.edits[one.tensor.name].constant is not None]:
         raise PlanRefusedError(
-            f"{model}: '{constants[0]}' would gain a constant, which is held against its rows, and here the shards pass "
+            f"{model}: '{constants[0]}' would gain a constant, which is held against its rows, and here shards pass "
             "singly",
             "run or edit without --stream, and push the result",
         )
