@@ -131,7 +131,7 @@ def _direction(document: Mapping[str, Any]) -> Iterator[str]:
     rows.append(("refusals begin with", ", ".join(f"`{token!r}`" for token in tokens) or "–"))
     known = ("kept", "of", "refusal_tokens", "scored", "template_sha256", "position_tokens")
     for key, value in measured.items():
-        if key not in known:
+        if key not in known and value not in ([], {}, "", None):
             rows.append((key.replace("_", " "), _plain(value)))
     scored = measured.get("scored") or {}
     if scored:
