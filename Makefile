@@ -103,11 +103,12 @@ real: $(VENV)/installed-dev
 methods: $(VENV)/installed-dev
 	$(BIN)/python -m bench.methods $(MODELS)
 
-# The kill and memory tests at a large size, and ten minutes of coverage-guided fuzzing.
+# The kill and memory tests at a large size, and ten minutes of coverage-guided fuzzing of every format that is read.
+FORMATS := header index config direction edit patch manifest recipe prompts gguf card
 soak: $(VENV)/installed-dev
 	ABLITERATE_KILL_POINTS=500 ABLITERATE_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory.py
 	$(PIP) install atheris
-	$(BIN)/python -m tests.fuzz_header -max_total_time=600
+	for format in $(FORMATS); do $(BIN)/python -m tests.fuzz_targets $$format -max_total_time=600 || exit 1; done
 
 tiny-chat: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint.file_names import at_home
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.output import prepare
@@ -160,7 +161,7 @@ def import_gguf(
     gguf: str | Path, out: str | Path, *, dtype: Half | None = None, on_event: OnEvent = ignore
 ) -> ImportReport:
     """Write a GGUF file as a checkpoint to ``out``; see ``importing.import_gguf``."""
-    return _import_gguf(Path(gguf).expanduser(), Path(out), dtype=dtype, on_event=on_event)
+    return _import_gguf(at_home(gguf), Path(out), dtype=dtype, on_event=on_event)
 
 
 def export_lora(

@@ -137,7 +137,7 @@ def load_recipe(name: str, *, on_event: OnEvent = ignore) -> Recipe:
         raise RecipeError(
             f"{name}: no such recipe", f"give a .toml file, or one of: {', '.join(sorted(bundled_recipes()))}"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid TOML ({error})", "mend that line") from error
     recipe = _validate(document, str(path))
     if is_flat(document):
@@ -161,7 +161,8 @@ def _toml(value: Any) -> str:  # noqa: ANN401 - recipe values
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value).replace("\x7f", "\\u007f")  # strings, integers and truth values are written as in JSON
+    # Strings, integers and truth values are written as in JSON, whose escapes of an emoji, two halves, TOML has not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _validate(document: Mapping[str, Any], where: str) -> Recipe:

@@ -124,6 +124,7 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
             "--allow-partial edits what can be edited, brands the result and reports what is left",
         )
     sizes = config_sizes(text, family, checkpoint.name)
+    _check_counts(checkpoint, sizes)
     family = family.for_config(text)
     found = _sort_tensors(checkpoint, family, sizes, packed, extra)
     writers, prefix, head = found.writers, found.prefix, found.head
@@ -153,6 +154,24 @@ def map_model(checkpoint: Checkpoint, *, allow_partial: bool = False) -> ModelMa
             "give a complete checkpoint, or set tie_word_embeddings in its config.json",
         )
     return model_map
+
+
+def _check_counts(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    """Check that there can be so many blocks, and layers of experts: each block has a tensor, each expert an element.
+
+    Raises:
+        UnknownTensorError: there are more; looking for the writers of each would take for ever.
+    """
+    found = len(checkpoint.tensors)
+    for axis, count in sizes.items():
+        if (axis in ("n_layers", "n_mtp") and count > found) or (axis == "n_experts" and count > MOST_EXPERTS):
+            raise UnknownTensorError(
+                f"{checkpoint.name}/config.json: {axis} is {count:,}, and the checkpoint holds {found:,} tensors",
+                "config.json and shards do not belong together: fetch both again",
+            )
+
+
+MOST_EXPERTS = 2**16
 
 
 def _refused_format(checkpoint: Checkpoint, method: str) -> UnsupportedFormatError:

@@ -114,8 +114,7 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
             + (f" ('{strange}')" if strange else ""),
             f"known are {', '.join(METHODS)} with FP8 or MXFP4 values; take the checkpoint it was made from",
         )
-    block = settings.get("weight_block_size")
-    grid = (int(block[0]), int(block[1])) if block else DEFAULT_BLOCK
+    grid = _grid(settings.get("weight_block_size"), checkpoint.name)
     found: dict[str, Packed] = {}
     extra: set[str] = set()
     for tensor in checkpoint.tensors.values():
@@ -132,6 +131,21 @@ def packed_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]
             "take the checkpoint it was made from, and quantise the result",
         )
     return found, extra
+
+
+def _grid(block: Any, where: str) -> tuple[int, int]:  # noqa: ANN401 - whatever the configuration says
+    """Rows and columns that share a scale.
+
+    Raises:
+        UnsupportedFormatError: they are no two positive integers.
+    """
+    if not block:
+        return DEFAULT_BLOCK
+    if not isinstance(block, list) or len(block) != 2 or not all(type(its) is int and its > 0 for its in block):
+        raise UnsupportedFormatError(
+            f"{where}: weight_block_size is {block!r}", "quantization_config of config.json must give two sizes"
+        )
+    return block[0], block[1]
 
 
 def _fp8(checkpoint: Checkpoint, tensor: TensorInfo, grid: tuple[int, int]) -> Packed:
@@ -164,8 +178,8 @@ def _mxfp4(checkpoint: Checkpoint, tensor: TensorInfo) -> Packed | None:
     scales = checkpoint.tensors.get(f"{stem}_scales")
     if stem == tensor.name or tensor.dtype != "U8" or scales is None:
         return None
-    experts, out, groups, _ = tensor.shape
-    if tensor.shape[3] * 2 != MX_BLOCK or scales.shape != (experts, out, groups):
+    experts, out, groups, half = tensor.shape if len(tensor.shape) == 4 else (0, 0, 0, 0)
+    if half * 2 != MX_BLOCK or scales.shape != (experts, out, groups):
         raise UnsupportedFormatError(
             f"{tensor.shard}: '{tensor.name}' {list(tensor.shape)} and its scales {list(scales.shape)} are not MXFP4",
             "the checkpoint is damaged",

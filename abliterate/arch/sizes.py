@@ -36,9 +36,9 @@ def config_size(config: Mapping[str, Any], key: str, where: str) -> int:
     for name in key.split("|"):
         found = config.get(name.removeprefix("len "))
         if found is not None:
-            value = len(found) if name.startswith("len ") else found
+            value = (len(found) if isinstance(found, list | str) else None) if name.startswith("len ") else found
             break
-    if not isinstance(value, int) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise UnknownTensorError(f"{where}/config.json: {key} is {value!r}", "the configuration must give this size")
     return value
 

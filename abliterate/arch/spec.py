@@ -14,9 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from abliterate.errors import UnknownTensorError
 from abliterate.method.places import Kind
 
 RESIDUAL_AXIS = "d_model"
+
+MOST_SCALE = 1e30
+"""What no factor of an embedding reaches."""
 
 DRAFTS = "next-token block"
 """The role of all writers in blocks that only draft tokens for the main model (MTP)."""
@@ -210,11 +214,19 @@ class Family(BaseModel):
         return self.with_writers((spec for spec in self.writer if spec.applies(config)), readers)
 
     def scale_of_embedding(self, config: Mapping[str, Any]) -> float:
-        """By what the embedding is multiplied on its way into the stream of a model of this configuration."""
+        """By what the embedding is multiplied on its way into the stream of a model of this configuration.
+
+        Raises:
+            UnknownTensorError: the configuration gives no number for it.
+        """
         expression, _, condition = self.embedding_scale.partition(" if ")
         if not expression or (condition and not config.get(condition)):
             return 1.0
-        value = float(config.get(expression.removeprefix("sqrt "), 1.0))
+        key = expression.removeprefix("sqrt ")
+        value = config.get(key, 1.0)
+        if not isinstance(value, int | float) or not 0 < value < MOST_SCALE:
+            raise UnknownTensorError(f"config.json: {key} is {value!r}", "the configuration must give this number")
+        value = float(value)
         return value**0.5 if expression.startswith("sqrt ") else value
 
     def class_c_reason(self, config: Mapping[str, Any]) -> str:

@@ -250,7 +250,7 @@ _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def _open(path: Path, flags: int, *, direct: bool) -> int:
-    descriptor = os.open(path, flags | O_BINARY | (O_DIRECT if direct else 0), 0o644)
+    descriptor = os.open(path, flags | O_BINARY | (O_DIRECT if direct else 0), 0o666)  # the umask takes from it
     if sys.platform == "darwin":
         import fcntl
 

@@ -20,6 +20,7 @@ from abliterate.method.directions import GIVEN, Candidate, CandidateScore, Direc
 from abliterate.method.estimators import DIFFERENCE_OF_MEANS
 from abliterate.method.moments import ActivationStats, Moments
 
+VECTORS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CLASSES = ("harmful", "harmless")
 FORMAT, NUMBER = "abliterate-direction-", 2
 """Of the format that is written.  Version 1, which knew differences of means alone, is read as well."""
@@ -96,12 +97,14 @@ def load(path: Path) -> DirectionSet:
         with safe_open(path, "pt") as handle:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:  # strange dtypes too
         raise SourceError(
             f"{path}: not a readable direction file ({error})",
             "give a .safetensors file written by `abliterate measure` or `select`",
         ) from error
     for name, tensor in tensors.items():
+        if tensor.dtype not in VECTORS:
+            raise SourceError(f"{path}: tensor '{name}' is stored as {tensor.dtype}", "save it as float32")
         if not torch.isfinite(tensor).all():
             raise SourceError(f"{path}: tensor '{name}' holds NaN or infinity", "measure the direction again")
     if "abliterate" in metadata:
@@ -239,7 +242,7 @@ def _read(path: Path, text: str, tensors: Mapping[str, Tensor]) -> DirectionSet:
         if check_format(document["format"], FORMAT, NUMBER, where=path) == 1:
             document = _upgraded(_Version1.model_validate(document), tensors)
         return _directions(_Document.model_validate(document), tensors)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, UsageError) as error:
         raise SourceError(f"{path}: its parts do not fit together", "measure the direction again") from error
 
 

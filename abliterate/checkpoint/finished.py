@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from abliterate.checkpoint.documents import InnerName, Part, check_document
+from abliterate.checkpoint.file_names import at_home
 from abliterate.checkpoint.hub import plain_errors
 from abliterate.checkpoint.source import OTHER_WEIGHTS, OUR_MANIFEST, looks_like_path, read_json
 from abliterate.errors import CheckpointError
@@ -26,7 +27,7 @@ def finished_folder(name: str | Path, *, revision: str | None = None) -> Finishe
         CheckpointError: the repository holds no ``abliterate.json``; nothing of it is fetched.
         HubError: it cannot be reached.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if folder.is_dir() or looks_like_path(str(name)) or str(name).count("/") != 1:
         return FinishedFolder(path=folder, from_hub=False)
     return FinishedFolder(path=_fetch(str(name), revision), from_hub=True)

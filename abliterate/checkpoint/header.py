@@ -6,6 +6,7 @@ file it stands in is refused before any byte is written.
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_shard(root: Path, name: str) -> Shard:
     """
     path = root / name
     try:
-        size = path.stat().st_size
+        size = size_of_file(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             check_no_pointer(prefix, where=path)
@@ -78,6 +79,21 @@ def read_shard(root: Path, name: str) -> Shard:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", _FETCH_AGAIN) from error
     return parse_header(raw, shard=name, file_size=size, where=str(path))
+
+
+def size_of_file(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        OSError: it is not there.
+        CheckpointError: it is a folder, or a pipe, of which reading would wait for the other end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(
+            f"{path}: cannot be read (it is no file)", "put the file there; the folder must hold a complete checkpoint"
+        )
+    return found.st_size
 
 
 def check_no_pointer(begin: bytes, *, where: Path) -> None:

@@ -1,6 +1,8 @@
 """The Hub, through ``huggingface_hub``: headers by range requests, snapshots on demand, errors in plain words."""
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from abliterate.checkpoint.source import (
     Checkpoint,
     check_index,
     open_folder,
+    read_config,
     read_json,
     safe_shard_names,
     without_weights,
@@ -87,7 +90,7 @@ def open_remote(name: str, *, revision: str | None = None) -> Checkpoint:
         info = api.model_info(name, revision=revision)
         commit = info.sha
         files = [inner_name(sibling.rfilename, where=name) for sibling in info.siblings or []]
-        config = read_json(Path(hf_hub_download(name, "config.json", revision=commit)))
+        config = read_config(Path(hf_hub_download(name, "config.json", revision=commit)))
         metadata = api.get_safetensors_metadata(name, revision=commit)
         index = None
         if metadata.sharded:
@@ -139,6 +142,25 @@ def cached(name: str, *, revision: str | None) -> Checkpoint | None:
         return open_folder(folder, name=name, revision=revision)
     except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
         return None
+
+
+BLOB = re.compile(r"blobs[/\\]([0-9a-f]{64})$")
+"""Where the cache has a large file: its name is the SHA-256 that the Hub gave."""
+
+
+def check_cached(path: Path, sha256: str) -> None:
+    """Check that a file, if it lies in the Hub cache, is what the Hub said; the client compares sizes only.
+
+    Raises:
+        CheckpointError: its hash is another.
+    """
+    blob = os.path.realpath(path)
+    named = BLOB.search(blob)
+    if named and named[1] != sha256:
+        raise CheckpointError(
+            f"{blob}: its SHA-256 is not the one that the Hub gave",
+            "delete this file and what was made of it, and run the command again: it is fetched anew",
+        )
 
 
 def fetch(checkpoint: Checkpoint) -> Checkpoint:

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from abliterate.checkpoint.file_names import at_home
 from abliterate.checkpoint.gguf import find_gguf
 from abliterate.checkpoint.hub import open_remote
 from abliterate.checkpoint.source import Checkpoint, looks_like_path, open_folder
@@ -17,7 +18,7 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
         UnsupportedFormatError: the weights are not stored as safetensors.
         HubError: the repository cannot be reached.
     """
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     gguf = find_gguf(folder)
     if gguf is not None:
         raise UnsupportedFormatError(

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.amounts import size
-from abliterate.checkpoint.locking import Lock
+from abliterate.checkpoint.file_names import at_home, is_text
+from abliterate.checkpoint.locking import Lock, refused_as_output
+from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.errors import AbliterateError, NotEnoughDiskError, OutputError
 from abliterate.version import __version__
 
@@ -78,7 +80,7 @@ class OutputFolder:
         Raises:
             OutputError: something appeared under the final name meanwhile.
         """
-        if self.final.exists():
+        if os.path.lexists(self.final):
             raise OutputError(f"{self.final}: appeared while the run was going on", "move it away and run again")
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
@@ -106,17 +108,18 @@ def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -
     """Create ``final.partial``, or continue one with the same ``fingerprint``.
 
     Raises:
-        OutputError: ``final`` exists; it lies inside ``source`` or around it, or inside the Hub cache; or the partial
-            folder of other work is in the way, or another process is writing it.
+        OutputError: ``final`` exists, or cannot be made; it lies inside ``source`` or around it, or inside the Hub
+            cache; or the partial folder of other work is in the way, or another process is writing it.
         NotEnoughDiskError: ``needed_bytes`` do not fit on the disk.
     """
-    final = Path(os.path.abspath(final.expanduser()))  # noqa: PTH100 - symlinks stay as the user typed them
+    final = Path(os.path.abspath(at_home(final)))  # noqa: PTH100 - symlinks stay as the user typed them
     check_place(final, source)
     lock = Lock(final)
     try:
         partial = final.with_name(final.name + ".partial")
         folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint, lock=lock)
-        return _continued(folder, needed_bytes)
+        with refused_as_output(final):
+            return _continued(folder, needed_bytes)
     except AbliterateError:
         lock.release()
         raise
@@ -178,9 +181,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically as UTF-8; what it cannot hold, bytes of a folder's name in another encoding, as "?"."""
+    write_atomically(path, text.encode("utf-8", "replace"))
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document atomically, indented and with a final newline."""
-    write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -205,14 +213,21 @@ def check_place(final: Path, source: Path) -> None:
     """Check that ``final`` does not exist, and lies neither in the source, nor around it, nor in the Hub cache.
 
     Raises:
-        OutputError: it is not.
+        OutputError: it does, its name is no text, or the source holds what the output has a folder of its own for.
     """
-    if final.exists():
+    if os.path.lexists(final):  # a link to nothing is in the way as well
         raise OutputError(f"{final}: exists already", "choose another --out, or move it away")
-    real, real_source = final.resolve(), source.resolve()
+    real, real_source = (Path(os.path.realpath(its)) for its in (final, source))  # of pathlib, it raises at a loop
     if real_source in (real, *real.parents) or real in real_source.parents:
         raise OutputError(
             f"{final}: lies inside the source {source}, or around it", "choose an --out outside the source folder"
+        )
+    if not is_text(str(final)):  # safetensors and transformers open no such path
+        raise OutputError(f"{final}: is no UTF-8", "choose another --out")
+    if (source / PRIVATE_FOLDER).exists() and not (source / OUR_MANIFEST).is_file():
+        raise OutputError(
+            f"{source}: holds {PRIVATE_FOLDER!r}, a name that the output has for itself",
+            "rename it, or move it elsewhere",
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 

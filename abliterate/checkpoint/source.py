@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.header import Shard, TensorInfo, check_no_pointer, read_shard
+from abliterate.checkpoint.file_names import is_inner, is_plain, same_without_case
+from abliterate.checkpoint.header import Shard, TensorInfo, check_no_pointer, read_shard, size_of_file
 from abliterate.errors import CheckpointError, UnsupportedFormatError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -26,11 +27,15 @@ MISMATCHED = (
 )
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
-"""Files with these endings that the index does not name hold unedited weights: they are left out, and said so."""
+"""Files with these endings that the index does not name hold unedited weights: they are left out, and said so.
+
+So are links to folders, with a ``/`` behind their names.
+"""
 
 IGNORED_PARTS = (".git", ".cache", "__pycache__")
 HUBS_OWN = (".gitattributes",)
 """What the Hub puts into a repository by itself: no file of a checkpoint, whether the base has it or not."""
+CONFIG_PARTS = ("text_config", "vision_config", "audio_config")
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model."
 OUR_MANIFEST, OUR_FOLDER = "abliterate.json", "abliterate"
 """What an edit leaves in its output: when that is edited again, the folder is made anew."""
@@ -42,6 +47,7 @@ class Checkpoint:
 
     ``root`` is the folder the files lie in, or None while only the headers of a Hub repository are here.
     ``name`` is what the user typed.  ``index`` is the parsed index file, or None for a single-file checkpoint.
+    ``state`` has the size and the time of the last change of what was read when it was opened (``check_unchanged``).
     """
 
     name: str
@@ -52,6 +58,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     other_files: tuple[str, ...]
     left_out: tuple[str, ...]
+    state: tuple[tuple[str, int, int], ...] = ()
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -67,6 +74,20 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size_bytes for shard in self.shards)
+
+    def check_unchanged(self) -> None:
+        """Check that the files are still those that were opened: half of one state and half of another is no model.
+
+        Raises:
+            CheckpointError: one was written to meanwhile, or is gone.
+        """
+        now = _state(self.folder, [name for name, *_ in self.state])
+        if now != self.state:
+            changed = next(name for name, *rest in self.state if (name, *rest) not in now)
+            raise CheckpointError(
+                f"{self.folder / changed}: changed while it was read",
+                "wait until nothing writes to it any more, delete the unfinished output, and run the command again",
+            )
 
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from another, or from itself after a change, as plain data."""
@@ -103,8 +124,11 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
         UnsupportedFormatError: there are weights, but not as safetensors.
     """
     _check_no_adapter(folder)
-    config = read_json(folder / "config.json")
+    read = ["config.json", INDEX_NAME]
+    state = _state(folder, read)
+    config = read_config(folder / "config.json")
     index, shard_names = _shard_names(folder)
+    state += _state(folder, shard_names)
     shards = tuple(read_shard(folder, shard) for shard in shard_names)
     check_index(index, shards, where=folder / INDEX_NAME)
     others, left_out = _other_files(folder, set(shard_names))
@@ -117,7 +141,20 @@ def open_folder(folder: Path, *, name: str, revision: str | None = None) -> Chec
         index=index,
         other_files=others,
         left_out=left_out,
+        state=state,
     )
+
+
+def _state(folder: Path, names: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the last change of those of ``names`` that are there."""
+    found = []
+    for name in names:
+        try:
+            its = (folder / name).stat()
+        except OSError:  # reading it, later, says why
+            continue
+        found.append((name, its.st_size, its.st_mtime_ns))
+    return tuple(found)
 
 
 def _check_no_adapter(folder: Path) -> None:
@@ -129,6 +166,19 @@ def _check_no_adapter(folder: Path) -> None:
         )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a model, whose parts are objects as well.
+
+    Raises:
+        CheckpointError: as ``read_json``, or a part of it is none.
+    """
+    config = read_json(path)
+    for name in CONFIG_PARTS:
+        if not isinstance(config.get(name, {}), dict | None):
+            raise CheckpointError(f"{path}: {name} must be an object", "fetch this file again")
+    return config
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
@@ -136,6 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, a pointer, or not an object.
     """
     try:
+        size_of_file(path)
         raw = path.read_bytes()
         check_no_pointer(raw, where=path)
         document = json.loads(raw)
@@ -160,12 +211,19 @@ def safe_shard_names(index: Mapping[str, Any], where: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: has no weight_map", "fetch this file again")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard) or not is_plain(shard):
             raise CheckpointError(
                 f"{where}: shard name {shard!r} is not a plain .safetensors file name",
                 "do not use this checkpoint: its index points outside its own folder",
             )
-    return list(dict.fromkeys(weight_map.values()))
+    names = list(dict.fromkeys(weight_map.values()))
+    twins = same_without_case(names)
+    if twins:
+        raise CheckpointError(
+            f"{where}: shards {twins[0]!r} and {twins[1]!r} differ in case only",
+            "on many disks they are one file: rename one, here and in the index",
+        )
+    return names
 
 
 def check_index(index: Mapping[str, Any] | None, shards: tuple[Shard, ...], *, where: Path) -> None:
@@ -238,7 +296,7 @@ def without_weights(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = []
+    found, linked = [], []
     ours = OUR_FOLDER if (folder / OUR_MANIFEST).is_file() else None
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -246,10 +304,18 @@ def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path}: is a link to a file that is not there", "fetch this file again")
+        if path.is_symlink() and path.is_dir():  # it may lead anywhere, or in a circle
+            linked.append(f"{relative.as_posix()}/")
         if not path.is_file():
             continue
         name = relative.as_posix()
         if name in shards or name == INDEX_NAME:
             continue
+        if not is_inner(name):
+            raise CheckpointError(
+                f"{folder}: the name of its file {name!r} cannot be handed on",
+                "rename that file, or move it out of the folder: names are UTF-8, without backslashes",
+            )
         found.append(name)
-    return without_weights(found)
+    copied, weights = without_weights(found)
+    return copied, (*weights, *linked)

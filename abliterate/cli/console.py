@@ -42,6 +42,7 @@ PIPE_WIDTH = 160
 
 CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
 """Characters that a terminal obeys, as they are shown: prompts, replies and names come from others."""
+CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # bytes of a file name that are no text
 
 
 class Plain(Console):

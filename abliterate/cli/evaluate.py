@@ -110,7 +110,9 @@ def check_report(path: Path | None) -> None:
     Raises:
         UsageError: it is no .html file, or its folder is missing.
     """
-    if path is not None and (path.suffix.lower() not in (".html", ".htm") or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"--report {path}: not an .html file in a folder that exists", "name one, e.g. report.html")
 
 

@@ -55,7 +55,7 @@ Stream = Annotated[
     bool, typer.Option("--stream", help="With --push: from Hub to Hub, shard by shard; the disk holds about two.")
 ]
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

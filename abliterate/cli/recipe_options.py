@@ -54,7 +54,7 @@ def takes(
             given = {name: value for name, value in read.items() if value is not None}
             source = _source(**{name: arguments.pop(name, None) for name in (FILE, METHOD, QUICK)})
             if "recipe" in receives:
-                start = load_recipe(source, on_event=show_note) if source else Recipe()
+                start = Recipe() if source is None else load_recipe(source, on_event=show_note)
                 arguments["recipe"] = start.with_changes(given)
             if "given" in receives:
                 arguments["given"] = given
@@ -94,12 +94,12 @@ def _source(*, recipe_file: str | None, method: str | None, quick: bool | None) 
         UsageError: two are named, or there is no such method.
     """
     named = {"--recipe": recipe_file, "--method": method, "--quick": QUICK if quick else None}
-    flags = [flag for flag, name in named.items() if name]
+    flags = [flag for flag, name in named.items() if name is not None]
     if len(flags) > 1:
         raise UsageError(f"{flags[1]} is a recipe, and {flags[0]} names another", "give one of the two")
-    if method:
+    if method is not None:
         check_method(method)
-    return next((name for name in named.values() if name), None)
+    return next((name for name in named.values() if name is not None), None)
 
 
 def _parameter(name: str) -> inspect.Parameter:

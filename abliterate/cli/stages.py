@@ -9,7 +9,7 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.cli.publish import Upload, check_push_options, stream_through
 from abliterate.cli.recipe_options import Given, takes
-from abliterate.errors import UsageError
+from abliterate.errors import OutputError, UsageError
 from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -255,6 +255,8 @@ def _steps(out_file: Path, session: "Session") -> "Steps":
     from abliterate.workflow.pipeline import work_fingerprint
     from abliterate.workflow.steps import Steps
 
+    if out_file.is_dir():
+        raise OutputError(f"{out_file}: is a folder", "name a file in it")
     lock = Lock(out_file)
     return Steps(out_file.with_name(out_file.name + ".partial"), work_fingerprint(session), lock=lock)
 

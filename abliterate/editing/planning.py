@@ -218,8 +218,12 @@ def _notes(checkpoint: Checkpoint, model_map: ModelMap, tied: TiedPolicy, *, mtp
         notes.append(f"{count} tensors of {where} stay as they are: they meet the stream at a projector only")
     if not mtp and any(writer.drafts for writer in model_map.writers):
         notes.append("the next-token block stays as it is: it may draft tokens that the edited model rejects")
-    if checkpoint.left_out:
-        notes.append(f"not copied, as these hold unedited weights: {', '.join(checkpoint.left_out)}")
+    linked = [name for name in checkpoint.left_out if name.endswith("/")]
+    weights = [name for name in checkpoint.left_out if name not in linked]
+    if linked:
+        notes.append(f"not copied, as these are links to folders: {', '.join(linked)}")
+    if weights:
+        notes.append(f"not copied, as these hold unedited weights: {', '.join(weights)}")
     return notes
 
 

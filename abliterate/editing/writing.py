@@ -59,7 +59,7 @@ def write_checkpoint(
     ``check`` may refuse a shard (name, file) before it counts as written.
 
     Raises:
-        SourceError: the source is corrupt or not finite.
+        SourceError: the source is corrupt or not finite, or changed meanwhile.
         NotEnoughDiskError: the disk filled up.
     """
     source = plan.checkpoint
@@ -73,6 +73,7 @@ def write_checkpoint(
     with plain_failures(output, source), one_core(needed=not plan.packed):
         write_shards(output, source, write, on_event=on_event)
         write_other_files(plan, output)
+        source.check_unchanged()
     on_event(Finished(task=TASK))
 
 
@@ -84,12 +85,18 @@ def write_shards(
     task: str = TASK,
     on_event: OnEvent = ignore,
 ) -> None:
-    """Have ``write`` (which tells its own progress) make every shard that an earlier run has not completed."""
+    """Have ``write`` (which tells its own progress) make every shard that an earlier run has not completed.
+
+    Raises:
+        CheckpointError: the source changed meanwhile.
+    """
     for shard in source.shards:
+        source.check_unchanged()
         if output.is_done(shard.name):
             on_event(Advanced(task=task, amount=shard.size_bytes))
         else:
             output.complete(shard.name, partial(write, shard))
+    source.check_unchanged()
 
 
 def edits_of(plan: EditPlan, rounding: Rounding = "direction") -> Callable[[Writer], InPlace]:

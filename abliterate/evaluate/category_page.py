@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from abliterate.checkpoint.output import write_atomically
+from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.category_report import CategoryReport
 from abliterate.evaluate.charts import CHARACTER, HeatMap, curves, heat_map
 from abliterate.evaluate.page import FIGURES, Chart, filled
@@ -11,7 +11,7 @@ from abliterate.version import __version__
 
 def write_categories(path: Path, title: str, found: CategoryReport) -> None:
     """Write the page to ``path``."""
-    write_atomically(path, render_categories(title, found).encode())
+    write_text(path, render_categories(title, found))
 
 
 def render_categories(title: str, found: CategoryReport) -> str:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from abliterate.checkpoint.output import write_atomically
+from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.charts import HeatMap, heat_map, lines
 from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
 from abliterate.evaluate.page import FIGURES, Chart, filled
@@ -16,7 +16,7 @@ HEAD_WIDTH = 44
 
 def write_inspection(path: Path, title: str, found: Inspection) -> None:
     """Write the page to ``path``."""
-    write_atomically(path, render_inspection(title, found).encode())
+    write_text(path, render_inspection(title, found))
 
 
 def render_inspection(title: str, found: Inspection) -> str:

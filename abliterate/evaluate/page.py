@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from abliterate.checkpoint.output import write_atomically
+from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, Dot, HeatMap, heat_map, histogram, intervals, scatter
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
@@ -57,7 +57,7 @@ def write_report(
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page to ``path``."""
-    write_atomically(path, render(title, evaluation, directions=directions, manifest=manifest).encode())
+    write_text(path, render(title, evaluation, directions=directions, manifest=manifest))
 
 
 def render(

@@ -14,7 +14,7 @@ import torch
 from abliterate.arch.registry import family_of
 from abliterate.checkpoint.gguf import GgufFile, read_gguf
 from abliterate.checkpoint.hashes import sha256_file
-from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, write_atomically
+from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, write_text
 from abliterate.checkpoint.source import open_folder
 from abliterate.errors import CheckpointError, NotEnoughDiskError, UnknownArchitectureError
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
@@ -82,7 +82,7 @@ def import_gguf(path: Path, out: Path, *, dtype: Half | None = None, on_event: O
         report = _report(output.final, file, imported, digest, chosen, values)
         with _plain_failures(output):
             imported.save(output.path)
-            write_atomically(output.path / "README.md", card(report, file, imported.model).encode())
+            write_text(output.path / "README.md", card(report, file, imported.model))
         open_folder(output.path, name=str(out))
     on_event(Finished(task=TASK))
     for note in report.notes:

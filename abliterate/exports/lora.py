@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
-from abliterate.checkpoint.output import fingerprint, prepare, write_atomically, write_json
+from abliterate.checkpoint.output import fingerprint, prepare, write_json, write_text
 from abliterate.errors import PlanRefusedError
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.exports import lora_gguf
@@ -80,7 +80,7 @@ def export(plan: EditPlan, out: Path, *, gguf: Path | None = None, on_event: OnE
     save_file(_tensors(factors), output.path / ADAPTER, metadata={"format": "pt"})
     ranks = {one.writer.name: one.rank for one in factors}
     write_json(output.path / CONFIG, _config(plan, ranks))
-    write_atomically(output.path / "README.md", _card(plan, left_out).encode())
+    write_text(output.path / "README.md", _card(plan, left_out))
     size = (output.path / ADAPTER).stat().st_size
     if beside is not None:
         lora_gguf.write(beside, factors, name=plan.checkpoint.name)

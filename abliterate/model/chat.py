@@ -54,7 +54,7 @@ class ChatFormat:
 
     Raises:
         PromptError: the tokenizer has no chat template, or rendering it fails.
-        CheckpointError: the template's own tokens have no row in the embedding.
+        CheckpointError: the template's own tokens have no row in the embedding, or the tokenizer drops all text.
     """
 
     def __init__(
@@ -139,9 +139,15 @@ class ChatFormat:
 
     def _ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         given, _ = render(self.tokenizer, messages, self.options, name=self.name)
-        rendered = self.tokenizer.apply_chat_template(
-            given, tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                given, tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
+            )
+        except Exception as error:  # the library behind it raises nothing more special
+            raise PromptError(
+                f"{self.name}: its tokenizer fails ({error}) on {messages[-1]['content'][:SHOWN]!r}",
+                "mend its tokenizer.json, or leave such prompts out",
+            ) from error
         ids = [int(token) for token in rendered["input_ids"]]
         self._check_bos(ids)
         self._check_rows(ids)
@@ -189,6 +195,11 @@ class ChatFormat:
 
     def _common_suffix(self) -> tuple[int, ...]:
         encoded = [self.encode(probe) for probe in PROBES]
+        if len(set(map(tuple, encoded))) == 1:
+            raise CheckpointError(
+                f"{self.name}: its tokenizer makes the same of every prompt, {len(encoded[0])} tokens",
+                "its files are damaged, or those of another model: fetch them again",
+            )
         shared = 0
         while all(len(ids) > shared for ids in encoded) and len({ids[-1 - shared] for ids in encoded}) == 1:
             shared += 1

@@ -21,6 +21,7 @@ from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
 from abliterate.model.rendering import settle_template
+from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str
@@ -242,7 +243,7 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{checkpoint.name}: needs code from its own repository",
@@ -262,6 +263,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:  # noqa: ANN401 - a tok
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    check_sentencepiece(folder)
     path = folder / "tokenizer_config.json"
     declared = read_json(path).get("tokenizer_class") if path.is_file() else None
     kind = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer

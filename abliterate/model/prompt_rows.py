@@ -5,11 +5,13 @@ import csv
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from abliterate.checkpoint.amounts import size
 from abliterate.errors import PromptError
 
 COLUMNS = ("prompt", "instruction", "goal", "question", "text", "behavior", "messages", "conversations")
@@ -29,6 +31,8 @@ DELIMITERS = ",;\t"
 """Of these a table has the one that is most frequent in its first line."""
 
 GZIP = ".gz"
+MOST_UNPACKED = 2**28
+"""Bytes that a packed file may come to: a megabyte of them can hold a gigabyte of nothing."""
 
 Row = str | Mapping[str, object]
 
@@ -55,9 +59,9 @@ def rows_of_file(path: Path) -> list[Row]:
     Raises:
         PromptError: there is no such file, it is of another kind, or it cannot be read.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - of pathlib, it raises where the text is no path at all
         raise PromptError(f"{path}: is a folder", f"give one of its files, as {_first_of(path)}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise PromptError(f"{path}: no such prompt file", "give a file, bundled:NAME, set:NAME, or hf:OWNER/NAME")
     readers = {
         ".txt": _lines, ".jsonl": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet,
@@ -71,7 +75,7 @@ def rows_of_file(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise PromptError(f"{path}: line {line} is not {error.encoding}", "save the file as UTF-8") from error
-    except (OSError, EOFError, ValueError, UnicodeError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, UnicodeError, RecursionError, csv.Error, zlib.error) as error:
         raise PromptError(f"{path}: cannot be read ({error})", "check the file's format") from error
     return _checked(rows, str(path))
 
@@ -111,10 +115,19 @@ def prompts_of_rows(rows: Iterable[Row], source: str, column: str | None = None)
     A column that holds a list gives its first text, or its first turn of a user.
 
     Raises:
-        PromptError: a row has no such column; says which row, and what columns there are.
+        PromptError: a row has no such column; says which row, and what columns there are.  Or it holds half a
+            character, as text that was cut in the middle of an emoji does, which no tokenizer takes.
     """
     names: Sequence[str] = (column,) if column else COLUMNS
-    return [_prompt_of(row, number, source, names) for number, row in enumerate(rows, start=1)]
+    prompts = [_prompt_of(row, number, source, names) for number, row in enumerate(rows, start=1)]
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            f"{prompt.text}{prompt.answer}{prompt.category}".encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"{source}: row {number} holds half a character ({error.object[error.start]!r})", "mend that row"
+            ) from error
+    return prompts
 
 
 def _prompt_of(row: Row, number: int, source: str, names: Sequence[str]) -> Prompt:
@@ -175,7 +188,7 @@ def _json_lines(path: Path) -> list[object]:
     for number, line in enumerate(_text_lines(path), start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}: cannot be read: row {number} is no JSON ({error})", "mend that row") from error
     return rows
 
@@ -188,9 +201,13 @@ def _text_lines(path: Path) -> list[str]:
 
 def _text(path: Path) -> str:
     """The text of a file, unpacked."""
-    data = path.read_bytes()
     if path.suffix.lower() == GZIP:
-        data = gzip.decompress(data)
+        with gzip.open(path) as file:
+            data = file.read(MOST_UNPACKED + 1)
+        if len(data) > MOST_UNPACKED:
+            raise PromptError(f"{path}: unpacks to more than {size(MOST_UNPACKED)}", "cut it into smaller files")
+    else:
+        data = path.read_bytes()
     encoding = next((its for mark, its in MARKS.items() if data.startswith(mark)), "utf-8-sig")
     return data.decode(encoding)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.file_names import at_home
 from abliterate.data.bundled import prompt_sets_path
 from abliterate.data.tiny_chat import prompts_path
 from abliterate.errors import PromptError
@@ -325,7 +326,7 @@ def _prompts(source: str) -> list[Prompt]:
         return load_public(source)
     if source.startswith("hf:"):
         return _from_hub(source)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if source.startswith("bundled:"):
         name = source.removeprefix("bundled:")
         if name not in bundled_lists():

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from abliterate.checkpoint.file_names import at_home
 from abliterate.errors import PromptError
 from abliterate.model.prompt_rows import Prompt, Row, prompts_of_rows, rows_of_file, rows_of_hub
 
@@ -96,7 +97,7 @@ def load_public(source: str) -> list[Prompt]:
         raise PromptError(f"{source}: no such public set", f"there are: {known}")
     found = public_sets()[name]
     if place:
-        rows = rows_of_file(_local_copy(Path(place).expanduser(), name))
+        rows = rows_of_file(_local_copy(at_home(place), name))
     else:
         rows = rows_of_hub(found.repo, config=found.config, split=found.split, source=source)
     wanted = (row for row in rows if found.where is None or found.where.holds(row, source))

@@ -1,11 +1,14 @@
 """The model card of an edited checkpoint: what it is, what was done, what was proven, what was measured."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.output import write_atomically
+import yaml
+
+from abliterate.checkpoint.output import write_text
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.method.measurement import chosen_by, measured_on, told_apart
 from abliterate.method.selection import WHY
@@ -24,7 +27,10 @@ OF_OTHER_EDITS = {
 """The same of edits that are no directional ablation."""
 
 GATED = "extra_gated_"
-"""Fields of a card with these names hold the terms of a gated repository; they are carried over with its licence."""
+"""Fields of a card whose names begin so hold the terms of a gated repository, and are carried over with its licence."""
+
+MOST_DEPTH = 50
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> Path:
@@ -68,7 +74,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         nats=nats,
         task=task,
     )
-    write_atomically(folder / "README.md", str(card).encode())
+    write_text(folder / "README.md", str(card))
     return folder / "README.md"
 
 
@@ -81,18 +87,47 @@ def worth(edit: Mapping[str, Any]) -> str:
     return EXACTNESS[edit["exactness"]]
 
 
+class _CardLoader(yaml.SafeLoader):
+    """YAML as the Hub reads it ("no" is a language), without references: a few lines of them stand for gigabytes."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the name that PyYAML looks for
+        first: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("bool", "timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - a place or a key
+        """The next node."""
+        if self.check_event(yaml.AliasEvent) or self._depth > MOST_DEPTH:
+            raise yaml.YAMLError
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+_CardLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false", re.IGNORECASE), list("tTfF"))
+
+
 def base_metadata(base: Checkpoint) -> dict[str, Any]:
-    """The metadata block of the base's own card; empty when there is none or it is malformed."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
+    """What is carried over of the metadata in the base's own card; empty when there are none or they are malformed."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     path = base.folder / "README.md"
-    if not path.is_file():
-        return {}
     try:
-        return dict(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict())
-    except (YAMLError, ValueError, UnicodeDecodeError):
+        block = REGEX_YAML_BLOCK.search(path.read_text("utf-8-sig")) if path.is_file() else None
+        found = yaml.load(block[2], _CardLoader) if block else None
+    except (yaml.YAMLError, OSError, ValueError, TypeError, OverflowError):
         return {}
+    if not isinstance(found, dict):
+        return {}
+    gated = {key: its for key, its in found.items() if str(key).startswith(GATED) and its is not None}
+    return gated | {key: found[key] for key in CARRIED if _is_text(found.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text, or a list of text."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(its, str) for its in value))
 
 
 def percent(rate: Mapping[str, Any] | None) -> str:

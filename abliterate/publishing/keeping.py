@@ -3,7 +3,7 @@
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint import edit_file
-from abliterate.checkpoint.output import OutputFolder, copy_file, write_atomically
+from abliterate.checkpoint.output import OutputFolder, copy_file, write_text
 from abliterate.errors import VerificationError
 from abliterate.method.directions import DirectionSet
 from abliterate.publishing import manifest
@@ -21,7 +21,7 @@ def keep_origin(plan: EditPlan, directions: DirectionSet, recipe: Recipe, output
     if plan.stream is not None:
         edit_file.save(plan.stream, output.private / EDIT_FILE)
     direction_files.save(directions, output.private / DIRECTION_FILE)
-    write_atomically(output.private / RECIPE_FILE, recipe.to_toml().encode())
+    write_text(output.private / RECIPE_FILE, recipe.to_toml())
     for name in ("README.md", manifest.FILE_NAME):
         if (base.folder / name).is_file():
             copy_file(base.folder / name, output.private / f"base-{name}")

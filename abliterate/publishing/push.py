@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from abliterate.checkpoint import upload
+from abliterate.checkpoint.file_names import at_home
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.hub import cached
 from abliterate.checkpoint.output import JOURNAL
@@ -213,7 +214,7 @@ def _prove_again(
 
 def _base_here(document: Mapping[str, Any], base: str | Path | None) -> Checkpoint | None:
     source = document["source"]
-    path = Path(resolve_model(base or source["name"])).expanduser()
+    path = at_home(resolve_model(base or source["name"]))
     if path.is_dir():
         return open_folder(path, name=str(base or source["name"]))
     if base is not None:

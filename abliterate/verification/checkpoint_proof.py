@@ -17,6 +17,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint.budget import COPY_BYTES, DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.header import Shard, TensorInfo, read_header
+from abliterate.checkpoint.hub import check_cached
 from abliterate.checkpoint.pairs import PAIRS, PairedRange, read_pairs, same_content
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.checkpoint.transfer import one_core
@@ -69,7 +70,7 @@ def verify_bytes(
     """Compare the checkpoint in ``written`` with ``plan``, with its edits, applied to its base.
 
     Raises:
-        SourceError: one of the two cannot be read.
+        SourceError: one of the two cannot be read, or changed meanwhile.
     """
     result = open_folder(written, name=str(written))
     checks = [ShardCheck.of(plan, result, shard, memory_bytes) for shard in plan.checkpoint.shards]
@@ -77,6 +78,11 @@ def verify_bytes(
     with one_core(needed=not plan.packed):
         for check in checks:
             check.run(lambda amount: on_event(Advanced(task=TASK, amount=amount)))
+    plan.checkpoint.check_unchanged()
+    result.check_unchanged()
+    for check in checks:
+        if check.digests[0]:
+            check_cached(plan.checkpoint.folder / check.shard.name, check.digests[0])
     on_event(Finished(task=TASK))
     return gather(plan, result, [check.report() for check in checks])
 
