@@ -1,14 +1,16 @@
 """All published methods side by side, on the same prompts and under the same proof; writes docs/methods.md.
 
-    python -m bench.methods [NAME=FOLDER[:OPTIONS] ...] [--at NAME=FOLDER:DIRECTION ...] [--work FOLDER] [--write PAGE]
+    python -m bench.methods [NAME=FOLDER[:OPTIONS] ...] [--at NAME=FOLDER:DIRECTION ...] [--keep] [--work FOLDER]
 
 The bundled model always, and other models that are named: OPTIONS are those of ``abliterate run``, by commas, such as
 ``--quick`` or ``--dtype bfloat16``.  ``--at``: all methods at the place of a direction file (``bench.methods_at``).
+``--keep``: what the page says of whole runs stands as it is.
 Every finished run is kept in ``--work`` (out/methods), so that the same command goes on where it was stopped.  The page
 holds what is in ``--work`` and no figure from anywhere else.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,24 +54,34 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="NAME=FOLDER[:OPTIONS]")
     parser.add_argument("--at", nargs="*", default=[], help="NAME=FOLDER:DIRECTION")
     parser.add_argument("--trials", type=int, default=32, help="of the search beside --at; 0: none")
+    parser.add_argument("--keep", action="store_true", help="run no method whole, and keep what the page says of that")
     parser.add_argument("--work", type=Path, default=Path("out/methods"))
     parser.add_argument("--write", type=Path, default=Path("docs/methods.md"))
     args = parser.parse_args()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    tried = {BUNDLED: (BUNDLED, [])} | dict(map(_model, args.models))
+    tried = {} if args.keep else {BUNDLED: (BUNDLED, [])} | dict(map(_model, args.models))
     for name, (folder, options) in tried.items():
         for method in methods():
             out = work / f"{name}-{method}"
             words = ["run", folder, "--out", out, "--method", method, *options]
             command(work, f"{name}-{method}", words, key={}, out=out)
-    page = [INTRO, *(part for name, (_, options) in tried.items() for part in _section(work, name, options))]
+    whole = [INTRO, *(part for name, (_, options) in tried.items() for part in _section(work, name, options))]
+    page = _kept(args.write) if args.keep else [*whole, f"Machine: {machine()}.\n"]
     for text in args.at:
         name, (folder, (direction,)) = _model(text)
         place = methods_at.place_of(name, Path(folder), Path(direction), work)
         methods_at.run_all(place, trials=args.trials)
         page += _section_at(place, args.write.parent, args.trials)
-    write_atomically(args.write, ("\n".join([*page, f"Machine: {machine()}."]).rstrip() + "\n").encode())
+        page.append(f"Machine: {machine()}.\n")
+    write_atomically(args.write, ("\n".join(page).rstrip() + "\n").encode())
+
+
+def _kept(page: Path) -> list[str]:
+    """What a page says of whole runs."""
+    text = page.read_text("utf-8")
+    at_one_place = re.search(r"^## .+, all at one place$", text, re.MULTILINE)
+    return [text[: at_one_place.start() if at_one_place else None].rstrip() + "\n"]
 
 
 def _model(text: str) -> tuple[str, tuple[str, list[str]]]:

@@ -19,9 +19,9 @@ from abliterate.data.tiny_chat import model_path
 from abliterate.errors import PromptError
 from abliterate.evaluate.page import render
 from abliterate.model import prompt_rows, sentencepiece
-from abliterate.model.forward import generate
 from abliterate.model.load import load_model, load_tokenizer
 from abliterate.model.prompts import load_prompts
+from abliterate.model.replying import generate
 from abliterate.model.thinking import DEFAULT
 from abliterate.publishing import manifest
 from abliterate.publishing.card import write_card

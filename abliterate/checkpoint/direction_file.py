@@ -103,7 +103,8 @@ def load(path: Path) -> DirectionSet:
             "give a .safetensors file written by `abliterate measure` or `select`",
         ) from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in VECTORS:
+        ours = "abliterate" in metadata or name == "direction"  # a patch is a direction file, and holds bytes as well
+        if ours and tensor.dtype not in VECTORS:
             raise SourceError(f"{path}: tensor '{name}' is stored as {tensor.dtype}", "save it as float32")
         if not torch.isfinite(tensor).all():
             raise SourceError(f"{path}: tensor '{name}' holds NaN or infinity", "measure the direction again")
