@@ -44,7 +44,7 @@ class Training:
 
 
 TRAININGS: dict[str, Training] = {
-    "llama": Training("llama", shift_limit=1.5),
+    "llama": Training("llama"),
     "gemma3": Training("gemma3", width=96, inner=192, heads=3, kv_heads=1),
     "qwen2": Training("qwen2", width=96, inner=192, heads=3, kv_heads=1),
 }
