@@ -32,10 +32,10 @@ from bench.quarter import enlarged
 
 HELD, SHARED, APART = "held", "shared", "apart"
 STAGES = {
-    "reply to training": "labels and means", "filter prompts": "labels and means", "score candidates": "selection",
-    "edit": "edit", "verify": "base: replies, likelihoods, hooks",
+    "reply to training prompts": "labels and means", "reply to training and validation prompts": "labels and means",
+    "score candidates": "selection", "edit": "edit", "verify": "base: replies, likelihoods, hooks",
 }  # fmt: skip
-"""What a stage begins with."""
+"""The tasks with which stages begin."""
 CLASSES, PROMPTS = ("harmful", "harmless"), "bundled:tiny-chat"
 """Of the bundled model, also where it was made larger."""
 OF_EDITED = "edited: proof, replies, likelihoods"
@@ -79,7 +79,7 @@ class Counted:
         if isinstance(event, Noted):
             self.said.append(event.text)
         if isinstance(event, Started):
-            following = next((its for begins, its in STAGES.items() if event.task.startswith(begins)), None)
+            following = STAGES.get(event.task)
             if following is not None and self._stage != OF_EDITED:
                 self.ended(following)
 
@@ -116,7 +116,6 @@ def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) 
         "passes": {stage: count for stage, count in counted.passes.items() if count},
         "bytes_read": sum(its.bytes_read for its in counted.models),
         "size": max((its.size_bytes for its in counted.models), default=0),
-        "choice": document["direction"]["choice"],
         "direction": document["direction"]["sha256"],
         "files": {path.name: sha256_file(path) for path in sorted(out.glob("*.safetensors"))},
         "replies": [[sample.kind, sample.prompt, *sample.replies] for sample in result.evaluation.samples],
@@ -145,9 +144,9 @@ def in_a_process(way: str, model: str, work: Path, memory: str, recipe: str | No
 
 
 def checks(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is the same in all runs."""
+    """What is the same in all runs; blocks that add nothing make candidates of several layers one direction."""
     lines = []
-    for what in ("choice", "direction", "files"):
+    for what in ("direction", "files"):
         same = all(its[what] == found[HELD][what] for its in found.values())
         lines.append(f"- {what}: {'the same in all' if same else 'NOT the same'}")
     whole = found[HELD]["replies"]
@@ -178,7 +177,7 @@ def main() -> None:
     """Run all ways, print the table, and write the page where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="")
-    parser.add_argument("--memory", default="64MiB")
+    parser.add_argument("--memory", default="192MiB")
     parser.add_argument("--recipe")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--way", choices=(HELD, SHARED, APART), help=argparse.SUPPRESS)
