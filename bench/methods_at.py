@@ -21,7 +21,7 @@ from abliterate.publishing.keeping import DIRECTION_FILE
 from abliterate.recipe import Recipe, load_recipe
 from bench.real_steps import command, result_of
 
-SIZES = {"n_test": 40, "max_new_tokens": 32}
+SIZES = {"n_test": 32, "max_new_tokens": 32}
 """Prompts of each class, and tokens of a reply: a dozen models take hours otherwise."""
 CONTROLS = ("random", "shuffled")
 RANGES: Mapping[str, Sequence[str]] = {
@@ -76,14 +76,11 @@ def run_all(place: Place, *, trials: int = 0) -> None:
     _command(place, "measure", ["measure", place.base, *words, "--recipe", recipe, "--out", file])
     directions = direction_file.load(file)
     written = {}
-    for name in methods():
-        method = load_recipe(name)
-        candidate = None if is_choice(method) else candidate_at(directions, method, place)
-        if candidate is not None:
-            its = direction_file.save(
-                directions.choose_candidate(candidate.id), place.work / f"{place.name}-{name}.safetensors"
-            )
-            written[name] = _edited(place, name, its, name)
+    for name, candidate in edits_at(directions, place).items():
+        its = direction_file.save(
+            directions.choose_candidate(candidate), place.work / f"{place.name}-{name}.safetensors"
+        )
+        written[name] = _edited(place, name, its, name)
     for name, vector in _controls(place, directions).items():
         its = direction_file.save(given(vector), place.work / f"{place.name}-{name}.safetensors")
         written[name] = _edited(place, name, its, None)
@@ -97,6 +94,19 @@ def run_all(place: Place, *, trials: int = 0) -> None:
     done = {name: out for name, out in written.items() if out is not None}
     words = ["compare", place.base, *done.values(), "--recipe", _recipe(place, SIZES)]
     _command(place, "compare", words)
+
+
+def edits_at(directions: DirectionSet, place: Place) -> dict[str, str]:
+    """The candidate of each method that has one at the place, but for those that make the edit of one before them."""
+    found: dict[str, str] = {}
+    seen = set()
+    for name in methods():
+        method = load_recipe(name)
+        candidate = None if is_choice(method) else candidate_at(directions, method, place)
+        if candidate is not None and (candidate.id, method.edit) not in seen:
+            seen.add((candidate.id, method.edit))
+            found[name] = candidate.id
+    return found
 
 
 def is_choice(recipe: Recipe) -> bool:
