@@ -42,8 +42,10 @@ OF_EDITED = "edited: proof, replies, likelihoods"
 PAGE = """# Weight passes of a run
 
 Written by `make bench-passes`: `abliterate run {model}` on {memory} of memory, where its weights take {weights}
-in float32. Loads of blocks are counted by the loader; one pass loads each once. "Apart": every stage in passes of its
-own, as if nothing were shared, and the edited checkpoint writes its replies one token at a time.
+in float32; {find.n_train} + {find.n_val} + {find.n_test} prompts of each class, replies of at most {tokens} tokens.
+The bundled model, made larger, ends its replies before. Loads of blocks are counted by the loader; one pass loads each
+once. "Apart": every stage in passes of its own, as if nothing were shared, and the edited checkpoint writes its replies
+one token at a time.
 
 {rows}
 
@@ -199,7 +201,9 @@ def main() -> None:
     found = {way: in_a_process(way, model, work, args.memory, args.recipe) for way in ways}
     shown = [way for way in (APART, SHARED) if way in found]
     rows = table(("weight passes", *shown), rows_of(found))
+    recipe = load_recipe(args.recipe) if args.recipe else Recipe()
     page = PAGE.format(
+        find=recipe.find, tokens=recipe.evaluate.max_new_tokens,
         model=Path(model).name, memory=args.memory, weights=f"{2 * found[SHARED]['size'] / 2**20:,.0f} MiB",
         rows=rows, checks="\n".join(checks(found)), machine=machine(),
     )  # fmt: skip
