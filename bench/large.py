@@ -38,7 +38,7 @@ NVME_BYTES_PER_SECOND = 3.0e9
 """What a current NVMe disk reads; assumed, not measured here."""
 GPU_FLOPS_PER_SECOND = 6e13
 """What a 24 GB card does in bfloat16; assumed, not measured here."""
-REPLY_TOKENS = 32
+REPLY_TOKENS = 128
 MEASURED_PROMPTS = 256
 
 
@@ -148,8 +148,8 @@ def main() -> None:
     lines += [
         "",
         f"| computed: the whole of {NAME}, {size / 1e9:.0f} GB | a weight pass "
-        f"| measure, select, verify ({work} passes) "
-        f"| replies of {REPLY_TOKENS} tokens ({passes['replies']} passes) |",
+        f"| labels, means, choice ({work} passes) "
+        f"| replies of {REPLY_TOKENS} tokens and the proof ({passes['replies']} passes) |",
         "|---|--:|--:|--:|",
     ]
     for name, speed in (
