@@ -40,7 +40,7 @@ out, but for a search of {trials} trials, which makes its own choice, and so is 
 too few of each. Where two make the same edit of it, the first stands for both (`default` is `projected` here, if its
 choice is a projected difference). `blocks`, `later-blocks` and `middle-blocks` are
 the default's direction in fewer writers: not in the embedding, in the last two thirds of the blocks, in the middle half
-of them. {n_test} prompts of each class (50 look-alikes), replies of at most {max_new_tokens} tokens. Controls:
+of them. {n_test} prompts of each class, no look-alikes, replies of at most {max_new_tokens} tokens. Controls:
 `random`, a random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither
 should do anything.
 """

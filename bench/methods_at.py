@@ -21,8 +21,9 @@ from abliterate.publishing.keeping import DIRECTION_FILE
 from abliterate.recipe import Recipe, load_recipe
 from bench.real_steps import command, result_of
 
-SIZES = {"n_test": 32, "max_new_tokens": 32}
-"""Prompts of each class, and tokens of a reply: a dozen models take hours otherwise."""
+SIZES = {"n_test": 32, "max_new_tokens": 32, "harmful": "bundled:contrast", "harmless": "bundled:contrast"}
+"""Prompts of each class, and tokens of a reply: a dozen models take hours otherwise.  With prompts that are named there
+are no look-alikes."""
 CONTROLS = ("random", "shuffled")
 RANGES: Mapping[str, Sequence[str]] = {
     "blocks": ("--roles", "attention,mlp"),
