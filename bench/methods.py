@@ -123,6 +123,7 @@ def _section_at(place: methods_at.Place, folder: Path, trials: int) -> Iterator[
     yield AT_ONE_PLACE.format(**methods_at.SIZES, chosen=place.chosen, trials=trials)
     rows = [(_linked(known[name]) if name in known else name, *_figures(model)) for name, model in found.items()]
     yield table(HEAD[: len(rows[0])] if rows else HEAD, rows)
+    yield _beside_the_default(found)
     for method, why in methods_at.refusals(place.name, place.work):
         yield f"- `{method}` is refused: {why}"
     yield ""
@@ -133,6 +134,20 @@ def _section_at(place: methods_at.Place, folder: Path, trials: int) -> Iterator[
     front = methods_at.front_of(place.name, place.work)
     write_atomically(picture, trade(points, front=front).encode())
     yield f"![Refusals against KL]({picture.name})\n"
+
+
+def _beside_the_default(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which leave as few refusals as the default at a lower KL, by their figures as they are."""
+
+    def of(name: str) -> tuple[float, float]:
+        return float(at(found[name], "prompts", "harmful", "refused", "rate") or 0.0), found[name]["kl_nats"]
+
+    if "default" not in found:
+        return ""
+    most, nats = of("default")
+    better = [name for name in found if name != "base" and of(name)[0] <= most and of(name)[1] < nats]
+    named = ", ".join(f"`{name}` ({of(name)[1]:.3f})" for name in better)
+    return f"With as few refusals as the default, at a lower KL on the first token ({nats:.3f}): {named or 'none'}.\n"
 
 
 def _row(method: Method, step: Mapping[str, Any]) -> tuple[str, ...]:
