@@ -1,8 +1,16 @@
 """What the tests of edges share: the command line, and what a refusal looks like."""
 
+import json
+
 from typer.testing import CliRunner
 
 from abliterate.cli.app import app
+
+SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
 
 
 def run(*args):

@@ -34,18 +34,13 @@ from abliterate.model.thinking import DEFAULT
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import open_session
 from tests import checkpoints, factories
-
-SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
+from tests.edge_tools import SOURCES, rewrite, run
 
 
 @pytest.fixture
 def model(tmp_path):
     """A copy of the bundled model, to be changed."""
     return shutil.copytree(model_path(), tmp_path / "model")
-
-
-def rewrite(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
 
 
 def tokenizer_of(folder):
@@ -57,10 +52,6 @@ def notes_of(model, **recipe):
     said = []
     session = open_session(model, Recipe(**{**SOURCES, **recipe}), on_event=lambda event: said.append(str(event)))
     return session, said
-
-
-def run(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 # --- ids and positions that the model does not have -------------------------------------------------------------------

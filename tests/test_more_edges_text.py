@@ -28,21 +28,15 @@ from abliterate.publishing.card import write_card
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.workflow.session import open_session
 from tests import factories, qwen1
-from tests.edge_tools import done, refused
+from tests.edge_tools import SOURCES, done, refused, rewrite
 from tests.pushing import finished
 from tests.test_report import directions, evaluation  # noqa: F401 - fixtures
-
-SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
 
 
 @pytest.fixture
 def model(tmp_path):
     """A copy of the bundled model, to be changed."""
     return shutil.copytree(model_path(), tmp_path / "model")
-
-
-def rewrite(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
 
 
 # --- code of a repository ---------------------------------------------------------------------------------------------

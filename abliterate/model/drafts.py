@@ -15,7 +15,7 @@ from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import each_batch, run_batch
 from abliterate.model.interventions import observed
-from abliterate.model.likelihood import LOGIT_BYTES
+from abliterate.model.likelihood import LOGIT_BYTES, logit_row_bytes
 from abliterate.model.load import LoadedModel
 from abliterate.model.replying import Watching, ends_of, generate_ids, until_end
 from abliterate.model.room import reply_rows
@@ -46,9 +46,8 @@ def follow(
     encoded = [chat.encode(prompt) for prompt in prompts]
     drafts = [until_end(draft[:max_new_tokens], ends) for draft in drafts]
     longest = max(map(len, drafts), default=0)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    kept = longest + max(1, its.n_positions)
-    rows = max(1, min(batch_size, LOGIT_BYTES // (kept * vocabulary * 4)))
+    row_bytes = logit_row_bytes(loaded, longest + max(1, its.n_positions))
+    rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
     found: list[list[int]] = [[] for _ in prompts]
 
     def check(batch: Batch) -> Tensor:
@@ -64,7 +63,7 @@ def follow(
         return torch.empty(0)
 
     together = [ids + draft for ids, draft in zip(encoded, drafts, strict=True)]
-    for _ in each_batch(loaded, chat.pack(together, rows), check, result_bytes=kept * vocabulary * 4):
+    for _ in each_batch(loaded, chat.pack(together, rows), check, result_bytes=row_bytes):
         pass
     missing = [row for row, tokens in enumerate(found) if not _is_done(tokens, max_new_tokens, ends)]
     begun = [encoded[row] + found[row] for row in missing]

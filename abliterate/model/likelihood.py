@@ -92,8 +92,8 @@ def predict(
     Batches are small enough for the memory of their logits.
     """
     longest = max(lengths, default=0) + 1
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    rows = max(1, min(batch_size, LOGIT_BYTES // (longest * vocabulary * 4)))
+    row_bytes = logit_row_bytes(loaded, longest)
+    rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
 
     def work(batch: Batch) -> Tensor:
         logits = run_batch(loaded, batch, keep=1 + max(lengths[row] for row in batch.rows))
@@ -104,8 +104,13 @@ def predict(
         advance(len(batch.rows))
         return torch.empty(0)
 
-    for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=longest * vocabulary * 4):
+    for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=row_bytes):
         pass
+
+
+def logit_row_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Bytes of the logits of a row of which ``tokens`` tokens are kept."""
+    return tokens * loaded.model.config.get_text_config().vocab_size * 4
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
