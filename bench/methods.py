@@ -17,30 +17,36 @@ from typing import Any
 
 from abliterate.checkpoint.output import write_atomically
 from abliterate.data.methods import Method, methods
+from abliterate.recipe import load_recipe
+from abliterate.workflow.passes import passes_of
 from bench import methods_at
 from bench.edit_speed import machine
 from bench.methods_picture import trade
 from bench.page_parts import at, number, percent, table
 from bench.real_steps import command, result_of
+from bench.weight_change import weight_change
 
 BUNDLED = "tiny-chat"
+BASE = methods_at.BASE
 INTRO = """# Methods side by side
 
 Written by `make methods`. Every method of [`abliterate methods`](cli.md), run as `abliterate run MODEL --method NAME`:
 the same prompts, the same rule of selection, the same proof. Percentages have 95 % Wilson intervals; where those of two
 methods overlap, the figures do not tell them apart. Refusals are told by the scorer `rules`, on greedy replies to
-prompts that neither measuring nor selecting saw. KL and cross-entropy are in nats, on harmless prompts. A method that
-refuses to write says so.
+prompts that neither measuring nor selecting saw. KL and cross-entropy are in nats, on harmless prompts. "Weights
+changed" is the Frobenius norm of what changed over that of all weights, in the written bytes; "passes" are the weight
+passes that a whole run takes out of core, as `abliterate plan` says before it. A method that refuses to write says so.
 """
 HEAD = ("method", "harmful refused", "look-alikes refused", "harmless refused", "facts kept", "KL, first token",
-        "KL, replies", "cross-entropy", "chosen", "writers", "claim", "CPU, s")  # fmt: skip
+        "KL, replies", "cross-entropy", "weights changed", "chosen", "writers", "claim", "passes",
+        "CPU, s")  # fmt: skip
 AT_ONE_PLACE = """Every method takes its candidate where the default chose its own, `{chosen}`, as far as it has one
 there, so that what differs is what the method does, not where. Methods that find or choose otherwise are left
 out, but for a search of {trials} trials, which makes its own choice, and so is `categories`: the bundled prompts have
 too few of each. Where two make the same edit of it, the first stands for both (`default` is `projected` here, if its
 choice is a projected difference). `blocks`, `later-blocks` and `middle-blocks` are
 the default's direction in fewer writers: not in the embedding, in the last two thirds of the blocks, in the middle half
-of them. {n_test} prompts of each class, no look-alikes, replies of at most {max_new_tokens} tokens. Controls:
+of them. {n_test} prompts of each class, replies of at most {max_new_tokens} tokens. Controls:
 `random`, a random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither
 should do anything.
 """
@@ -67,7 +73,7 @@ def main() -> None:
             out = work / f"{name}-{method}"
             words = ["run", folder, "--out", out, "--method", method, *options]
             command(work, f"{name}-{method}", words, key={}, out=out)
-    whole = [INTRO, *(part for name, (_, options) in tried.items() for part in _section(work, name, options))]
+    whole = [INTRO, *(part for name, its in tried.items() for part in _section(work, name, *its))]
     page = _kept(args.write) if args.keep else [*whole, f"Machine: {machine()}.\n"]
     for text in args.at:
         name, (folder, (direction,)) = _model(text)
@@ -91,7 +97,7 @@ def _model(text: str) -> tuple[str, tuple[str, list[str]]]:
     return name, (folder, options.split(",") if options else [])
 
 
-def _section(work: Path, name: str, options: Sequence[str]) -> Iterator[str]:
+def _section(work: Path, name: str, model: str, options: Sequence[str]) -> Iterator[str]:
     yield f"## {name}\n"
     if name == BUNDLED:
         yield KNOWN_TRUTH
@@ -106,10 +112,10 @@ def _section(work: Path, name: str, options: Sequence[str]) -> Iterator[str]:
         if step["exit"]:
             refusals.append(f"- `{method.name}` stops with exit code {step['exit']}: {methods_at.why(step)}")
         else:
-            rows.append(_row(method, step))
+            rows.append(_row(method, step, weight_change(model, work / f"{name}-{method.name}")))
     base = next((at(step, "document", "evaluation", "models", 0) for step in steps.values() if not step["exit"]), None)
     if base is not None:
-        rows.insert(0, ("base", *_figures(base), "", "", "", ""))
+        rows.insert(0, (BASE, *_figures(base, 0.0), *[""] * 5))
     yield table(HEAD, rows)
     yield from refusals
     yield ""
@@ -121,7 +127,11 @@ def _section_at(place: methods_at.Place, folder: Path, trials: int) -> Iterator[
     known = methods()
     yield f"## {place.name}, all at one place\n"
     yield AT_ONE_PLACE.format(**methods_at.SIZES, chosen=place.chosen, trials=trials)
-    rows = [(_linked(known[name]) if name in known else name, *_figures(model)) for name, model in found.items()]
+    changed = {name: weight_change(place.base, place.work / place.step(name)) for name in found if name != BASE}
+    rows = [
+        (_linked(known[name]) if name in known else name, *_figures(model, changed.get(name, 0.0)))
+        for name, model in found.items()
+    ]
     yield table(HEAD[: len(rows[0])] if rows else HEAD, rows)
     yield _beside_the_default(found)
     for method, why in methods_at.refusals(place.name, place.work):
@@ -145,19 +155,20 @@ def _beside_the_default(found: Mapping[str, Mapping[str, Any]]) -> str:
     if "default" not in found:
         return ""
     most, nats = of("default")
-    better = [name for name in found if name != "base" and of(name)[0] <= most and of(name)[1] < nats]
+    better = [name for name in found if name != BASE and of(name)[0] <= most and of(name)[1] < nats]
     named = ", ".join(f"`{name}` ({of(name)[1]:.3f})" for name in better)
     return f"With as few refusals as the default, at a lower KL on the first token ({nats:.3f}): {named or 'none'}.\n"
 
 
-def _row(method: Method, step: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(method: Method, step: Mapping[str, Any], changed: float) -> tuple[str, ...]:
     document = step["document"]
     return (
         _linked(method),
-        *_figures(at(document, "evaluation", "models", 1) or {}),
+        *_figures(at(document, "evaluation", "models", 1) or {}, changed),
         f"`{at(document, 'direction', 'choice', 'candidate')}`",
         str(at(document, "edit", "coverage")),
         str(at(document, "edit", "claim")),
+        f"{sum(passes_of(load_recipe(method.name)).values()):,}",
         number(step["cpu_seconds"], ",.0f"),
     )
 
@@ -166,13 +177,14 @@ def _linked(method: Method) -> str:
     return f"[`{method.name}`](../recipes/{method.name}.toml)"
 
 
-def _figures(model: Mapping[str, Any]) -> tuple[str, ...]:
+def _figures(model: Mapping[str, Any], changed: float) -> tuple[str, ...]:
     return (
         *(percent(at(model, "prompts", kind, "refused")) for kind in ("harmful", "look-alike", "harmless")),
         percent(at(model, "prompts", "harmless", "accuracy")),
         number(model.get("kl_nats"), ".3f"),
         number(model.get("kl_tokens_nats"), ".3f"),
         number(model.get("completion_nats"), ".3f"),
+        f"{100 * changed:.2f} %",
     )
 
 

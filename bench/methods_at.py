@@ -21,9 +21,8 @@ from abliterate.publishing.keeping import DIRECTION_FILE
 from abliterate.recipe import Recipe, load_recipe
 from bench.real_steps import command, result_of
 
-SIZES = {"n_test": 32, "max_new_tokens": 32, "harmful": "bundled:contrast", "harmless": "bundled:contrast"}
-"""Prompts of each class, and tokens of a reply: a dozen models take hours otherwise.  With prompts that are named there
-are no look-alikes."""
+SIZES = {"n_test": 50, "max_new_tokens": 32}
+"""Prompts of each class, and tokens of a reply: a dozen models take hours otherwise."""
 CONTROLS = ("random", "shuffled")
 RANGES: Mapping[str, Sequence[str]] = {
     "blocks": ("--roles", "attention,mlp"),
@@ -31,7 +30,7 @@ RANGES: Mapping[str, Sequence[str]] = {
     "middle-blocks": ("--roles", "attention,mlp", "--exclude-layers", "0%-33%,84%-100%"),
 }
 """The default's direction, taken out of fewer writers: without the embedding, in the last two thirds, and in half."""
-SEARCH = "search"
+BASE, SEARCH = "base", "search"
 BY_CATEGORY = "category-differences"
 """Left out: the bundled prompts have eight of a category, and a model that declines a third of them leaves too few."""
 
@@ -177,7 +176,7 @@ def results(name: str, work: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if step is None or step["exit"]:
         return
     for number, model in enumerate(step["document"]["models"]):
-        yield ("base" if not number else Path(model["name"]).name.removeprefix(f"{name}-at-")), model
+        yield (BASE if not number else Path(model["name"]).name.removeprefix(f"{name}-at-")), model
 
 
 def front_of(name: str, work: Path) -> list[tuple[float, float]]:
