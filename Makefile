@@ -108,7 +108,7 @@ FORMATS := header index config direction edit patch manifest recipe prompts gguf
 soak: $(VENV)/installed-dev
 	ABLITERATE_KILL_POINTS=500 ABLITERATE_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory.py
 	$(PIP) install atheris
-	for format in $(FORMATS); do $(BIN)/python -m tests.fuzz_targets $$format -max_total_time=600 || exit 1; done
+	printf '%s\n' $(FORMATS) | xargs -P 2 -I{} $(BIN)/python -m tests.fuzz_targets {} -max_total_time=600
 
 tiny-chat: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \

@@ -12,7 +12,8 @@ from abliterate import api
 from abliterate.method.directions import given
 from tests import factories
 
-POINTS = int(os.environ.get("ABLITERATE_KILL_POINTS", "50"))
+FEW_POINTS = 50
+POINTS = int(os.environ.get("ABLITERATE_KILL_POINTS", FEW_POINTS))
 CALLS = ("pwritev", "fsync", "rename", "replace", "mkdir")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 needs POSIX processes")
@@ -20,9 +21,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 needs P
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Six small shards, tied: a header, an index and a configuration change as well."""
+    """Small shards, tied: a header, an index and a configuration change as well; more shards for more points."""
     folder = tmp_path_factory.mktemp("kill") / "base"
-    return factories.save(factories.build("llama-tied"), folder, dtype=torch.bfloat16, shard="20KB")
+    model, shard = factories.build("llama-tied"), "20KB"
+    if POINTS > FEW_POINTS:
+        model.config.num_hidden_layers, shard = 8, "5KB"
+        model = type(model)(model.config)
+    return factories.save(model, folder, dtype=torch.bfloat16, shard=shard)
 
 
 def direction():
@@ -79,7 +84,7 @@ def content(folder):
 def test_killed_anywhere_and_finished_by_the_same_command(base, tmp_path):
     killed, calls = edit_and_die(base, tmp_path / "whole", fatal=-1)
     assert not killed
-    assert calls > 50
+    assert calls > POINTS
     whole = content(tmp_path / "whole")
     ends = {*range(8), *range(calls - 8, calls)}  # where folders are made and get their names
     points = sorted({*random.Random(0).sample(range(calls), min(POINTS, calls)), *ends})
