@@ -373,14 +373,23 @@ def test_what_is_not_finite_beside_the_edit_is_named(value, tmp_path):
     weight = checkpoints.read(base, name).clone()
     weight[-1, -1] = float(value)
     checkpoints.overwrite(base, name, weight)
+    assert f"! {name} holds NaN or infinity" in run("plan", base, "--values").stdout
+    assert json.loads(run("plan", base, "--values", "--json").stdout)["not_finite"] == [name]
+    assert "holds NaN" not in run("plan", base).stdout
     direction = factories.save_direction(32, tmp_path / "d.safetensors")
-    assert run("edit", base, direction, "--out", tmp_path / "out").exit_code == 0
+    shown = run("edit", base, direction, "--out", tmp_path / "out")
+    assert shown.exit_code == 0
+    assert "nor looked through for NaN and infinity" in shown.stdout
     shown = run("verify", tmp_path / "out", "--bytes-only")
     assert shown.exit_code == 0
     assert f"! {name} holds NaN or infinity, as in the base" in shown.stdout
     assert shown.stdout.count("holds NaN") == 1
     kept = json.loads((tmp_path / "out" / "abliterate.json").read_text())
     assert kept["verification"]["not_finite"] == [name]
+
+
+def test_values_that_are_all_finite_are_said_to_be(tmp_path):
+    assert "no value is NaN or infinite" in run("plan", checkpoints.write_llama(tmp_path / "base"), "--values").stdout
 
 
 def test_a_proof_on_the_bytes_alone_says_so(tmp_path):

@@ -1,9 +1,11 @@
 """Commands that look and change nothing: plan, diff, architectures, recipes, methods."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
@@ -29,9 +31,12 @@ def plan(
         Path | None, typer.Option(help="With a direction: how close the edit comes behind norms, block by block.")
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every writer.")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read all weights as well, and name those that hold NaN or infinity.")
+    ] = False,
     json: opt.Json = False,
 ) -> None:
-    """Show what an edit would change, from headers only: no weights are read or downloaded.
+    """Show what an edit would change, from headers only: no weights are read or downloaded without --values.
 
     Example: abliterate plan meta-llama/Llama-3.1-8B-Instruct
     """
@@ -51,14 +56,35 @@ def plan(
     from abliterate.workflow.session import with_default_prompts
 
     needs = running(made.checkpoint, made.model_map.family, with_default_prompts(model, recipe))
+    bad = values_not_finite(made.checkpoint) if values else ()
     if json:
-        show_json({**made.to_json(), "running": [each.to_json() for each in needs]})
+        found = {"not_finite": list(bad)} if values else {}
+        show_json({**made.to_json(), "running": [each.to_json() for each in needs], **found})
         return
     show_plan(made, needs)
+    if values:
+        show_not_finite(bad)
     if direction is not None:
         show_behind_norms(made, direction)
     if tensors:
         show_writers(made)
+
+
+def values_not_finite(checkpoint: "Checkpoint") -> tuple[str, ...]:
+    """The tensors that hold NaN or infinity; fetches a checkpoint of the Hub."""
+    from abliterate.checkpoint.hub import fetch
+    from abliterate.checkpoint.values import not_finite
+
+    with progress() as on_event:
+        return not_finite(fetch(checkpoint), on_event)
+
+
+def show_not_finite(names: Sequence[str]) -> None:
+    """What looking at all values found."""
+    for name in names:
+        out.print(f"[yellow]![/yellow] {escape(name)} holds NaN or infinity")
+    if not names:
+        out.print("no value is NaN or infinite")
 
 
 def show_writers(plan: "EditPlan") -> None:
@@ -95,8 +121,6 @@ def show_behind_norms(plan: "EditPlan", file: Path) -> None:
 def show_guess(checkpoint: "Checkpoint", *, as_json: bool) -> None:
     """What the tensors of ``checkpoint`` look like, and a draft of a registry entry."""
     from dataclasses import asdict
-
-    from rich.markup import escape
 
     from abliterate.arch.guess import draft, guess
     from abliterate.cli.tables import table

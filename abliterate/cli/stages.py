@@ -146,7 +146,8 @@ def edit(
 
     show_plan(edited.plan)
     out.print(f"written: {edited.out}", markup=False, soft_wrap=True)
-    out.print(f"not verified yet: abliterate verify {edited.out}", style="dim", markup=False, soft_wrap=True)
+    said = f"not verified yet, nor looked through for NaN and infinity: abliterate verify {edited.out}"
+    out.print(said, style="dim", markup=False, soft_wrap=True)
 
 
 @guarded

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from abliterate.arch.codecs import HeldScales, as_rows, codec_of
@@ -21,6 +20,7 @@ from abliterate.checkpoint.hub import check_cached
 from abliterate.checkpoint.pairs import PAIRS, PairedRange, read_pairs, same_content
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.checkpoint.transfer import one_core
+from abliterate.checkpoint.values import FLOATS, is_finite
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.verification.declared import check_declared
 from abliterate.verification.file_checks import compare_files, compare_head, strange_files
@@ -28,9 +28,6 @@ from abliterate.verification.row_proof import RowSquares, check_rows
 from abliterate.verification.tensor_proof import ColumnProver, Prover, TensorProof
 
 TASK = "verify"
-
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""Dtypes of safetensors that hold NaN and infinity, and are looked at for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +217,7 @@ class ShardCheck:
         def see(old: Tensor, new: Tensor) -> None:
             if not same_content(old, new):
                 changed.add(what)
-            if tensor is not None and dtype is not None and not _is_finite(as_rows(old, dtype, 1)):
+            if tensor is not None and dtype is not None and not is_finite(old, dtype):
                 self.not_finite[tensor.name] = None
 
         size = max(8, min(COPY_BYTES, self.slab_bytes) // 8 * 8)  # whole elements
@@ -278,11 +275,6 @@ class ShardCheck:
                     see=partial(step, row),
                     hashed=step is gather,
                 )
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: the extremes hold either, and take no memory beside ``values``."""
-    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 
 def judge(proof: TensorProof) -> list[str]:
