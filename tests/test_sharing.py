@@ -218,3 +218,28 @@ def test_a_whole_run_takes_the_passes_that_are_announced(tmp_path):
     assert counted.passes["base: replies, likelihoods, hooks"] <= asked.evaluate.max_new_tokens + 1
     assert counted.passes[OF_EDITED] == 1
     assert any("8 of 8 replies are, token for token" in text for text in counted.said)
+
+
+def test_the_papers_way_filters_in_one_pass_and_measures_in_another(tmp_path):
+    """With the refusal tokens given and no replies, a direction and its proof take eight passes or fewer.
+
+    Two more may be taken: one tries whether padding is harmless, one is for a second round of the choice.
+    """
+    recipe = Recipe(
+        **dict.fromkeys(("harmful", "harmless"), "bundled:tiny-chat"), n_train=8, n_val=4, n_test=4,
+        labels="first-token", estimators=("difference-of-means",), refusal_tokens=("I",),
+    )  # fmt: skip
+    asked = recipe.with_changes({"memory_bytes": 2**25 + 2**22})
+    counted = Counted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offloaded, "__init__", counted.opened(Offloaded.__init__))
+        patch.setattr(Offloaded, "_working_bytes", lambda _: 2**30)
+        ours = pipeline.run(None, tmp_path / "ours", asked, with_evaluation=False, on_event=counted.hear)
+    counted.ended("")
+    announced = passes_of(asked, ("measure", "select", "verify"))
+    assert counted.passes["filter and means"] == announced["measure"] == 2
+    assert sum(counted.passes.values()) <= sum(announced.values()) + 2
+    assert sum(announced.values()) <= 8
+    whole = pipeline.run(None, tmp_path / "whole", recipe, with_evaluation=False)
+    assert ours.directions.chosen.id == whole.directions.chosen.id
+    assert torch.equal(ours.directions.chosen.vector, whole.directions.chosen.vector)

@@ -14,10 +14,11 @@ from torch import Tensor
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import each_batch, run_batch
+from abliterate.model.guessing import takes_likeliest
 from abliterate.model.interventions import observed
 from abliterate.model.likelihood import LOGIT_BYTES, logit_row_bytes
 from abliterate.model.load import LoadedModel
-from abliterate.model.replying import Watching, ends_of, generate_ids, until_end
+from abliterate.model.replying import Watching, ends_of, generate_ids, generate_tokens, until_end
 from abliterate.model.room import reply_rows
 
 TIE_NATS = {2: 0.125, 4: 1e-4, 8: 1e-8}
@@ -39,8 +40,14 @@ def follow(
 ) -> list[list[int]]:
     """Greedy replies as ``forward.generate_tokens`` gives them, read off ``drafts`` as far as those agree.
 
-    Of two tokens that rounding cannot tell apart (``TIE_NATS``) the draft's is taken.
+    Of two tokens that rounding cannot tell apart (``TIE_NATS``) the draft's is taken.  Where the repository wants other
+    tokens than the likeliest, drafts are of no use.
     """
+    if not takes_likeliest(getattr(loaded.model, "generation_config", None)):
+        return generate_tokens(
+            loaded, chat, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, task=task,
+            watching=watching, on_event=on_event,
+        )  # fmt: skip
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
     ends, its = ends_of(loaded), watching or Watching()
     encoded = [chat.encode(prompt) for prompt in prompts]
@@ -66,6 +73,9 @@ def follow(
     for _ in each_batch(loaded, chat.pack(together, rows), check, result_bytes=row_bytes):
         pass
     missing = [row for row, tokens in enumerate(found) if not _is_done(tokens, max_new_tokens, ends)]
+    if loaded.offload is not None:  # a draft that errs in one place may be right in those behind it
+        for row in missing:
+            loaded.offload.guesses.learn(drafts[row])
     begun = [encoded[row] + found[row] for row in missing]
     needs = [max_new_tokens - len(found[row]) for row in missing]
     for row, more in zip(missing, _write_on(loaded, chat, begun, needs, batch_size), strict=True):

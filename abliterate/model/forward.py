@@ -13,6 +13,7 @@ from torch import Tensor
 from abliterate.errors import NonFiniteError
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes, waiting_bytes
+from abliterate.model.guessing import MOST_GUESSES
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import room_for, run_together
@@ -105,7 +106,7 @@ def fitting(
         raise AssertionError("the weights are in memory")
     cache, most, sizes = cache_bytes(loaded), 0, []
     for rows, width, new in shapes:
-        cached = (width + new) * cache if new else 0
+        cached = (width + new + MOST_GUESSES) * cache if new else 0
         sizes.append(rows * (waiting_bytes(loaded, width) + cached + result_bytes))
         most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))
     first = 0

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError
 from abliterate.events import OnEvent, WeightsRead, ignore
+from abliterate.model.guessing import Guesses
 from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
@@ -71,6 +72,7 @@ class Offloaded:
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
+    ``guesses`` is what the model was asked and said.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -94,6 +96,7 @@ class Offloaded:
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
         self.reserved: list[tuple[int, int]] = []
+        self.guesses = Guesses()
         self._memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder

@@ -12,6 +12,7 @@ from torch import Tensor
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
+from abliterate.model.guessing import MOST_GUESSES, Writing, can_guess, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
@@ -80,7 +81,7 @@ def generate_tokens(
 
 def ends_of(loaded: LoadedModel) -> frozenset[int]:
     """The tokens that end a reply."""
-    stated = getattr(loaded.model, "generation_config", None)
+    stated = _settings(loaded)
     ends = None if stated is None else stated.eos_token_id
     ends = loaded.tokenizer.eos_token_id if ends is None else ends
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -111,11 +112,15 @@ def generate_ids(
     """Greedy continuation of a batch: only the new tokens, padded on the right once a row has ended.
 
     ``first`` is called with the logits ``[batch, vocab]`` of the first new token.  A model that learned its positions
-    stops where they end.  Rows that have ended leave the batch, where its cache can do without them.
+    stops where they end.  Rows that have ended leave the batch, where its cache can do without them.  Out of core
+    passes are spared by guesses (``guessing``).
     """
     if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
         max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
     cache = empty_cache(loaded)
+    tokens = batch.input_ids.shape[1] + max_new_tokens + MOST_GUESSES
+    if loaded.offload is not None and can_guess(cache, tokens) and takes_likeliest(_settings(loaded)):
+        return _guessed(loaded, chat, batch, max_new_tokens, cache, first)
     cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
     ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))
     found = torch.full((len(rows), max_new_tokens), chat.pad_id, dtype=torch.long)
@@ -134,6 +139,31 @@ def generate_ids(
         if not goes_on.all():
             cache.batch_select_indices(goes_on.nonzero().flatten().to(loaded.device))
     return found[:, :done]
+
+
+def _guessed(
+    loaded: LoadedModel,
+    chat: ChatFormat,
+    batch: Batch,
+    max_new_tokens: int,
+    cache: Any,  # noqa: ANN401 - a cache of transformers
+    first: Callable[[Tensor], None] | None,
+) -> Tensor:
+    """As ``generate_ids``, out of core; what it guesses by is kept with the weights."""
+    if loaded.offload is None:
+        raise AssertionError("the weights are in memory")
+    writing = Writing.of(batch, cache, loaded.offload.guesses, ends_of(loaded), max_new_tokens)
+    replies = write_by_guessing(
+        lambda each, keep: run_batch(loaded, each, keep=keep, cache=cache), writing, batch, first=first
+    )
+    found = torch.full((len(replies), max(map(len, replies))), chat.pad_id, dtype=torch.long)
+    for row, tokens in zip(found, replies, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return found
+
+
+def _settings(loaded: LoadedModel) -> Any:  # noqa: ANN401 - of transformers
+    return getattr(loaded.model, "generation_config", None)
 
 
 def _written_on(

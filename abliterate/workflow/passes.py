@@ -18,9 +18,9 @@ from abliterate.model.memory import least_bytes, sizes_of, whole_bytes, working_
 from abliterate.recipe import Recipe
 from abliterate.workflow.reading import reads_replies
 
-MEASURING = 4
-"""Passes by the paper's way: one filters the training prompts, two give the means of the classes, one filters the
-validation prompts.  Where replies say which prompts count, it is one for each token of them, and nothing else."""
+MEASURING = 2
+"""Passes by the paper's way: one filters the prompts, one gives the means of the classes.  Where replies say which
+prompts count, it is one for each token of them, and nothing else."""
 SELECTING = 3
 """Passes: the base, the bypass of all candidates together, KL and induce of the best; with all scores they share one.
 More where the candidates' states do not fit into memory at once, and where the best ones are not kept."""
@@ -32,11 +32,11 @@ STAGES = ("measure", "select", "verify", "replies")
 
 
 def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int = 2) -> dict[str, int]:
-    """The least number of weight passes of each stage.
+    """The number of weight passes of each stage, where memory holds what has to wait between two blocks.
 
     A search takes one for the base and, for each trial, one for each token of the replies.
     Replies are written by ``models`` checkpoints.  They take one pass for each token, however many prompts, controls
-    and modes there are.  What hooks make of the base is tried in its passes: where the edit is proven as well, the
+    and modes there are; fewer as far as tokens are guessed right (``model.guessing``).  What hooks make of the base is tried in its passes: where the edit is proven as well, the
     edited checkpoint only has to agree with the replies of that, in one pass.
     """
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
@@ -61,7 +61,8 @@ def cost(size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None =
     """
     total = sum(passes.values())
     parts = ", ".join(f"{stage} {count}" for stage, count in passes.items())
-    advice = "; fewer --max-new-tokens or --no-eval save the most" if passes.get("replies", 0) > total / 2 else ""
+    advice = "; right guesses of tokens save some, fewer --max-new-tokens or --no-eval the most"
+    advice = advice if passes.get("replies", 0) > total / 2 else ""
     pace = ""
     if bytes_per_s:
         long = duration(total * size_bytes / bytes_per_s)

@@ -23,6 +23,7 @@ from abliterate.method.moments import ActivationStats, Moments
 from abliterate.method.places import Place
 from abliterate.model import measuring
 from abliterate.model.labelling import WANTED, Measured, Replies, label
+from abliterate.model.lockstep import share
 from abliterate.model.memory import available_bytes
 from abliterate.model.outputs import outputs_of, place_of
 from abliterate.recipe import Recipe
@@ -65,7 +66,7 @@ def read_training(session: Session, needs: frozenset[Need], steps: Steps, *, ahe
     read = (
         _from_replies(session, of_stream, steps, ahead=ahead)
         if reads_replies(session.recipe)
-        else _one_by_one(session, of_stream, steps)
+        else _one_by_one(session, of_stream, steps, ahead=ahead)
     )
     if "outputs" not in needs:
         return read
@@ -208,19 +209,25 @@ def _category_moments(session: Session, harmful: Mapping[str, Tensor]) -> dict[s
 # --- one by one, as the paper does ------------------------------------------------------------------------------------
 
 
-def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps) -> Read:
+def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps, *, ahead: bool) -> Read:
+    """Out of core two weight passes, but for the tokens: the prompts of both splits, then the means of both classes."""
     prompts = _prompts(session, TRAIN)
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(refusal_tokens(session))))
-    kept = _typical(session, prompts, tokens.ids, steps, "typical-train")
-    _check_room(session, needs, at_once=1, rows=len(kept.harmful) + len(kept.harmless))
+    filtering = [partial(_typical, session, prompts, tokens.ids, steps, "typical-train")]
+    if ahead and steps.folder is not None and session.loaded.offload is not None:
+        filtering.append(partial(read_validation, session, tokens.ids, steps))
+    kept = share(session.loaded, filtering)[0]
+    both = session.loaded.offload is not None
+    _check_room(session, needs, at_once=1 + both, rows=len(kept.harmful) + len(kept.harmless))
     step = "-and-".join(["mean", *sorted(needs - {"means"})])
-    found = {}
+    measured = []
     for kind, texts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
         options = _options(session) | {"half": half_of(len(texts), seed=session.recipe.find.seed)}
         options["categories"] = _categories(session, texts, needs, kind)
         task = f"measure {kind} prompts"
         work = partial(measuring.measure_class, session.loaded, session.chat, texts, needs, task=task, **options)
-        found[kind] = steps.tensors(f"{step}-{kind}", work)
+        measured.append(partial(steps.tensors, f"{step}-{kind}", work))
+    found = dict(zip(WANTED, share(session.loaded, measured), strict=True))
     return Read(tokens=tokens, kept=kept, stats=_stats(session, found))
 
 

@@ -1,0 +1,143 @@
+"""Replies written by guessing ahead are the greedy ones, whatever the guesses are; good ones spare weight passes."""
+
+import pytest
+import torch
+
+from abliterate.model import guessing
+from abliterate.model.chat import Batch
+from abliterate.model.guessing import ORDERS, Guesses, can_guess, takes_likeliest
+from abliterate.model.lockstep import run_together
+from abliterate.model.prefix import empty_cache
+from abliterate.model.replying import generate_ids, until_end
+from tests import factories
+from tests.offloading import block_loads, offloaded, resident
+from tests.test_drafts import stub
+
+NEW = 12
+CASES = (
+    "llama", "qwen2", "mistral", "phi3", "gpt2", "opt", "gpt-neox", "stablelm", "mixtral", "deepseek-v3", "gemma2",
+    "gemma3-text", "gemma3n", "cohere2",
+)  # fmt: skip
+
+
+class Right(Guesses):
+    """Knows the replies."""
+
+    def __init__(self, replies):
+        super().__init__()
+        self.replies = replies
+
+    def after(self, tokens, most):
+        ends = [(its, len(its)) for its in self.replies]
+        whole = next(its for its, _ in ends if its[: len(tokens)] == list(tokens))
+        return whole[len(tokens) : len(tokens) + most]
+
+
+class Wrong(Right):
+    """Errs in the second guess, and of some rows in the first."""
+
+    def after(self, tokens, most):
+        found = super().after(tokens, most)
+        return [(token + 1) % 60 if place == len(tokens) % 2 else token for place, token in enumerate(found)]
+
+
+class Noise(Guesses):
+    """Guesses anything, of another length each time."""
+
+    def after(self, tokens, most):
+        drawn = torch.randint(5, 60, (most,), generator=torch.Generator().manual_seed(sum(tokens))).tolist()
+        return drawn[: sum(tokens) % (most + 1)]
+
+
+def batch():
+    ids = factories.token_ids(batch=5, length=11, seed=3)
+    mask = torch.ones_like(ids)
+    for row in range(5):
+        mask[row, : 2 * row] = 0
+    return Batch(rows=tuple(range(5)), input_ids=ids, attention_mask=mask)
+
+
+def prompts():
+    its = batch()
+    return [ids[kept].tolist() for ids, kept in zip(its.input_ids, its.attention_mask.bool(), strict=True)]
+
+
+def with_windows(loaded):
+    """Sliding windows that these replies do not fill; experts by a kernel that has float64."""
+    factories.with_eager_experts(loaded.model)
+    if getattr(loaded.model.config, "sliding_window", None):
+        loaded.model.config.sliding_window = 64
+    return loaded
+
+
+@pytest.fixture(scope="module", params=CASES)
+def both(request, saved):
+    """A model on disk, its batch, and the greedy replies by transformers, of which some end early."""
+    folder = saved(request.param)
+    whole, ours = with_windows(resident(folder, torch.float64)), with_windows(offloaded(folder, torch.float64))
+    whole.model.generation_config.eos_token_id = 10**6  # none ends
+    found = generate_ids(whole, stub(), batch(), NEW)
+    end = int(found[2, 4])
+    replies = [until_end(row, {end}) for row in found.tolist()]
+    ours.model.generation_config.eos_token_id = end
+    return ours, replies, end
+
+
+@pytest.mark.parametrize("kind", [Guesses, Right, Wrong, Noise])
+def test_replies_are_the_greedy_ones(kind, both):
+    ours, replies, end = both
+    assert can_guess(empty_cache(ours), 40)
+    told = [prompt + reply for prompt, reply in zip(prompts(), replies, strict=True)]
+    ours.offload.guesses = kind(told) if issubclass(kind, Right) else kind()
+    before = max(block_loads(ours))
+    (found,) = run_together(ours, [lambda: generate_ids(ours, stub(), batch(), NEW)])
+    assert [until_end(row, {end}) for row in found.tolist()] == replies
+    passes = max(block_loads(ours)) - before
+    longest = max(map(len, replies))
+    if kind is Right:  # guesses 2, then 4, then 7
+        assert longest == 1 + 3 + 5 + 3
+        assert passes == 4
+    else:
+        assert passes <= longest
+
+
+def test_a_guess_is_what_came_last_after_the_longest_run_of_tokens():
+    guesses = Guesses()
+    guesses.learn([1, 2, 3, 4, 9, 2, 3, 5])
+    assert guesses.after([2, 3], 1) == [5]
+    assert guesses.after([7, 3], 1) == [5]
+    assert guesses.after([6, 1, 2, 3], 3) == [4, 9, 2]
+    assert guesses.after([8, 8], 3) == []
+    assert guesses.after([4], 2) == [9, 2]
+    guesses.learn([1, 2, 3, 7], 3)
+    assert guesses.after([1, 2, 3], 1) == [7]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(guessing, "MOST_KEPT", 50)
+    guesses = Guesses()
+    for start in range(0, 1000, 10):
+        guesses.learn(range(start, start + 10))
+    assert len(guesses.seen) <= 50 + 10 * len(ORDERS)
+
+
+def test_a_window_that_fills_up_is_left_alone(saved):
+    ours = offloaded(saved("gemma3-text"))
+    window = ours.model.config.sliding_window
+    assert can_guess(empty_cache(ours), window - 1)
+    assert not can_guess(empty_cache(ours), window)
+
+
+@pytest.mark.parametrize("name", ["jamba", "qwen3-next", "falcon-h1"])
+def test_states_that_cannot_be_taken_back_are_left_alone(name, saved):
+    assert not can_guess(empty_cache(offloaded(saved(name))), 10)
+
+
+def test_a_repository_that_wants_other_tokens_gets_them(saved):
+    ours = offloaded(saved("llama"))
+    assert takes_likeliest(ours.model.generation_config)
+    (before,) = run_together(ours, [lambda: generate_ids(ours, stub(), batch(), 4)])
+    ours.model.generation_config.suppress_tokens = [int(before[0, 0])]
+    assert not takes_likeliest(ours.model.generation_config)
+    (after,) = run_together(ours, [lambda: generate_ids(ours, stub(), batch(), 4)])
+    assert before[0, 0] not in after
