@@ -33,7 +33,8 @@ from bench.quarter import enlarged
 HELD, SHARED, APART = "held", "shared", "apart"
 STAGES = {
     "reply to training prompts": "labels and means", "reply to training and validation prompts": "labels and means",
-    "filter prompts": "filter and means", "score candidates": "selection", "edit": "edit", "verify": "base: replies, likelihoods, hooks",
+    "filter prompts": "filter and means", "score candidates": "selection", "edit": "edit",
+    "verify": "base: replies, likelihoods, hooks",
 }  # fmt: skip
 """The tasks with which stages begin."""
 CLASSES, PROMPTS = ("harmful", "harmless"), "bundled:tiny-chat"

@@ -36,8 +36,9 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
 
     A search takes one for the base and, for each trial, one for each token of the replies.
     Replies are written by ``models`` checkpoints.  They take one pass for each token, however many prompts, controls
-    and modes there are; fewer as far as tokens are guessed right (``model.guessing``).  What hooks make of the base is tried in its passes: where the edit is proven as well, the
-    edited checkpoint only has to agree with the replies of that, in one pass.
+    and modes there are; fewer as far as tokens are guessed right (``model.guessing``).  What hooks make of the base is
+    tried in its passes: where the edit is proven as well, the edited checkpoint only has to agree with the replies of
+    that, in one pass.
     """
     probing = 0 if recipe.find.refusal_tokens else PROBE_TOKENS
     elsewhere = recipe.evaluate.backend == "vllm"
