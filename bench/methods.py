@@ -44,9 +44,8 @@ AT_ONE_PLACE = """Every method takes its candidate where the default chose its o
 there, so that what differs is what the method does, not where. Methods that find or choose otherwise are left
 out, but for a search of {trials} trials, which makes its own choice, and so is `categories`: the bundled prompts have
 too few of each. Where two make the same edit of it, the first stands for both (`default` is `projected` here, if its
-choice is a projected difference). `blocks`, `later-blocks` and `middle-blocks` are
-the default's direction in fewer writers: not in the embedding, in the last two thirds of the blocks, in the middle half
-of them. {n_test} prompts of each class, replies of at most {max_new_tokens} tokens. Controls:
+choice is a projected difference). `blocks` and `middle-blocks` are the default's direction in fewer writers: not in the
+embedding, and in the middle half of the blocks alone. {n_test} prompts of each class, replies of at most {max_new_tokens} tokens. Controls:
 `random`, a random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither
 should do anything.
 """

@@ -26,10 +26,9 @@ SIZES = {"n_test": 50, "max_new_tokens": 32}
 CONTROLS = ("random", "shuffled")
 RANGES: Mapping[str, Sequence[str]] = {
     "blocks": ("--roles", "attention,mlp"),
-    "later-blocks": ("--roles", "attention,mlp", "--exclude-layers", "0%-33%"),
     "middle-blocks": ("--roles", "attention,mlp", "--exclude-layers", "0%-33%,84%-100%"),
 }
-"""The default's direction, taken out of fewer writers: without the embedding, in the last two thirds, and in half."""
+"""The default's direction, taken out of fewer writers: without the embedding, and in half of the blocks."""
 BASE, SEARCH = "base", "search"
 BY_CATEGORY = "category-differences"
 """Left out: the bundled prompts have eight of a category, and a model that declines a third of them leaves too few."""
