@@ -11,7 +11,8 @@ read a block again for each batch.
 Any code may run such a model.  With ``lockstep.run_together`` several batches share a weight pass.
 """
 
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Offloaded:
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
-    ``guesses`` is what the model was asked and said.
+    ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -93,6 +94,7 @@ class Offloaded:
         self.device = device
         self.on_event = on_event
         self.loads: Counter[str] = Counter()
+        self.run_s: defaultdict[str, float] = defaultdict(float)
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
         self.reserved: list[tuple[int, int]] = []
@@ -250,9 +252,11 @@ class Offloaded:
                     self.load(unit)
                 else:
                     task.wait_for(unit)
+            begun = time.perf_counter()
             try:
                 return forward(*args, **kwargs)
             finally:
+                self.run_s[unit.name] += time.perf_counter() - begun
                 if task is None:
                     self.release(unit)
 

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import fmean
 
+from torch import Tensor
+
 from abliterate.evaluate.observing import HARMLESS
 from abliterate.evaluate.refusal_tokens import PROBE_PROMPTS, PROBE_TOKENS
 from abliterate.events import duration
 from abliterate.method.refusal_cone import CONE, TARGET_TOKENS, Schedule
 from abliterate.model.chat import Batch, ChatFormat, left_padded
 from abliterate.model.forward import run_batch
+from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
+from abliterate.model.lockstep import run_together
 from abliterate.recipe import Recipe
 from abliterate.workflow.reading import reads_replies
 from abliterate.workflow.session import Session
@@ -158,6 +162,11 @@ def seconds(amount: Amount, speed: Speed) -> float:
     return running + moving + amount.loads * speed.load_s
 
 
+def whole_seconds(counts: Counts, stages: Collection[str], speed: Speed) -> float:
+    """How long all ``stages`` take together."""
+    return sum(seconds(amount, speed) for amount in amounts(counts, stages).values())
+
+
 def sentence(counts: Counts, stages: Collection[str], speed: Speed, *, left_out: Collection[str] = ()) -> str:
     """The estimate, for people."""
     each = {stage: seconds(amount, speed) for stage, amount in amounts(counts, stages).items()}
@@ -169,7 +178,7 @@ def sentence(counts: Counts, stages: Collection[str], speed: Speed, *, left_out:
         paces.append(f"{counts.batch_size / speed.step_s:,.0f} tokens of replies/s")
     if speed.bytes_per_s is not None:
         paces.append(f"{speed.bytes_per_s / 1e6:,.0f} MB/s written")
-    whole = f"this will take about {_about(sum(each.values()))}: {parts}"
+    whole = f"this will take about {_about(whole_seconds(counts, stages, speed))}: {parts}"
     without = f"; not counted: {', '.join(left_out)}" if left_out else ""
     return f"{whole}; by a short trial: {', '.join(paces)}{without}"
 
@@ -259,7 +268,7 @@ def not_counted(recipe: Recipe, stages: Collection[str]) -> list[str]:
 
 
 def speed_of(session: Session, *, load_s: float = 0.0, bytes_per_s: float | None = None) -> Speed:
-    """Time the model of ``session``, which is held, on few of its prompts."""
+    """Time the model of ``session`` on few of its prompts; out of core its first block, which stands for all."""
     contrast, most = session.contrast, session.recipe.model.batch_size
     pairs = zip(contrast.harmful_train.texts, contrast.harmless_train.texts, strict=False)
     texts = [prompt for pair in pairs for prompt in pair]
@@ -281,6 +290,33 @@ def reading_speed(session: Session) -> float | None:
     return (weights.bytes_read - before) / max(time.perf_counter() - begun, 1e-9) or None
 
 
+class _SeenEnoughError(Exception):
+    """The first block has run."""
+
+
+def _first_block_s(loaded: LoadedModel, batch: Batch) -> float:
+    """Seconds for which the first block runs on a batch."""
+    if loaded.offload is None:
+        raise AssertionError("the weights are in memory")
+    name = next(unit.name for unit in loaded.offload.units if unit.module is loaded.blocks[0])
+    before = loaded.offload.run_s[name]
+
+    def stop(layer: int, x: Tensor) -> None:
+        if layer:
+            x[0, 0, 0].item()  # waits for the device
+            raise _SeenEnoughError
+
+    def run() -> None:
+        with observed(loaded, stop):
+            try:
+                run_batch(loaded, batch)
+            except _SeenEnoughError:
+                return
+
+    run_together(loaded, [run])
+    return loaded.offload.run_s[name] - before
+
+
 def timed(
     loaded: LoadedModel,
     chat: ChatFormat,
@@ -292,10 +328,12 @@ def timed(
     """Tokens of prompts a second, and the seconds of a step that writes ``batch_size`` tokens.
 
     As many tokens as such a step takes are timed first: without a cache, which is short by then.  How long that took
-    says how many prompts can be timed.
+    says how many prompts can be timed.  Out of core only the first block is read, and reading is not counted.
     """
 
     def run(batch: Batch) -> float:
+        if loaded.offload is not None:
+            return loaded.n_layers * _first_block_s(loaded, batch)
         begun = clock()
         run_batch(loaded, batch)[:, -1].cpu()  # waits for the device
         return clock() - begun

@@ -55,10 +55,13 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     return {stage: count for stage, count in every.items() if stage in stages}
 
 
-def cost(size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None = None) -> str:
+def cost(
+    size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None = None, arithmetic_s: float | None = None
+) -> str:
     """A sentence that says how often weights of ``size_bytes`` will be read in ``passes``, by stage.
 
-    With ``bytes_per_s``, at which they were read so far, it says how long that takes.
+    With ``bytes_per_s``, at which they were read so far, it says how long that takes, and that it takes no less than
+    ``arithmetic_s``, where these are known: the next block is read while one runs.
     """
     total = sum(passes.values())
     parts = ", ".join(f"{stage} {count}" for stage, count in passes.items())
@@ -66,8 +69,13 @@ def cost(size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None =
     advice = advice if passes.get("replies", 0) > total / 2 else ""
     pace = ""
     if bytes_per_s:
-        long = duration(total * size_bytes / bytes_per_s)
-        pace = f", which takes about {long} at the {bytes_per_s / 1e6:,.0f} MB/s of the first reading, if not longer"
+        reading_s = total * size_bytes / bytes_per_s
+        pace = f", which takes about {duration(reading_s)} at the {bytes_per_s / 1e6:,.0f} MB/s of the first reading"
+        if arithmetic_s is None:
+            pace += ", if not longer"
+        else:
+            whole = duration(max(reading_s, arithmetic_s))
+            pace += f"; meanwhile the blocks run for {duration(arithmetic_s)}, as one of them did: about {whole} in all"
     return (
         f"the weights ({size_bytes / 1e9:,.1f} GB) will be read about {total} times ({parts}), "
         f"{total * size_bytes / 1e12:,.2f} TB in all{pace}{advice}"

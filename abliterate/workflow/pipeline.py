@@ -27,7 +27,7 @@ from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_v
 from abliterate.recipe import NOT_IN_WORK, Recipe
 from abliterate.verification.checkpoint_proof import verify_bytes
 from abliterate.verification.report import VerifyReport
-from abliterate.workflow.estimate import counts_of, not_counted, reading_speed, sentence, speed_of
+from abliterate.workflow.estimate import counts_of, not_counted, reading_speed, sentence, speed_of, whole_seconds
 from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.passes import cost, passes_of
 from abliterate.workflow.search import check_search
@@ -260,8 +260,11 @@ def say_cost(
     load_s = _load(session) if load_s is None else load_s
     weights = session.loaded.offload
     if weights is not None:
-        passes = passes_of(session.recipe, stages, models=models)
-        session.on_event(Noted(text=cost(weights.size_bytes, passes, bytes_per_s=reading_speed(session))))
+        passes, pace = passes_of(session.recipe, stages, models=models), reading_speed(session)
+        counts = counts_of(session, stages, models=models, output_bytes=0)
+        arithmetic_s = whole_seconds(counts, stages, speed_of(session)) if pace else None
+        text = cost(weights.size_bytes, passes, bytes_per_s=pace, arithmetic_s=arithmetic_s)
+        session.on_event(Noted(text=text))
         return
     written = None if output is None else writing_speed(output.path, output_bytes)
     if written:
