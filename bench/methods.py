@@ -45,9 +45,9 @@ there, so that what differs is what the method does, not where. Methods that fin
 out, but for a search of {trials} trials, which makes its own choice, and so is `categories`: the bundled prompts have
 too few of each. Where two make the same edit of it, the first stands for both (`default` is `projected` here, if its
 choice is a projected difference). `blocks` and `middle-blocks` are the default's direction in fewer writers: not in the
-embedding, and in the middle half of the blocks alone. {n_test} prompts of each class, replies of at most {max_new_tokens} tokens. Controls:
-`random`, a random direction, and `shuffled`, the difference of means of two classes that are both half harmful; neither
-should do anything.
+embedding, and in the middle half of the blocks alone. {n_test} prompts of each class, replies of at most
+{max_new_tokens} tokens. Controls: `random`, a random direction, and `shuffled`, the difference of means of two classes
+that are both half harmful; neither should do anything.
 """
 KNOWN_TRUTH = """The bundled model is small and was trained to refuse, so that what is true of it is known: its
 figures are a test of the code, and say nothing of other models.

@@ -119,7 +119,7 @@ def test_a_reply_ends_with_the_token_that_ends_it():
 def stub():
     """As much of a chat format as writing asks about."""
     chat = ChatFormat.__new__(ChatFormat)
-    chat.rows, chat.context = None, None
+    chat.rows, chat.context, chat.pads = None, None, True
     chat.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": None})
     return chat
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch
 from abliterate.checkpoint.output import writing_speed
 from abliterate.events import Noted, duration
 from abliterate.model import load
-from abliterate.model.chat import ChatFormat, left_padded
+from abliterate.model.chat import ChatFormat
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from abliterate.workflow.estimate import (
@@ -27,6 +26,7 @@ from abliterate.workflow.estimate import (
 from abliterate.workflow.passes import cost
 from abliterate.workflow.session import open_session
 from tests.offloading import block_loads, offloaded
+from tests.test_drafts import stub
 
 SOURCES = {"harmful": "bundled:tiny-chat", "harmless": "bundled:tiny-chat"}
 ALL = ("measure", "select", "edit", "verify", "replies")
@@ -207,7 +207,7 @@ def test_out_of_core_the_first_reading_gives_the_pace():
 def test_out_of_core_the_first_block_stands_for_all(saved):
     """Nothing else is read, and reading does not count."""
     loaded = offloaded(saved("llama"))
-    chat = SimpleNamespace(pad_id=0, pack=lambda encoded, rows: left_padded(encoded, rows, 0))
+    chat = stub()
     per_s, step_s = timed(loaded, chat, [list(range(5, 17))] * 8, batch_size=8)
     loads = block_loads(loaded)
     assert loads[0] >= 2
@@ -220,6 +220,6 @@ def test_out_of_core_the_first_block_stands_for_all(saved):
 def test_out_of_core_what_takes_longer_is_the_estimate():
     passes = {"measure": 30, "select": 3}
     assert "if not longer" in cost(10**9, passes, bytes_per_s=1e9)
-    assert "about 33 s in all" in cost(10**9, passes, bytes_per_s=1e9, arithmetic_s=10)
-    assert "about 2 min in all" in cost(10**9, passes, bytes_per_s=1e9, arithmetic_s=120)
-    assert "in all," not in cost(10**9, passes, arithmetic_s=10).partition("TB")[2]
+    assert "about 33 s in all" in cost(10**9, passes, bytes_per_s=1e9, arithmetic_s=10.0)
+    assert "about 2 min in all" in cost(10**9, passes, bytes_per_s=1e9, arithmetic_s=120.0)
+    assert "in all," not in cost(10**9, passes, arithmetic_s=10.0).partition("TB")[2]

@@ -33,7 +33,7 @@ TASK = "edit"
 PIECES = 3
 """Pieces of the largest size that the buffer holds: one is read into, one is edited, one is written."""
 
-HELD_BYTES = 256
+HELD_BYTES = 320
 """Of the memory budget, for each column of the widest matrix: its feedback rows, held until its last row is known.
 The scales of the quantised tensor at hand are counted as well."""
 

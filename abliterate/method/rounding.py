@@ -73,18 +73,18 @@ def round_tail(
     read: Float[Tensor, "rows k"],
     leak: Float[Tensor, "k n"],
 ) -> Float[Tensor, "rows n"]:
-    """Round the feedback rows one after the other so that ``leak`` cancels.
+    """Round the feedback rows ``w``, in place, one after the other so that ``leak`` cancels; gives ``w`` back.
 
     ``leak`` is what ``read^T W'`` differs from what it should be, with these rows unrounded; ``nearest(i, row)`` rounds
     row ``i`` to what can be stored. Each row takes its share ``- read_i G^-1 leak`` (``G``: Gram matrix of the rows
     still to come, pseudo-inverted), is rounded to nearest, and passes on its own rounding error.
     """
     coefficients = read.to(device=w.device, dtype=w.dtype)
-    rounded = torch.empty_like(w)
     for position in range(len(w)):
         remaining = read[position:]
         share = remaining[0] @ torch.linalg.pinv(remaining.T @ remaining, rtol=GRAM_TOLERANCE, hermitian=True)
         target = w[position] - share.to(device=w.device, dtype=w.dtype) @ leak
-        rounded[position] = nearest(position, target[None])[0]
-        leak = leak + coefficients[position][:, None] * (rounded[position] - w[position])
-    return rounded
+        rounded = nearest(position, target[None])[0]
+        leak = leak + coefficients[position][:, None] * (rounded - w[position])
+        w[position] = rounded
+    return w
