@@ -17,6 +17,17 @@ import jaxtyping._storage
 import pytest
 import torch
 from greenlet import getcurrent
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).parent.parent / "abliterate"
+SHAPED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "from jaxtyping import" in path.read_text("utf-8")
+]
+"""Modules whose shapes are checked at each call.  Checking all others takes as long as all other work of short tests,
+and pyright has checked what it would find."""
+install_import_hook(SHAPED, "beartype.beartype")
 
 from abliterate.model.load import quiet_transformers
 from tests import factories, measured

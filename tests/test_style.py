@@ -4,7 +4,13 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
+import pytest
+import torch
+
 import abliterate
+from abliterate.method.edits import orthogonal
+from tests.conftest import SHAPED
 
 PACKAGE = Path(abliterate.__file__).parent
 MOST_LINES_OF_A_FILE = 400
@@ -61,3 +67,9 @@ def test_no_function_is_long_without_a_reason():
 def test_every_exception_is_needed():
     assert set(LONG_FILES) <= set(long_files())
     assert set(LONG_FUNCTIONS) <= set(long_functions())
+
+
+def test_shapes_are_checked_while_tests_run():
+    assert len(SHAPED) > 30
+    with pytest.raises(jaxtyping.TypeCheckError):
+        orthogonal(torch.zeros(3))
