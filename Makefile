@@ -103,10 +103,10 @@ real: $(VENV)/installed-dev
 methods: $(VENV)/installed-dev
 	$(BIN)/python -m bench.methods $(MODELS)
 
-# The kill and memory tests at a large size, and ten minutes of coverage-guided fuzzing of every format that is read.
+# The tests of kills, memory and failing disks at a large size, and ten minutes of coverage-guided fuzzing of every format that is read.
 FORMATS := header index config direction edit patch manifest recipe prompts gguf card
 soak: $(VENV)/installed-dev
-	ABLITERATE_KILL_POINTS=500 ABLITERATE_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory.py
+	ABLITERATE_KILL_POINTS=500 ABLITERATE_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory.py tests/test_steady.py
 	$(PIP) install atheris
 	printf '%s\n' $(FORMATS) | xargs -P 2 -I{} $(BIN)/python -m tests.fuzz_targets {} -max_total_time=600
 

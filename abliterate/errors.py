@@ -22,6 +22,7 @@ The number is the exit code of the command line.  Each error carries two lines: 
 which file or tensor, ``hint`` says what to do.
 """
 
+import errno
 from typing import ClassVar
 
 
@@ -115,3 +116,17 @@ class InterruptedRunError(AbliterateError):
     """The run was stopped; the same command continues it."""
 
     exit_code = 6
+
+
+DEVICE_ERRORS = frozenset(
+    number for name in ("EIO", "EREMOTEIO", "ENXIO", "ENODEV", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT")
+    if (number := getattr(errno, name, None)) is not None
+)  # fmt: skip
+"""Of the system, where a disk or a network drive is at fault and not what was asked of it."""
+
+
+def advice(error: OSError) -> str:
+    """What to do about ``error``."""
+    if error.errno in DEVICE_ERRORS:
+        return "the disk or network drive fails: see what the system's log says of it; the same command then goes on"
+    return "check the path and its rights"

@@ -39,7 +39,7 @@ def edit_and_die(base, out, fatal):
     return work_and_die(lambda: api.edit(base, direction(), out), fatal)
 
 
-def work_and_die(work, fatal):
+def work_and_die(work, fatal, names=CALLS):
     """Work in a child process that is killed just before its ``fatal``-th system call; returns the calls made."""
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -57,7 +57,7 @@ def work_and_die(work, fatal):
 
             return wrapper
 
-        for name in CALLS:
+        for name in names:
             setattr(os, name, counted(getattr(os, name)))
         status = 1
         try:

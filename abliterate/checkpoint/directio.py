@@ -114,7 +114,11 @@ class SourceFile:
         while done < needed:
             # A short direct read ends inside a page: it is continued from the page's beginning.
             begin = done - done % PAGE if self.direct else done
-            count = _read_at(self._file, view[begin:], start + begin)
+            try:
+                count = _read_at(self._file, view[begin:], start + begin)
+            except OSError as error:
+                error.filename = str(self.path)  # a descriptor has no name
+                raise
             if begin + count <= done:
                 raise CheckpointError(f"{self.path}: the file ends too early", "fetch this file again")
             done = begin + count

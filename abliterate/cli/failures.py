@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 
-from abliterate.errors import AbliterateError, InterruptedRunError, NotEnoughDiskError, SourceError
+from abliterate.errors import AbliterateError, InterruptedRunError, NotEnoughDiskError, SourceError, advice
 
 DEBUG_VARIABLE = "ABLITERATE_DEBUG"
 
@@ -28,7 +28,7 @@ def explain(error: BaseException) -> AbliterateError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotEnoughDiskError("the disk is full", "free some space and run the same command: it continues")
     if isinstance(error, OSError):
-        return SourceError(f"{error.filename or 'a file'}: {error.strerror or error}", "check the path and its rights")
+        return SourceError(f"{error.filename or 'a file'}: {error.strerror or error}", advice(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return AbliterateError("out of memory", "lower --batch-size, or choose a smaller --dtype or another --device")
     text = " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ from abliterate.checkpoint.transfer import one_core
 from abliterate.editing.blocks import Rounding, TensorEdit, Workspace
 from abliterate.editing.planning import EditPlan
 from abliterate.editing.shards import HELD_BYTES, PIECES, TASK, Editor, InPlace, header_with
-from abliterate.errors import CheckpointError, NotEnoughDiskError, UsageError
+from abliterate.errors import CheckpointError, NotEnoughDiskError, UsageError, advice
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 
 
@@ -170,7 +170,7 @@ def plain_failures(output: OutputFolder, source: Checkpoint) -> Iterator[None]:
             raise NotEnoughDiskError(
                 f"{output.path}: the disk is full", "free some space and run the same command: it continues"
             ) from error
-        raise CheckpointError(f"{error.filename or source.folder}: {error.strerror}", "check the file") from error
+        raise CheckpointError(f"{error.filename or source.folder}: {error.strerror}", advice(error)) from error
 
 
 def piece_bytes(plan: EditPlan, memory_bytes: int) -> int:
