@@ -27,8 +27,8 @@ from bench.page_parts import table
 PAGE = """# Reading weights from a disk
 
 Written by `make bench-disk`: a weight pass over {model} ({size:,.0f} MB) that stays on disk, on {memory} of memory,
-none of it in the page cache before; beside it `dd iflag=direct bs=16M` over the same files, in turns. Median of {rounds}
-rounds. An embedding is not in the pass: its rows are looked up one by one.
+none of it in the page cache before; beside it `dd iflag=direct bs=16M` over the same files, in turns. Median of
+{rounds} rounds. An embedding is not in the pass: its rows are looked up one by one.
 
 {rows}
 Machine: {machine}.
