@@ -33,7 +33,7 @@ from bench.quarter import enlarged
 HELD, SHARED, APART = "held", "shared", "apart"
 STAGES = {
     "reply to training prompts": "labels and means", "reply to training and validation prompts": "labels and means",
-    "filter prompts": "filter and means", "score candidates": "selection", "edit": "edit",
+    "filter training prompts": "filter and means", "score candidates": "selection", "edit": "edit",
     "verify": "base: replies, likelihoods, hooks",
 }  # fmt: skip
 """The tasks with which stages begin."""
@@ -94,7 +94,9 @@ class Counted:
         self._stage, self._before, self._begun = following, now, at
 
     def _total(self) -> int:
-        return sum(max((its.loads[unit.name] for unit in its.units if unit.is_block), default=0) for its in self.models)
+        """Passes of all models; the first block alone is read for trials as well."""
+        loads = ([its.loads[unit.name] for unit in its.units if unit.is_block] for its in self.models)
+        return sum(max(of_blocks[1:], default=0) for of_blocks in loads)
 
 
 def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) -> dict[str, Any]:

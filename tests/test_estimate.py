@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -208,13 +209,23 @@ def test_out_of_core_the_first_block_stands_for_all(saved):
     """Nothing else is read, and reading does not count."""
     loaded = offloaded(saved("llama"))
     chat = stub()
+    assert loaded.offload.prefetch
     per_s, step_s = timed(loaded, chat, [list(range(5, 17))] * 8, batch_size=8)
-    loads = block_loads(loaded)
-    assert loads[0] >= 2
+    loads, first = block_loads(loaded), next(unit for unit in loaded.offload.units if unit.is_block)
     assert set(loads[1:]) == {0}
-    name = next(unit.name for unit in loaded.offload.units if unit.is_block)
-    assert 0 < step_s <= loaded.n_layers * loaded.offload.run_s[name]
+    of_rows = sum(rows.bytes_read for rows in loaded.offload.rows)
+    assert loaded.offload.bytes_read == loads[0] * first.stored_bytes + of_rows
+    assert loaded.offload.prefetch
+    assert step_s > 0
     assert per_s > 0
+
+
+def test_what_a_block_takes_is_what_its_passes_say(saved, monkeypatch):
+    """All blocks as the first one ran: by a clock that goes on by a second at each look, one second each."""
+    loaded = offloaded(saved("llama"))
+    ticks = count()
+    monkeypatch.setattr("abliterate.model.offload.time.perf_counter", lambda: float(next(ticks)))
+    assert timed(loaded, stub(), [list(range(5, 17))] * 8, batch_size=8)[1] == loaded.n_layers
 
 
 def test_out_of_core_what_takes_longer_is_the_estimate():

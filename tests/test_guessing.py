@@ -5,7 +5,7 @@ import torch
 
 from abliterate.model import guessing
 from abliterate.model.chat import Batch
-from abliterate.model.guessing import ORDERS, Guesses, can_guess, takes_likeliest
+from abliterate.model.guessing import ORDERS, Guesses, can_go_back, can_guess, takes_likeliest
 from abliterate.model.lockstep import run_together
 from abliterate.model.prefix import empty_cache
 from abliterate.model.replying import generate_ids, until_end
@@ -94,7 +94,7 @@ def test_replies_are_the_greedy_ones(kind, both):
     assert [until_end(row, {end}) for row in found.tolist()] == replies
     passes = max(block_loads(ours)) - before
     longest = max(map(len, replies))
-    if kind is Right:  # guesses 2, then 4, then 7
+    if kind is Right:  # guesses 2, then 4, and 4 again
         assert longest == 1 + 3 + 5 + 3
         assert passes == 4
     else:
@@ -119,6 +119,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     for start in range(0, 1000, 10):
         guesses.learn(range(start, start + 10))
     assert len(guesses.seen) <= 50 + 10 * len(ORDERS)
+    assert guesses.after(list(range(990, 995)), 1) == [995]
 
 
 def test_a_window_that_fills_up_is_left_alone(saved):
@@ -131,6 +132,13 @@ def test_a_window_that_fills_up_is_left_alone(saved):
 @pytest.mark.parametrize("name", ["jamba", "qwen3-next", "falcon-h1"])
 def test_states_that_cannot_be_taken_back_are_left_alone(name, saved):
     assert not can_guess(empty_cache(offloaded(saved(name))), 10)
+
+
+def test_positions_that_are_turned_anew_are_left_alone(saved):
+    config = offloaded(saved("phi3")).model.config
+    assert can_go_back(config)
+    config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert not can_go_back(config)
 
 
 def test_a_repository_that_wants_other_tokens_gets_them(saved):

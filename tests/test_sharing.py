@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from abliterate.cli.lines import Lines
 from abliterate.model.chat import Batch
 from abliterate.model.forward import each_batch
 from abliterate.model.interventions import ablated, added
@@ -234,8 +235,16 @@ def test_the_papers_way_filters_in_one_pass_and_measures_in_another(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Offloaded, "__init__", counted.opened(Offloaded.__init__))
         patch.setattr(Offloaded, "_working_bytes", lambda _: 2**30)
-        ours = pipeline.run(None, tmp_path / "ours", asked, with_evaluation=False, on_event=counted.hear)
+        said: list[str] = []
+        lines = Lines(said.append)
+
+        def hear(event):
+            counted.hear(event)
+            lines.listen(event)
+
+        ours = pipeline.run(None, tmp_path / "ours", asked, with_evaluation=False, on_event=hear)
     counted.ended("")
+    assert any("filter validation prompts" in text for text in said)
     announced = passes_of(asked, ("measure", "select", "verify"))
     assert counted.passes["filter and means"] == announced["measure"] == 2
     assert sum(counted.passes.values()) <= sum(announced.values()) + 2

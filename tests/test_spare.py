@@ -46,6 +46,6 @@ def test_blocks_take_the_memory_of_the_last_but_one(saved, monkeypatch):
     expected = [logits(whole, *batch) for batch in batches()]
     assert all_equal(together(ours), expected)
     assert all_equal(together(ours), expected)
-    places = [its.data_ptr() for its in taken]
-    assert len(set(places)) < len(places)
+    places = [its.data_ptr() for its in taken if its.nbytes >= 64]
+    assert len(set(places)) <= 0.75 * len(places)  # of three blocks the third takes the memory of the first
     assert ours.offload._spare.held_bytes == 0

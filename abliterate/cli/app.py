@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from abliterate.cli.audit import audit
 from abliterate.cli.categories import categories
 from abliterate.cli.chat import chat
 from abliterate.cli.directions import directions
@@ -27,7 +28,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "The whole job": {"run": run},
     "Look, and change nothing": {
         "plan": plan, "chat": chat, "inspect": inspect, "directions": directions, "categories": categories,
-        "methods": methods, "recipes": recipes, "architectures": architectures,
+        "audit": audit, "methods": methods, "recipes": recipes, "architectures": architectures,
     },
     "One stage at a time": {"measure": measure, "select": select, "edit": edit, "verify": verify, "eval": evaluate},
     "Compare checkpoints": {"compare": compare, "diff": diff, "reproduce": reproduce},

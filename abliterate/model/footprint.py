@@ -32,6 +32,12 @@ def logit_bytes(loaded: LoadedModel) -> int:
     return LOGIT_BYTES * loaded.model.config.get_text_config().vocab_size
 
 
+def guess_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Bytes that a row takes up where the logits of ``tokens`` tokens are made: as computed, and twice on the way."""
+    width = loaded.model.dtype.itemsize
+    return 3 * tokens * width * loaded.model.config.get_text_config().vocab_size
+
+
 def cache_bytes(loaded: LoadedModel) -> int:
     """Bytes that a token takes up in the cache of keys and values, at most."""
     config = loaded.model.config.get_text_config()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.errors import NonFiniteError
 from abliterate.model.chat import Batch, ChatFormat, left_padded
-from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes, waiting_bytes
+from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, running_bytes, waiting_bytes
 from abliterate.model.guessing import MOST_GUESSES
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
@@ -108,7 +108,8 @@ def fitting(
     for rows, width, new in shapes:
         cached = (width + new + MOST_GUESSES) * cache if new else 0
         sizes.append(rows * (waiting_bytes(loaded, width) + cached + result_bytes))
-        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded)))
+        logits = max(logit_bytes(loaded), guess_bytes(loaded, MOST_GUESSES + 1) if new else 0)
+        most = max(most, rows * max(width * running_bytes(loaded), logits))
     first = 0
     while first < len(sizes):
         with room_for(loaded.offload, sizes[first:], most) as count:

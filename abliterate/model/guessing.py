@@ -8,6 +8,7 @@ core a pass of all weights costs much more than a few tokens in it.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from abliterate.model.chat import Batch
 
 ORDERS = (3, 2, 1)
 """How many tokens back are looked up; the longest that was seen before counts."""
-LEAST_GUESSES, MOST_GUESSES = 2, 7
-"""Guessed tokens of a row and pass: twice as many where all of them were right.  The logits of the most, and of the
-token before them, take no more memory than what is made of the logits of a prompt (``footprint.LOGIT_BYTES``)."""
-MOST_KEPT = 2**20
-"""Runs of tokens that are remembered."""
+LEAST_GUESSES, MOST_GUESSES = 2, 4
+"""Guessed tokens of a row and pass: twice as many where all of them were right."""
+MOST_KEPT = 2**17
+"""Runs of tokens that are remembered, some 20 MB; of more, the half that was learned first is forgotten."""
 PROCESSED = (
-    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "bad_words_ids", "begin_suppress_tokens", "dola_layers", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size",
     "remove_invalid_values", "sequence_bias", "suppress_tokens", "watermarking_config",
 )  # fmt: skip
@@ -39,7 +39,8 @@ class Guesses:
     def learn(self, tokens: Sequence[int], start: int = 1) -> None:
         """Remember what ``tokens`` says, of which those before ``start`` are known."""
         if len(self.seen) > MOST_KEPT:
-            self.seen.clear()
+            for run in list(islice(self.seen, MOST_KEPT // 2)):
+                del self.seen[run]
         for place in range(max(1, start), len(tokens)):
             for order in ORDERS:
                 if order <= place:
@@ -61,6 +62,11 @@ class Guesses:
 def takes_likeliest(generation_config: Any) -> bool:  # noqa: ANN401 - of transformers, or None
     """Whether greedy decoding by ``generate`` takes the likeliest token whatever else the repository asks for."""
     return not any(getattr(generation_config, name, None) for name in PROCESSED)
+
+
+def can_go_back(config: Any) -> bool:  # noqa: ANN401 - of transformers
+    """Whether positions are rotated alike however long a row is: LongRoPE turns all anew from some length on."""
+    return "longrope" not in str(getattr(config.get_text_config(), "rope_parameters", None))
 
 
 def can_guess(cache: Any, tokens: int) -> bool:  # noqa: ANN401 - a cache of transformers

@@ -63,6 +63,7 @@ def keep_typical(
     refusal_ids: Sequence[int],
     *,
     batch_size: int,
+    task: str = "filter prompts",
     on_event: OnEvent = ignore,
 ) -> Filtered:
     """Keep harmful prompts with refusal metric > 0 and harmless ones with < 0, as the paper does.
@@ -71,7 +72,6 @@ def keep_typical(
         PromptError: a class is left empty.
         NonFiniteError: the model's logits are not finite.
     """
-    task = "filter prompts"
     prompts = [*harmful, *harmless]
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
     found = of_last_log_probs(

@@ -79,7 +79,8 @@ class Offloaded:
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
-    ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded.
+    ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded
+    (on an accelerator, that it took to be told, unless ``is_timed``).
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -101,6 +102,7 @@ class Offloaded:
         self.on_event = on_event
         self.loads: Counter[str] = Counter()
         self.run_s: defaultdict[str, float] = defaultdict(float)
+        self.is_timed = False
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
         self.reserved: list[tuple[int, int]] = []
@@ -184,7 +186,7 @@ class Offloaded:
         if unit in self._loaded and unit not in self._staying:
             befores = self._loaded.pop(unit)
             if unit.is_read_as_stored:
-                self._spare.keep({id(its): its for its in map(_get, befores)}.values())
+                self._spare.keep({its.data_ptr(): its for its in map(_get, befores)}.values())
             for place, before in befores.items():
                 _put(place, before)
 
@@ -207,6 +209,8 @@ class Offloaded:
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
+        if not unit.is_read_as_stored:
+            self._spare.clear()  # what is converted takes other memory
         for conversion in unit.conversions:
             made = make(conversion, self._model, self._folder, self.device, self._spare.room)
             values |= {name: value for name, value in made.items() if name in unit.places}
@@ -267,6 +271,8 @@ class Offloaded:
             try:
                 return forward(*args, **kwargs)
             finally:
+                if self.is_timed and self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
                 self.run_s[unit.name] += time.perf_counter() - begun
                 if task is None:
                     self.release(unit)

@@ -12,7 +12,7 @@ from torch import Tensor
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
-from abliterate.model.guessing import MOST_GUESSES, Writing, can_guess, takes_likeliest, write_by_guessing
+from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, can_guess, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
@@ -119,7 +119,8 @@ def generate_ids(
         max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
     cache = empty_cache(loaded)
     tokens = batch.input_ids.shape[1] + max_new_tokens + MOST_GUESSES
-    if loaded.offload is not None and can_guess(cache, tokens) and takes_likeliest(_settings(loaded)):
+    fits = can_guess(cache, tokens) and can_go_back(loaded.model.config) and (chat.pads or len(batch.rows) == 1)
+    if loaded.offload is not None and fits and takes_likeliest(_settings(loaded)):
         return _guessed(loaded, chat, batch, max_new_tokens, cache, first)
     cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
     ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))
@@ -197,6 +198,7 @@ def _written_on(
                 attention_mask=mask.to(loaded.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
+                num_beams=1,
                 temperature=None,
                 top_p=None,
                 top_k=None,

@@ -298,12 +298,12 @@ def _first_block_s(loaded: LoadedModel, batch: Batch) -> float:
     """Seconds for which the first block runs on a batch."""
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
-    name = next(unit.name for unit in loaded.offload.units if unit.module is loaded.blocks[0])
-    before = loaded.offload.run_s[name]
+    weights = loaded.offload
+    name = next(unit.name for unit in weights.units if unit.module is loaded.blocks[0])
+    before, ahead = weights.run_s[name], weights.prefetch
 
-    def stop(layer: int, x: Tensor) -> None:
+    def stop(layer: int, _: Tensor) -> None:
         if layer:
-            x[0, 0, 0].item()  # waits for the device
             raise _SeenEnoughError
 
     def run() -> None:
@@ -313,8 +313,12 @@ def _first_block_s(loaded: LoadedModel, batch: Batch) -> float:
             except _SeenEnoughError:
                 return
 
-    run_together(loaded, [run])
-    return loaded.offload.run_s[name] - before
+    weights.prefetch, weights.is_timed = False, True
+    try:
+        run_together(loaded, [run])
+    finally:
+        weights.prefetch, weights.is_timed = ahead, False
+    return weights.run_s[name] - before
 
 
 def timed(
@@ -348,6 +352,8 @@ def timed(
     fitting = int(SHORT_S / max(step, 1e-9) * batch_size / width)
     whole = encoded[: max(1, min(fitting, batch_size))]
     batches = list(chat.pack(whole, batch_size))
+    if loaded.offload is not None:
+        batches = batches[:1]
     took = sum(map(run, batches))
-    tokens = sum(map(len, whole))
+    tokens = sum(len(whole[row]) for batch in batches for row in batch.rows)
     return tokens / max(took, 1e-9), max(step, 1e-9)

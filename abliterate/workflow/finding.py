@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from abliterate.checkpoint import direction_file as direction_files
@@ -70,6 +71,22 @@ def measure(
         session.on_event(Noted(text=warning))
     if covariance is not None:
         direction_files.save_covariances(covariance, read.stats.moments)
+    measured = made_of(session, read, _finite(session, estimate(read.stats, recipe.find.estimators)), categories)
+    if not recipe.find.trained:
+        return measured
+    start = select(session, measured, steps=steps, scores="start.safetensors")
+    validation = read_validation(session, read.tokens.ids, steps)
+    return replace(measured, candidates=trained(session, start, read.kept, validation, steps))
+
+
+def made_of(
+    session: Session,
+    read: Read,
+    candidates: Sequence[Candidate],
+    categories: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> DirectionSet:
+    """``candidates`` that were made of what was ``read``, with what a file of directions says of that."""
+    recipe = session.recipe
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
@@ -84,13 +101,7 @@ def measure(
         "versions": manifest.versions(),
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    candidates = _finite(session, estimate(read.stats, recipe.find.estimators))
-    measured = DirectionSet(candidates=candidates, statistics=read.stats.means_alone(), metadata=metadata)
-    if not recipe.find.trained:
-        return measured
-    start = select(session, measured, steps=steps, scores="start.safetensors")
-    validation = read_validation(session, read.tokens.ids, steps)
-    return replace(measured, candidates=trained(session, start, read.kept, validation, steps))
+    return DirectionSet(candidates=tuple(candidates), statistics=read.stats.means_alone(), metadata=metadata)
 
 
 def _of_categories(session: Session, read: Read) -> dict[str, tuple[int, int]]:

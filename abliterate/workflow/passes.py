@@ -45,10 +45,12 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
     replying = 1 if elsewhere else recipe.evaluate.max_new_tokens
     edited = 1 if "verify" in stages else replying
     outputs = "outputs" in needs_of(recipe.find.estimators)
+    tried = reads_replies(recipe) * recipe.find.reply_tokens or int(recipe.find.filter_prompts)
+    apart = 0 if "measure" in stages else tried  # the validation prompts, which measuring reads with its own
     searching = 1 + recipe.find.trials * recipe.find.reply_tokens
     every = {
         "measure": (recipe.find.reply_tokens if reads_replies(recipe) else probing + MEASURING) + outputs,
-        "select": searching if recipe.find.trials else SELECTING - recipe.find.scores_all,
+        "select": apart + (searching if recipe.find.trials else SELECTING - recipe.find.scores_all),
         "verify": 0 if "replies" in stages else VERIFYING,
         "replies": replying + SCORING + edited + (models - 2) * replying,
     }

@@ -82,7 +82,7 @@ def read_validation(session: Session, refusal_ids: Sequence[int], steps: Steps) 
     if reads_replies(session.recipe):
         return _kept(session, _replies(_asked(session, VALIDATION, steps)), VALIDATION)
     step = f"typical-val-{'-'.join(map(str, refusal_ids))}"  # candidates measured again may name other tokens
-    return _typical(session, _prompts(session, VALIDATION), refusal_ids, steps, step)
+    return _typical(session, VALIDATION, refusal_ids, steps, step)
 
 
 def _outputs(session: Session, kept: measuring.Filtered, steps: Steps) -> dict[str, dict[Place, Tensor]]:
@@ -211,14 +211,12 @@ def _category_moments(session: Session, harmful: Mapping[str, Tensor]) -> dict[s
 
 def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps, *, ahead: bool) -> Read:
     """Out of core two weight passes, but for the tokens: the prompts of both splits, then the means of both classes."""
-    prompts = _prompts(session, TRAIN)
     tokens = RefusalTokens.of(steps.document("refusal-tokens", lambda: asdict(refusal_tokens(session))))
-    filtering = [partial(_typical, session, prompts, tokens.ids, steps, "typical-train")]
+    filtering = [partial(_typical, session, TRAIN, tokens.ids, steps, "typical-train")]
     if ahead and steps.folder is not None and session.loaded.offload is not None:
         filtering.append(partial(read_validation, session, tokens.ids, steps))
     kept = share(session.loaded, filtering)[0]
-    both = session.loaded.offload is not None
-    _check_room(session, needs, at_once=1 + both, rows=len(kept.harmful) + len(kept.harmless))
+    _check_room(session, needs, at_once=1, rows=len(kept.harmful) + len(kept.harmless))
     step = "-and-".join(["mean", *sorted(needs - {"means"})])
     measured = []
     for kind, texts in (("harmful", kept.harmful), ("harmless", kept.harmless)):
@@ -227,7 +225,9 @@ def _one_by_one(session: Session, needs: frozenset[Need], steps: Steps, *, ahead
         task = f"measure {kind} prompts"
         work = partial(measuring.measure_class, session.loaded, session.chat, texts, needs, task=task, **options)
         measured.append(partial(steps.tensors, f"{step}-{kind}", work))
-    found = dict(zip(WANTED, share(session.loaded, measured), strict=True))
+    # covariances of both classes at once take twice the memory
+    both = [make() for make in measured] if "covariance" in needs else share(session.loaded, measured)
+    found = dict(zip(WANTED, both, strict=True))
     return Read(tokens=tokens, kept=kept, stats=_stats(session, found))
 
 
@@ -238,16 +238,19 @@ def _all_of(prompts: Mapping[str, Sequence[str]]) -> measuring.Filtered:
     )
 
 
-def _typical(
-    session: Session, prompts: Mapping[str, Sequence[str]], refusal_ids: Sequence[int], steps: Steps, name: str
-) -> measuring.Filtered:
-    """The prompts that behave as their class says; all of them where the recipe keeps all."""
+def _typical(session: Session, split: str, refusal_ids: Sequence[int], steps: Steps, name: str) -> measuring.Filtered:
+    """The prompts of ``split`` that behave as their class says; all of them where the recipe keeps all."""
+    prompts = _prompts(session, split)
     if not session.recipe.find.filter_prompts:
         return _all_of(prompts)
 
     def find() -> dict[str, Any]:
         texts = prompts["harmful"], prompts["harmless"]
-        return asdict(measuring.keep_typical(session.loaded, session.chat, *texts, refusal_ids, **_options(session)))
+        task = f"filter {NAMES[split]} prompts"
+        kept = measuring.keep_typical(
+            session.loaded, session.chat, *texts, refusal_ids, task=task, **_options(session)
+        )  # fmt: skip
+        return asdict(kept)
 
     found = steps.document(name, find)
     return measuring.Filtered(

@@ -1,0 +1,52 @@
+"""The page of an audit: one self-contained HTML file, like the report, with numbers and no prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from abliterate.checkpoint.output import write_text
+from abliterate.evaluate.audit_report import Audit, side_by_side
+from abliterate.evaluate.charts import CHARACTER, HeatMap, heat_map, lines
+from abliterate.evaluate.page import FIGURES, Chart, filled
+from abliterate.version import __version__
+
+
+def write_audit(path: Path, audits: Sequence[Audit]) -> None:
+    """Write the page of one or several models to ``path``."""
+    write_text(path, render_audit(audits))
+
+
+def render_audit(audits: Sequence[Audit]) -> str:
+    """The page as text."""
+    names = [one.model for one in audits]
+    layers = [str(one.layer) for one in max((its.separations for its in audits), key=len)]
+    apart = {one.model: [its.auc for its in one.separations] for one in audits}
+    rows = side_by_side(audits)
+    tried = HeatMap(
+        title="Refused",
+        values=[[float("nan") if its is None else its.refused.value for its in of_models] for _, of_models in rows],
+        rows=[name for name, _ in rows], columns=names, row_axis="", column_axis="model", limits=(0.0, 1.0),
+        cell_width=int(14 + CHARACTER * max(map(len, names))),
+    )  # fmt: skip
+    parts = [
+        (
+            "Declined and answered prompts apart",
+            "The probability that a declined prompt reaches further along the difference of means than an answered "
+            "one, each half of the prompts along the direction of the other half, layer by layer.",
+            [Chart(title="", note="", svg=lines("AUC", apart, layers, "entering block"))],
+        ),
+        (
+            "Refused under interventions",
+            "Share of harmful test prompts that is refused: as it is, without a random direction, without one and more "
+            "directions, without the direction in a part of the model, and with less or more of it.",
+            [Chart(title="", note="", svg=heat_map(tried))],
+        ),
+    ]
+    return filled(
+        FIGURES,
+        title=f"How firmly {' and '.join(names)} refuse{'s' if len(names) == 1 else ''}",
+        version=__version__,
+        about="All by hooks, on test prompts that neither measuring nor choosing saw; greedy replies.",
+        facts=[(one.model, f"{one.base.refused.value:.1%}", f"of {one.base.refused.count} refused") for one in audits],
+        parts=parts,
+        note=" ".join(f"{one.model}: {'; '.join(one.in_words())}." for one in audits),
+    )
