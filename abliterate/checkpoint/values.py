@@ -39,10 +39,9 @@ def _not_finite(checkpoint: Checkpoint, on_event: OnEvent) -> Iterator[str]:
         on_event(Advanced(task=TASK, amount=shard.data_start))
         with SourceFile(checkpoint.folder / shard.name) as source:
             for tensor in shard.tensors:
-                dtype, finite = FLOATS.get(tensor.dtype), True
-                for start in range(tensor.start, tensor.end, COPY_BYTES) if dtype else ():
-                    raw = source.read(slab, start, min(COPY_BYTES, tensor.end - start))
-                    finite = finite and is_finite(raw, dtype)
-                on_event(Advanced(task=TASK, amount=tensor.size_bytes))
-                if not finite:
+                dtype = FLOATS.get(tensor.dtype)
+                starts = range(tensor.start, tensor.end, COPY_BYTES)
+                parts = (source.read(slab, start, min(COPY_BYTES, tensor.end - start)) for start in starts)
+                if dtype is not None and not all(is_finite(part, dtype) for part in parts):
                     yield tensor.name
+                on_event(Advanced(task=TASK, amount=tensor.size_bytes))

@@ -3,7 +3,7 @@
 All by hooks: nothing is written.  What is measured is how many prompts are refused, and what else changes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -54,7 +54,7 @@ def audit(session: Session, *, n_prompts: int = 32, steps: Steps | None = None) 
     """
     steps = steps or Steps()
     find = session.recipe.find
-    read = read_training(session, needs_of([*find.estimators, SOM]) | {"samples"}, steps, ahead=True)
+    read = read_training(session, needs_of([*find.estimators, SOM]), steps, ahead=True)
     measured = made_of(session, read, estimate(read.stats, find.estimators))
     directions = select(session, measured, steps=steps)
     tried = _tried(session, directions, read, n_prompts)
@@ -135,7 +135,7 @@ def _interventions(session: Session, directions: DirectionSet, read: Read) -> It
         yield ("dose", f"{dose:g} of it removed", 1), partial(without, loaded, chosen, Scope(strength=dose))
     vector = chosen.everywhere.added
     for strength in STRENGTHS:
-        add: Callable[..., Intervention] = partial(added, loaded, vector, chosen.layer, scale=strength)
+        add: Intervention = partial(added, loaded, vector, chosen.layer, scale=strength)
         yield ("dose", f"{strength:g} of it added", 0), add
 
 
