@@ -10,9 +10,12 @@ from abliterate.evaluate.audit_page import render_audit
 from abliterate.evaluate.audit_report import Audit, Tried, side_by_side
 from abliterate.method.separation import Separation, principal, separations
 from abliterate.method.statistics import Rate
+from abliterate.model.prompts import load_bundled
+from abliterate.recipe import Recipe
+from abliterate.workflow import auditing
 from tests.edge_tools import run
 
-OPTIONS = ("--harmful", "bundled:tiny-chat", "--harmless", "bundled:tiny-chat", "--prompts", "16")
+FEW = Recipe(n_train=40, n_val=8, estimators=("difference-of-means",), max_new_tokens=12)
 
 
 # --- the maths --------------------------------------------------------------------------------------------------------
@@ -38,7 +41,7 @@ def test_classes_are_apart_where_they_are_and_nowhere_else():
 
 def test_a_direction_is_not_held_against_the_prompts_it_was_made_of():
     """With as many dimensions as prompts, noise would be told apart from noise."""
-    noise = torch.randn(2, 40, 1, 400, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 40, 1, 2000, generator=torch.Generator().manual_seed(1))
     difference = noise[0].mean(0) - noise[1].mean(0)
     assert ((noise[0] @ difference[0]).min() > (noise[1] @ difference[0]).max()).all()
     (found,) = separations(*noise, seed=0)
@@ -139,7 +142,9 @@ def test_models_stand_side_by_side_by_what_was_tried():
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     page = tmp_path_factory.mktemp("audit") / "audit.html"
-    done = run("audit", "tiny-chat", "--prompts", "16", "--max-new-tokens", "12", "--json", "--report", page)
+    recipe = page.with_name("few.toml")
+    recipe.write_text(FEW.to_toml())
+    done = run("audit", "tiny-chat", "--prompts", "16", "--recipe", recipe, "--json", "--report", page)
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)["audits"][0], page.read_text("utf-8")
 
@@ -175,17 +180,23 @@ def test_the_dose_decides(audited):
     assert its["1 of it added"]["over_refused"]["rate"] > its["as it is"]["over_refused"]["rate"] + 0.3
 
 
-def test_an_edited_model_has_no_refusal_to_audit(tmp_path):
-    edited = tmp_path / "edited"
-    assert run("run", "--out", edited, "--no-eval", "--quick").exit_code == 0
-    done = run("audit", edited, *OPTIONS, "--max-new-tokens", "12")
+def test_a_model_that_declines_nothing_has_no_refusal_to_audit(tmp_path):
+    answered = tmp_path / "answered.txt"
+    answered.write_text("\n".join(load_bundled("tiny-chat", "harmless", "test").texts))
+    (tmp_path / "few.toml").write_text(FEW.to_toml())
+    sources = ("--harmful", answered, "--harmless", "bundled:tiny-chat")
+    done = run("audit", "tiny-chat", *sources, "--recipe", tmp_path / "few.toml", "--prompts", "16")
     assert done.exit_code == 2
     assert "refuses none of the" in done.stderr or "there is no refusal to audit" in done.stderr
     assert "use prompts that this model declines" in done.stderr
 
 
-def test_two_models_side_by_side(tmp_path):
-    done = run("audit", "tiny-chat", "--against", "tiny-chat", "--prompts", "8", "--max-new-tokens", "12", "--json")
+def test_models_are_shown_one_after_the_other(monkeypatch):
+    """With the harmful rates of each, and words of its own."""
+    made = iter([audit_of(3), replace(audit_of(60, 5), model="other")])
+    monkeypatch.setattr(auditing, "audit", lambda *_, **__: next(made))
+    done = run("audit", "tiny-chat", "--against", "tiny-chat")
     assert done.exit_code == 0
-    one, other = json.loads(done.stdout)["audits"]
-    assert one == other
+    first, second = done.stdout.split("other: declined and answered")
+    assert "refusal hangs on one direction" in first
+    assert "it takes 2 directions to take refusal away (d2, 5 %)" in second
