@@ -181,10 +181,10 @@ def test_the_dose_decides(audited):
 
 
 def test_a_model_that_declines_nothing_has_no_refusal_to_audit(tmp_path):
-    answered = tmp_path / "answered.txt"
-    answered.write_text("\n".join(load_bundled("tiny-chat", "harmless", "test").texts))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(load_bundled("tiny-chat", "harmless", split).texts))
     (tmp_path / "few.toml").write_text(FEW.to_toml())
-    sources = ("--harmful", answered, "--harmless", "bundled:tiny-chat")
+    sources = ("--harmful", tmp_path / "test.txt", "--harmless", tmp_path / "train.txt")
     done = run("audit", "tiny-chat", *sources, "--recipe", tmp_path / "few.toml", "--prompts", "16")
     assert done.exit_code == 2
     assert "refuses none of the" in done.stderr or "there is no refusal to audit" in done.stderr
