@@ -45,8 +45,8 @@ PAGE = """# Weight passes of a run
 Written by `make bench-passes`: `abliterate run {model}` on {memory} of memory, where its weights take {weights}
 in float32; {find.n_train} + {find.n_val} + {find.n_test} prompts of each class, replies of at most {tokens} tokens.
 The bundled model, made larger, ends its replies before. Loads of blocks are counted by the loader; one pass loads each
-once. "Apart": every stage in passes of its own, as if nothing were shared, and the edited checkpoint writes its replies
-one token at a time.
+once. "Apart": every stage in passes of its own, as if nothing were shared, all replies one token at a time and without
+guesses. Trials of one block, for the estimate, are not counted.
 
 {rows}
 
@@ -109,6 +109,7 @@ def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) 
             for module in ("workflow.trials", "evaluate.observing", "model.equivalence"):
                 changed.enter_context(patch(f"abliterate.{module}.share", lambda _, stages: [its() for its in stages]))
             changed.enter_context(patch("abliterate.workflow.trials._draft", lambda *_: None))
+            changed.enter_context(patch("abliterate.model.replying.can_guess", lambda *_: False))
         begun = time.perf_counter()
         asked = recipe.with_changes({"memory_bytes": memory or 2**40, "device": "cpu"})
         result = api.run(model, out, asked, on_event=counted.hear)
