@@ -14,18 +14,25 @@ def test_a_piece_of_the_same_size_is_used_again():
     first = spare.room(BYTES // 4, torch.float32)
     place = first.data_ptr()
     spare.keep([first.view(8, -1)])
-    again = spare.room(BYTES // 2, torch.bfloat16)
-    assert (again.data_ptr(), again.dtype, again.shape) == (place, torch.bfloat16, (BYTES // 2,))
-    assert spare.room(BYTES // 2, torch.bfloat16).data_ptr() != place
+    assert spare.room(BYTES // 4, torch.float32).data_ptr() != place  # nothing was offered yet
+    with spare.offered():
+        again = spare.room(BYTES // 2, torch.bfloat16)
+        assert (again.data_ptr(), again.dtype, again.shape) == (place, torch.bfloat16, (BYTES // 2,))
+        assert spare.room(BYTES // 2, torch.bfloat16).data_ptr() != place
 
 
 def test_what_is_asked_for_in_vain_lets_all_go():
     spare = Spare()
     spare.keep([spare.room(BYTES, torch.uint8), spare.room(3 * BYTES, torch.uint8)])
     assert spare.held_bytes == 4 * BYTES
-    spare.room(5, torch.uint8)  # small things come from elsewhere
-    assert spare.held_bytes == 4 * BYTES
-    spare.room(2 * BYTES, torch.uint8)
+    with spare.offered():
+        spare.room(5, torch.uint8)  # small things come from elsewhere
+        assert spare.held_bytes == 4 * BYTES
+        spare.keep([torch.empty(BYTES, dtype=torch.uint8)])  # what is released meanwhile is for the next one
+        spare.room(2 * BYTES, torch.uint8)
+        assert spare.held_bytes == BYTES
+    with spare.offered():
+        assert spare.held_bytes == BYTES
     assert spare.held_bytes == 0
 
 

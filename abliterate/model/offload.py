@@ -209,11 +209,12 @@ class Offloaded:
 
     def _read(self, unit: Unit) -> Values:
         values: Values = {}
-        if not unit.is_read_as_stored:
-            self._spare.clear()  # what is converted takes other memory
-        for conversion in unit.conversions:
-            made = make(conversion, self._model, self._folder, self.device, self._spare.room)
-            values |= {name: value for name, value in made.items() if name in unit.places}
+        with self._spare.offered():
+            if not unit.is_read_as_stored:
+                self._spare.decline()  # what is converted takes other memory
+            for conversion in unit.conversions:
+                made = make(conversion, self._model, self._folder, self.device, self._spare.room)
+                values |= {name: value for name, value in made.items() if name in unit.places}
         return values
 
     def _set_up(self, unit: Unit) -> None:
