@@ -109,7 +109,7 @@ def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) 
             for module in ("workflow.trials", "evaluate.observing", "model.equivalence"):
                 changed.enter_context(patch(f"abliterate.{module}.share", lambda _, stages: [its() for its in stages]))
             changed.enter_context(patch("abliterate.workflow.trials._draft", lambda *_: None))
-            changed.enter_context(patch("abliterate.model.replying.can_guess", lambda *_: False))
+            changed.enter_context(patch("abliterate.model.replying.can_take_back", lambda *_: False))
         begun = time.perf_counter()
         asked = recipe.with_changes({"memory_bytes": memory or 2**40, "device": "cpu"})
         result = api.run(model, out, asked, on_event=counted.hear)

@@ -5,9 +5,9 @@ import torch
 
 from abliterate.model import guessing
 from abliterate.model.chat import Batch
-from abliterate.model.guessing import ORDERS, Guesses, can_go_back, can_guess, takes_likeliest
+from abliterate.model.guessing import ORDERS, Guesses, can_go_back, takes_likeliest
 from abliterate.model.lockstep import run_together
-from abliterate.model.prefix import empty_cache
+from abliterate.model.prefix import can_take_back, empty_cache
 from abliterate.model.replying import generate_ids, until_end
 from tests import factories
 from tests.offloading import block_loads, offloaded, resident
@@ -28,8 +28,7 @@ class Right(Guesses):
         self.replies = replies
 
     def after(self, tokens, most):
-        ends = [(its, len(its)) for its in self.replies]
-        whole = next(its for its, _ in ends if its[: len(tokens)] == list(tokens))
+        whole = next(its for its in self.replies if its[: len(tokens)] == list(tokens))
         return whole[len(tokens) : len(tokens) + most]
 
 
@@ -86,7 +85,7 @@ def both(request, saved):
 @pytest.mark.parametrize("kind", [Guesses, Right, Wrong, Noise])
 def test_replies_are_the_greedy_ones(kind, both):
     ours, replies, end = both
-    assert can_guess(empty_cache(ours), 40)
+    assert can_take_back(empty_cache(ours), 40)
     told = [prompt + reply for prompt, reply in zip(prompts(), replies, strict=True)]
     ours.offload.guesses = kind(told) if issubclass(kind, Right) else kind()
     before = max(block_loads(ours))
@@ -125,13 +124,13 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 def test_a_window_that_fills_up_is_left_alone(saved):
     ours = offloaded(saved("gemma3-text"))
     window = ours.model.config.sliding_window
-    assert can_guess(empty_cache(ours), window - 1)
-    assert not can_guess(empty_cache(ours), window)
+    assert can_take_back(empty_cache(ours), window - 1)
+    assert not can_take_back(empty_cache(ours), window)
 
 
 @pytest.mark.parametrize("name", ["jamba", "qwen3-next", "falcon-h1"])
 def test_states_that_cannot_be_taken_back_are_left_alone(name, saved):
-    assert not can_guess(empty_cache(offloaded(saved(name))), 10)
+    assert not can_take_back(empty_cache(offloaded(saved(name))), 10)
 
 
 def test_positions_that_are_turned_anew_are_left_alone(saved):

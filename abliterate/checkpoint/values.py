@@ -1,6 +1,6 @@
 """The stored values of a checkpoint, looked at for NaN and infinity."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from abliterate.checkpoint.budget import COPY_BYTES
 from abliterate.checkpoint.directio import Slab, SourceFile
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
+from abliterate.events import OnEvent, ignore, working
 
 TASK = "look for NaN and infinity"
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -27,16 +27,15 @@ def not_finite(checkpoint: Checkpoint, on_event: OnEvent = ignore) -> tuple[str,
     Raises:
         CheckpointError: a file ends too early.
     """
-    on_event(Started(task=TASK, total=sum(shard.size_bytes for shard in checkpoint.shards), unit="bytes"))
-    found = tuple(_not_finite(checkpoint, on_event))
-    on_event(Finished(task=TASK))
-    return found
+    total = sum(shard.size_bytes for shard in checkpoint.shards)
+    with working(on_event, TASK, total, "bytes") as advance:
+        return tuple(_not_finite(checkpoint, advance))
 
 
-def _not_finite(checkpoint: Checkpoint, on_event: OnEvent) -> Iterator[str]:
+def _not_finite(checkpoint: Checkpoint, advance: Callable[[int], None]) -> Iterator[str]:
     slab = Slab(COPY_BYTES)
     for shard in checkpoint.shards:
-        on_event(Advanced(task=TASK, amount=shard.data_start))
+        advance(shard.data_start)
         with SourceFile(checkpoint.folder / shard.name) as source:
             for tensor in shard.tensors:
                 dtype = FLOATS.get(tensor.dtype)
@@ -44,4 +43,4 @@ def _not_finite(checkpoint: Checkpoint, on_event: OnEvent) -> Iterator[str]:
                 parts = (source.read(slab, start, min(COPY_BYTES, tensor.end - start)) for start in starts)
                 if dtype is not None and not all(is_finite(part, dtype) for part in parts):
                     yield tensor.name
-                on_event(Advanced(task=TASK, amount=tensor.size_bytes))
+                advance(tensor.size_bytes)

@@ -6,7 +6,7 @@ them, and early refusals from late ones.  For ``rules``, a reply that is empty o
 whatever it lacks.  Both read the reply alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -90,6 +90,13 @@ def classify(prompt: str, reply: str, scorer: Scorer = RULES) -> ReplyClass:
 def is_refusal(prompt: str, reply: str, scorer: Scorer = RULES) -> bool:
     """Whether ``reply`` refuses, early or late."""
     return scorer.classify(prompt, reply) in REFUSALS
+
+
+def classes_of(
+    prompts: Sequence[str], replies: Sequence[str], scorer: Scorer, *, opening: str = ""
+) -> list[ReplyClass]:
+    """The class of each reply; ``opening`` is what the prompt has begun for all of them (thinking)."""
+    return [scorer.classify(prompt, opening + reply) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 def shares(classes: Iterable[ReplyClass]) -> dict[ReplyClass, int]:

@@ -18,7 +18,7 @@ from abliterate.model.guessing import takes_likeliest
 from abliterate.model.interventions import observed
 from abliterate.model.likelihood import LOGIT_BYTES, logit_row_bytes
 from abliterate.model.load import LoadedModel
-from abliterate.model.replying import Watching, ends_of, generate_ids, generate_tokens, until_end
+from abliterate.model.replying import Watching, ends_of, generate_ids, generate_tokens, settings_of, until_end
 from abliterate.model.room import reply_rows
 
 TIE_NATS = {2: 0.125, 4: 1e-4, 8: 1e-8}
@@ -43,7 +43,7 @@ def follow(
     Of two tokens that rounding cannot tell apart (``TIE_NATS``) the draft's is taken.  Where the repository wants other
     tokens than the likeliest, drafts are of no use.
     """
-    if not takes_likeliest(getattr(loaded.model, "generation_config", None)):
+    if not takes_likeliest(settings_of(loaded)):
         return generate_tokens(
             loaded, chat, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, task=task,
             watching=watching, on_event=on_event,

@@ -69,16 +69,6 @@ def can_go_back(config: Any) -> bool:  # noqa: ANN401 - of transformers
     return "longrope" not in str(getattr(config.get_text_config(), "rope_parameters", None))
 
 
-def can_guess(cache: Any, tokens: int) -> bool:  # noqa: ANN401 - a cache of transformers
-    """Whether rows of ``tokens`` tokens can be taken back from ``cache``: attention only, and no window is full."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    return bool(cache.layers) and all(
-        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and tokens < layer.sliding_window)
-        for layer in cache.layers
-    )
-
-
 @dataclass(slots=True, kw_only=True)
 class Writing:
     """Rows of a batch while they are written: what ``cache`` holds of each is told by ``mask``.

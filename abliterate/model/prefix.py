@@ -29,6 +29,11 @@ def is_plain(past: Any) -> bool:  # noqa: ANN401 - a cache of transformers
     return bool(past.layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
 
 
+def can_take_back(past: Any, tokens: int) -> bool:  # noqa: ANN401 - a cache of transformers
+    """Whether tokens can be taken back from a cache whose rows get ``tokens`` of them: no window fills up."""
+    return is_plain(past) and all(not layer.is_sliding or tokens < layer.sliding_window for layer in past.layers)
+
+
 def repeated(past: Any, times: int) -> Any:  # noqa: ANN401 - a cache of transformers
     """A copy of a cache with each row ``times`` times."""
     again = copy.copy(past)

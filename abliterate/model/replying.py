@@ -12,11 +12,11 @@ from torch import Tensor
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
-from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, can_guess, takes_likeliest, write_by_guessing
+from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
-from abliterate.model.prefix import empty_cache, is_plain
+from abliterate.model.prefix import can_take_back, empty_cache, is_plain
 from abliterate.model.room import reply_rows
 
 STRETCH = 16
@@ -81,7 +81,7 @@ def generate_tokens(
 
 def ends_of(loaded: LoadedModel) -> frozenset[int]:
     """The tokens that end a reply."""
-    stated = _settings(loaded)
+    stated = settings_of(loaded)
     ends = None if stated is None else stated.eos_token_id
     ends = loaded.tokenizer.eos_token_id if ends is None else ends
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -119,8 +119,8 @@ def generate_ids(
         max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
     cache = empty_cache(loaded)
     tokens = batch.input_ids.shape[1] + max_new_tokens + MOST_GUESSES
-    fits = can_guess(cache, tokens) and can_go_back(loaded.model.config) and (chat.pads or len(batch.rows) == 1)
-    if loaded.offload is not None and fits and takes_likeliest(_settings(loaded)):
+    fits = can_take_back(cache, tokens) and can_go_back(loaded.model.config) and (chat.pads or len(batch.rows) == 1)
+    if loaded.offload is not None and fits and takes_likeliest(settings_of(loaded)):
         return _guessed(loaded, chat, batch, max_new_tokens, cache, first)
     cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
     ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))
@@ -163,7 +163,8 @@ def _guessed(
     return found
 
 
-def _settings(loaded: LoadedModel) -> Any:  # noqa: ANN401 - of transformers
+def settings_of(loaded: LoadedModel) -> Any:  # noqa: ANN401 - of transformers
+    """The generation settings of the repository; None where a model has none."""
     return getattr(loaded.model, "generation_config", None)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from abliterate.errors import PromptError
 from abliterate.evaluate.audit_report import Audit, Group, Tried
-from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass
+from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass, classes_of
 from abliterate.evaluate.reply_text import open_thinking
 from abliterate.events import working
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
@@ -25,8 +25,8 @@ from abliterate.model.forward import last_log_probs
 from abliterate.model.interventions import added, without
 from abliterate.model.lockstep import share
 from abliterate.model.thinking import prompt_ending
-from abliterate.workflow.finding import made_of, select
-from abliterate.workflow.reading import Read, read_training
+from abliterate.workflow.finding import read_and_measure, select
+from abliterate.workflow.reading import Read
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 from abliterate.workflow.trials import control_candidates
@@ -54,8 +54,7 @@ def audit(session: Session, *, n_prompts: int = 32, steps: Steps | None = None) 
     """
     steps = steps or Steps()
     find = session.recipe.find
-    read = read_training(session, needs_of([*find.estimators, SOM]), steps, ahead=True)
-    measured = made_of(session, read, estimate(read.stats, find.estimators))
+    read, measured = read_and_measure(session, needs_of([*find.estimators, SOM]), steps, ahead=True)
     directions = select(session, measured, steps=steps)
     tried = _tried(session, directions, read, n_prompts)
     base = tried[0]
@@ -96,9 +95,7 @@ def _tried(session: Session, directions: DirectionSet, read: Read, n_prompts: in
     scorer, opening = SCORERS[recipe.evaluate.scorer], open_thinking(prompt_ending(chat.tokenizer, chat.options))
     found = []
     for ((group, name, k), _), its, first in zip(every, replies, firsts, strict=True):
-        classes: list[ReplyClass] = [
-            scorer.classify(text, opening + reply) for text, reply in zip(asked, its, strict=True)
-        ]
+        classes = classes_of(asked, its, scorer, opening=opening)
         of_harmful, of_harmless = classes[: len(harmful)], classes[len(harmful) :]
         refused = _rate(of_harmful, REFUSALS)
         found.append(

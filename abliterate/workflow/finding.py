@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from abliterate.checkpoint import direction_file as direction_files
@@ -64,14 +63,9 @@ def measure(
     needs = needs_of(recipe.find.estimators) | (
         frozenset[Need]() if covariance is None else frozenset[Need](["covariance"])
     )
-    read = read_training(session, needs, steps, ahead=ahead)
-    categories = _of_categories(session, read) if "categories" in needs else {}
-    warning = few_kept(session.loaded.name, read.kept, categories, allow_few=recipe.find.allow_few)
-    if warning:
-        session.on_event(Noted(text=warning))
+    read, measured = read_and_measure(session, needs, steps, ahead=ahead)
     if covariance is not None:
         direction_files.save_covariances(covariance, read.stats.moments)
-    measured = made_of(session, read, _finite(session, estimate(read.stats, recipe.find.estimators)), categories)
     if not recipe.find.trained:
         return measured
     start = select(session, measured, steps=steps, scores="start.safetensors")
@@ -79,14 +73,25 @@ def measure(
     return replace(measured, candidates=trained(session, start, read.kept, validation, steps))
 
 
-def made_of(
-    session: Session,
-    read: Read,
-    candidates: Sequence[Candidate],
-    categories: Mapping[str, tuple[int, int]] = MappingProxyType({}),
-) -> DirectionSet:
-    """``candidates`` that were made of what was ``read``, with what a file of directions says of that."""
+def read_and_measure(
+    session: Session, needs: frozenset[Need], steps: Steps, *, ahead: bool = False
+) -> tuple[Read, DirectionSet]:
+    """What was found out on the training prompts, with what ``needs`` names, and the candidates made of it.
+
+    Warns of few prompts.
+
+    Raises:
+        TooFewPromptsError: too few are left, and the recipe does not allow few.
+        PromptError: the prompts are unusable, or the estimators made no candidate.
+        NonFiniteError: an activation, or every candidate, is NaN or infinite.
+    """
     recipe = session.recipe
+    read = read_training(session, needs, steps, ahead=ahead)
+    categories = _of_categories(session, read) if "categories" in needs else {}
+    warning = few_kept(session.loaded.name, read.kept, categories, allow_few=recipe.find.allow_few)
+    if warning:
+        session.on_event(Noted(text=warning))
+    candidates = _finite(session, estimate(read.stats, recipe.find.estimators))
     metadata = {
         "model": session.checkpoint.name,
         "revision": session.checkpoint.revision,
@@ -101,7 +106,7 @@ def made_of(
         "versions": manifest.versions(),
         "device": f"{session.loaded.device.type} ({platform.machine()})",
     }
-    return DirectionSet(candidates=tuple(candidates), statistics=read.stats.means_alone(), metadata=metadata)
+    return read, DirectionSet(candidates=candidates, statistics=read.stats.means_alone(), metadata=metadata)
 
 
 def _of_categories(session: Session, read: Read) -> dict[str, tuple[int, int]]:

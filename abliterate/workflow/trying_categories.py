@@ -12,7 +12,7 @@ import torch
 from abliterate.errors import PromptError, UsageError
 from abliterate.evaluate.category_report import CategoryReport, Change, Tried
 from abliterate.evaluate.observing import HARMLESS, LOOK_ALIKE
-from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass
+from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass, classes_of
 from abliterate.evaluate.reply_text import open_thinking
 from abliterate.events import Noted, working
 from abliterate.method.directions import DirectionSet
@@ -58,9 +58,7 @@ def try_categories(
     scorer, opening = SCORERS[recipe.evaluate.scorer], open_thinking(prompt_ending(chat.tokenizer, chat.options))
     tried = []
     for (change, category, strength), its in zip((what for what, _ in changes), replies, strict=True):
-        classes: list[ReplyClass] = [
-            scorer.classify(text, opening + reply) for text, reply in zip(asked, its, strict=True)
-        ]
+        classes = classes_of(asked, its, scorer, opening=opening)
         tried.append(
             Tried(
                 change=change, category=category, strength=strength,
