@@ -140,7 +140,7 @@ def test_stages_wait_for_memory(fit, passes, pair, monkeypatch):
     at_once = []
 
     def stage(loaded, places):
-        def work(batch):
+        def work(batch, _):
             if loaded.offload:
                 at_once.append(sum(size for size, _ in loaded.offload.reserved))
             return [logits(loaded.model, batch.input_ids, batch.attention_mask) for _ in range(2)][-1]

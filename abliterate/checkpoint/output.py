@@ -10,10 +10,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from abliterate.checkpoint.amounts import size
 from abliterate.checkpoint.file_names import at_home, is_text
@@ -21,6 +21,11 @@ from abliterate.checkpoint.locking import Lock, refused_as_output
 from abliterate.checkpoint.source import OUR_MANIFEST
 from abliterate.errors import AbliterateError, NotEnoughDiskError, OutputError
 from abliterate.version import __version__
+
+T = TypeVar("T")
+R = TypeVar("R")
+Spread = Callable[..., Iterator[Any]]
+"""``alone``, or what deals items out to several processes."""
 
 JOURNAL = ".abliterate-journal.json"
 PRIVATE_FOLDER = "abliterate"
@@ -34,7 +39,8 @@ TRIAL_BYTES = 32 * 2**20
 class OutputFolder:
     """An unfinished output folder at ``path``, which ``finish`` renames to ``final``.
 
-    ``done`` are the complete files and their sizes in bytes.  ``lock`` keeps other processes away.
+    ``done`` are the complete files and their sizes in bytes.  ``lock`` keeps other processes away.  Of several that
+    write it together one ``keeps`` the journal and all that is no shard.
     """
 
     final: Path
@@ -42,6 +48,7 @@ class OutputFolder:
     fingerprint: str
     done: dict[str, int] = field(default_factory=dict)
     lock: Lock | None = None
+    keeps: bool = True
 
     @property
     def private(self) -> Path:
@@ -55,20 +62,30 @@ class OutputFolder:
 
     def complete(self, name: str, write: Callable[[Path], None]) -> None:
         """Have ``write`` write and flush a file under a temporary name, rename it to ``name``, and record it."""
+        self.put(name, write)
+        self.mark_done(name)
+
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """The same without the record."""
         unfinished = self.path / (name + ".tmp")
         write(unfinished)
         unfinished.replace(self.path / name)
         flush(self.path)
-        self.mark_done(name)
 
     def mark_done(self, name: str) -> None:
         """Record that a file is complete and on disk."""
         self.done[name] = (self.path / name).stat().st_size
+        if not self.keeps:
+            return
         write_atomically(self.path / JOURNAL, json.dumps({"fingerprint": self.fingerprint, "done": self.done}).encode())
 
     def discard(self) -> None:
         """Remove the folder if no work is in it yet."""
-        if not self.done and not any(path.is_file() for path in self.path.rglob("*") if path.name != JOURNAL):
+        if (
+            self.keeps
+            and not self.done
+            and not any(path.is_file() for path in self.path.rglob("*") if path.name != JOURNAL)
+        ):
             shutil.rmtree(self.path)
             self._unlock()
 
@@ -96,6 +113,11 @@ class OutputFolder:
     def _unlock(self) -> None:
         if self.lock is not None:
             self.lock.release()
+
+
+def alone(items: Sequence[T], run: Callable[[Sequence[T]], Iterable[R]], **_: Any) -> Iterator[R]:  # noqa: ANN401
+    """What ``run`` gives of each of ``items``: by one process, where several might share them."""
+    yield from run(items)
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from abliterate.cli.audit import audit
 from abliterate.cli.categories import categories
 from abliterate.cli.chat import chat
+from abliterate.cli.console import fail, silence
 from abliterate.cli.directions import directions
 from abliterate.cli.evaluate import compare, evaluate
 from abliterate.cli.export import export
@@ -17,11 +18,12 @@ from abliterate.cli.inspect import inspect
 from abliterate.cli.look import architectures, diff, methods, plan, recipes
 from abliterate.cli.lora import lora
 from abliterate.cli.patch import patch
-from abliterate.cli.process import prepare_streams, stop_on_signals
+from abliterate.cli.process import prepare_streams, processes, stop_on_signals
 from abliterate.cli.publish import push
 from abliterate.cli.reproduce import reproduce
 from abliterate.cli.run import run
 from abliterate.cli.stages import dequantize, edit, measure, select, verify
+from abliterate.errors import UsageError
 from abliterate.version import __version__
 
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
@@ -69,14 +71,20 @@ def _version(*, value: bool) -> bool:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001 - its callback shows it
         bool,
         typer.Option(
             "--version", callback=lambda value: _version(value=value), is_eager=True, help="Show the version."
         ),
     ] = False,
 ) -> None:
-    pass
+    rank, count = processes()
+    if count > 1 and ctx.invoked_subcommand != "run":
+        fail(UsageError(f"{count} processes were started, and only `run` shares its work", "start one process"))
+        raise typer.Exit(UsageError.exit_code)
+    if rank > 0 and count > 1:
+        silence()
 
 
 for _name, _command in (each for group in COMMANDS.values() for each in group.items()):

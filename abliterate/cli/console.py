@@ -158,6 +158,11 @@ def _lines() -> Iterator[OnEvent]:
         yield lines.listen
 
 
+def silence() -> None:
+    """Show nothing: another process of the same work does."""
+    out.quiet = err.quiet = True
+
+
 def show_note(event: Event) -> None:
     """Of all events, only what the user should know."""
     if isinstance(event, Noted):

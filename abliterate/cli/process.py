@@ -39,6 +39,11 @@ def stop_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, and of how many, where a launcher started several (``model.ranks``)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def drop_output() -> None:
     """Write nothing more to stdout and stderr, of which the reader of one, ``head`` say, has seen enough."""
     null = os.open(os.devnull, os.O_WRONLY)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from abliterate.cli import options as opt
 from abliterate.cli.console import err, guarded, out, progress, show_json
 from abliterate.cli.evaluate import check_report
+from abliterate.cli.process import processes
 from abliterate.cli.publish import Upload, check_push_options, show_published, stream_through
 from abliterate.cli.recipe_options import Given, takes
 from abliterate.cli.stages import read_direction
@@ -66,6 +67,9 @@ def run(
     upload = Upload(name=push, branch=branch, private=recipe.publish.private)
     if dry_run and stream:
         raise UsageError("--dry-run shows nothing of a stream", "`abliterate plan MODEL` does")
+    rank, count = processes()
+    if count > 1 and (dry_run or stream):
+        raise UsageError("--dry-run and --stream are work for one process", "start one process")
     if dry_run:
         _dry_run(model, target, recipe, revision=revision, as_json=json)
         return
@@ -82,6 +86,8 @@ def run(
         result = pipeline.run(
             model, target, recipe, revision=revision, direction=chosen, with_evaluation=evaluate, on_event=listen
         )
+        if rank > 0:
+            return  # the first process tells and publishes
         _write_report(report, result)
         published = _push(result.out, upload, listen)
     _show(result, report, published, show_replies=show_replies, as_json=json)

@@ -1,7 +1,7 @@
 """The streaming edit of a checkpoint: shard by shard (``shards``), never a whole model in memory."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from abliterate.arch.model_map import Writer
 from abliterate.checkpoint.budget import DEFAULT_BYTES, RESERVED_BYTES, SMALLEST_PIECE
 from abliterate.checkpoint.directio import slab_bytes
 from abliterate.checkpoint.header import Shard, TensorInfo, read_header
-from abliterate.checkpoint.output import OutputFolder, copy_file, write_json
+from abliterate.checkpoint.output import OutputFolder, Spread, alone, copy_file, write_json
 from abliterate.checkpoint.source import INDEX_NAME, Checkpoint
 from abliterate.checkpoint.transfer import one_core
 from abliterate.editing.blocks import Rounding, TensorEdit, Workspace
@@ -29,11 +29,13 @@ def edit_checkpoint(
     rounding: Rounding = "direction",
     memory_bytes: int = DEFAULT_BYTES,
     direct: bool = True,
+    spread: Spread = alone,
     on_event: OnEvent = ignore,
 ) -> None:
     """Write the edited checkpoint into ``output``: shards, index, configuration and every other file.
 
-    Files that an earlier run of the same plan completed are kept.  ``direct`` False uses the page cache.
+    Files that an earlier run of the same plan completed are kept.  ``direct`` False uses the page cache.  ``spread``
+    deals the shards out to several processes, all of which call this.
 
     Raises:
         SourceError: the source is corrupt or not finite.
@@ -41,7 +43,9 @@ def edit_checkpoint(
         NotEnoughDiskError: the disk filled up; what is complete stays, and the same command continues.
     """
     edit_of = edits_of(plan, rounding)
-    write_checkpoint(plan, edit_of, output, memory_bytes=memory_bytes, direct=direct, on_event=on_event)
+    write_checkpoint(
+        plan, edit_of, output, memory_bytes=memory_bytes, direct=direct, spread=spread, on_event=on_event
+    )  # fmt: skip
 
 
 def write_checkpoint(
@@ -51,6 +55,7 @@ def write_checkpoint(
     *,
     memory_bytes: int = DEFAULT_BYTES,
     direct: bool = True,
+    spread: Spread = alone,
     on_event: OnEvent = ignore,
     check: Callable[[str, Path], None] = lambda _name, _path: None,
 ) -> None:
@@ -71,8 +76,9 @@ def write_checkpoint(
         check(shard.name, target)
 
     with plain_failures(output, source), one_core(needed=not plan.packed):
-        write_shards(output, source, write, on_event=on_event)
-        write_other_files(plan, output)
+        write_shards(output, source, write, spread=spread, on_event=on_event)
+        if output.keeps:
+            write_other_files(plan, output)
         source.check_unchanged()
     on_event(Finished(task=TASK))
 
@@ -83,6 +89,7 @@ def write_shards(
     write: Callable[[Shard, Path], None],
     *,
     task: str = TASK,
+    spread: Spread = alone,
     on_event: OnEvent = ignore,
 ) -> None:
     """Have ``write`` (which tells its own progress) make every shard that an earlier run has not completed.
@@ -90,12 +97,22 @@ def write_shards(
     Raises:
         CheckpointError: the source changed meanwhile.
     """
-    for shard in source.shards:
-        source.check_unchanged()
-        if output.is_done(shard.name):
-            on_event(Advanced(task=task, amount=shard.size_bytes))
-        else:
-            output.complete(shard.name, partial(write, shard))
+
+    def make(shards: Sequence[Shard]) -> Iterator[None]:
+        for shard in shards:
+            source.check_unchanged()
+            if output.is_done(shard.name):
+                there(source.shards.index(shard))
+            else:
+                output.put(shard.name, partial(write, shard))
+            yield None
+
+    def there(place: int) -> None:
+        on_event(Advanced(task=task, amount=source.shards[place].size_bytes))
+
+    for shard, _ in zip(source.shards, spread(source.shards, make, by_others=there), strict=True):
+        if not output.is_done(shard.name):
+            output.mark_done(shard.name)
     source.check_unchanged()
 
 

@@ -84,7 +84,7 @@ def find_refusal_tokens(
     replies = each_batch(
         loaded,
         chat.batches(prompts, batch_size),
-        lambda batch: generate_ids(loaded, chat, batch, PROBE_TOKENS),
+        lambda batch, _: generate_ids(loaded, chat, batch, PROBE_TOKENS),
         new_tokens=PROBE_TOKENS,
     )
     for batch, tokens in replies:

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import each_batch, run_batch
+from abliterate.model.forward import Tell, each_batch, run_batch
 from abliterate.model.guessing import takes_likeliest
 from abliterate.model.interventions import observed
 from abliterate.model.likelihood import LOGIT_BYTES, logit_row_bytes
 from abliterate.model.load import LoadedModel
-from abliterate.model.replying import Watching, ends_of, generate_ids, generate_tokens, settings_of, until_end
+from abliterate.model.ranks import least
+from abliterate.model.replying import FIRST, Watching, ends_of, generate_ids, generate_tokens, settings_of, until_end
 from abliterate.model.room import reply_rows
 
+NOTHING = -1
+"""Behind the tokens of a row."""
 TIE_NATS = {2: 0.125, 4: 1e-4, 8: 1e-8}
 """By the bytes of a logit: how far tokens may be apart that rounding alone puts in order.  A bfloat16 logit between 16
 and 32 is a multiple of 0.125; in float32 and wider, sums in another order differ by less than this."""
@@ -57,21 +60,20 @@ def follow(
     rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
     found: list[list[int]] = [[] for _ in prompts]
 
-    def check(batch: Batch) -> Tensor:
+    def check(batch: Batch, tell: Tell) -> Tensor:
         own = [drafts[row] for row in batch.rows]
-        with observed(loaded, partial(_show, its, batch.rows, list(map(len, own)))):
+        with observed(loaded, partial(_show, its, list(map(len, own)), tell)):
             logits = run_batch(loaded, batch, keep=max(map(len, own)) + max(1, its.n_positions))
         if its.first is not None:
-            first = torch.stack([logits[place, -len(draft) - 1] for place, draft in enumerate(own)])
-            its.first(batch.rows, first)
-        for place, (row, draft) in enumerate(zip(batch.rows, own, strict=True)):
-            found[row] = until_end(agreed(logits[place, -len(draft) - 1 :], draft)[:max_new_tokens], ends)
-            on_event(Advanced(task=task, amount=int(_is_done(found[row], max_new_tokens, ends))))
-        return torch.empty(0)
+            tell(FIRST, torch.stack([logits[place, -len(draft) - 1] for place, draft in enumerate(own)]))
+        read = [agreed(logits[place, -len(draft) - 1 :], draft) for place, draft in enumerate(own)]
+        return torch.tensor([[*tokens, *[NOTHING] * (longest + 1 - len(tokens))] for tokens in read])
 
     together = [ids + draft for ids, draft in zip(encoded, drafts, strict=True)]
-    for _ in each_batch(loaded, chat.pack(together, rows), check, result_bytes=row_bytes):
-        pass
+    for batch, read in each_batch(loaded, chat.pack(together, rows), check, told=its.told, result_bytes=row_bytes):
+        for row, tokens in zip(batch.rows, read.tolist(), strict=True):
+            found[row] = until_end([token for token in tokens if token != NOTHING][:max_new_tokens], ends)
+            on_event(Advanced(task=task, amount=int(_is_done(found[row], max_new_tokens, ends))))
     missing = [row for row, tokens in enumerate(found) if not _is_done(tokens, max_new_tokens, ends)]
     if loaded.offload is not None:  # a draft that errs in one place may be right in those behind it
         for row in missing:
@@ -102,13 +104,13 @@ def _is_done(tokens: Sequence[int], max_new_tokens: int, ends: frozenset[int]) -
     return len(tokens) >= max_new_tokens or bool(tokens and tokens[-1] in ends)
 
 
-def _show(watching: Watching, rows: Sequence[int], behind: Sequence[int], layer: int, x: Tensor) -> None:
-    """Show what enters a block at the last tokens of prompts that ``behind`` more tokens follow."""
+def _show(watching: Watching, behind: Sequence[int], tell: Tell, layer: int, x: Tensor) -> None:
+    """Tell what enters a block at the last tokens of prompts that ``behind`` more tokens follow."""
     if layer not in watching.layers:
         return
     width, n = x.shape[1], watching.n_positions
     parts = [x[place, width - more - n : width - more] for place, more in enumerate(behind)]
-    watching.see(rows, layer, torch.stack(parts).detach().to(device="cpu", dtype=torch.float32, copy=True))
+    tell(str(layer), torch.stack(parts).detach().to(device="cpu", dtype=torch.float32, copy=True))
 
 
 def _write_on(
@@ -118,10 +120,10 @@ def _write_on(
     found: list[list[int]] = [[] for _ in begun]
     ends, most = ends_of(loaded), max(needs, default=0)
 
-    def write(batch: Batch) -> Tensor:
+    def write(batch: Batch, _: Tell) -> Tensor:
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
-    rows = reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most)
+    rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
     for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most):
         for row, its in zip(batch.rows, tokens.tolist(), strict=True):
             found[row] = until_end(its, ends)[: needs[row]]

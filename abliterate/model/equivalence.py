@@ -19,7 +19,7 @@ from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import each_batch, last_log_probs, last_of_batch
+from abliterate.model.forward import Tell, each_batch, last_log_probs, last_of_batch
 from abliterate.model.interventions import edited, observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import share
@@ -111,24 +111,24 @@ def seen(
     The latter is over blocks and real tokens; None without ``directions``.
     """
     basis = None if directions is None else orthonormal_basis(directions)
-    worst = torch.zeros((), dtype=torch.float64)
+    worst = [torch.zeros((), dtype=torch.float64)]
 
-    def see(real: Tensor, _: int, x: Tensor) -> None:
-        nonlocal worst
+    def see(real: Tensor, tell: Tell, _: int, x: Tensor) -> None:
         if basis is None:
             return
         rows = real[:, -x.shape[-2] :].to(x.device)  # Gemma 4 runs its last blocks on the last position only
         h = x[..., rows, :].to(device="cpu", dtype=torch.float64)
         share = torch.linalg.vector_norm(h @ basis, dim=-1) / torch.linalg.vector_norm(h, dim=-1)
-        worst = torch.maximum(worst, share.nan_to_num(nan=float("inf")).max())
+        tell("share", share.nan_to_num(nan=float("inf")).max())
 
-    def run(batch: Batch) -> Tensor:
-        with observed(loaded, partial(see, batch.attention_mask.bool()), leaving_last=True):
-            found = last_of_batch(loaded, batch)
-        advance(len(batch.rows))
-        return found
+    def run(batch: Batch, tell: Tell) -> Tensor:
+        with observed(loaded, partial(see, batch.attention_mask.bool(), tell), leaving_last=True):
+            return last_of_batch(loaded, batch)
+
+    def told(_: Batch, __: str, share: Tensor) -> None:
+        worst.append(torch.maximum(worst.pop(), share))
 
     log_probs: dict[int, Tensor] = {}
-    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), run):
+    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), run, told=told, advance=advance):
         log_probs.update(zip(batch.rows, found, strict=True))
-    return torch.stack([log_probs[row] for row in range(len(prompts))]), None if basis is None else float(worst)
+    return torch.stack([log_probs[row] for row in range(len(prompts))]), None if basis is None else float(worst[0])

@@ -1,7 +1,7 @@
 """Forward passes over lists of prompts: log-probabilities of the next token, residuals, replies."""
 
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,9 @@ from abliterate.model.guessing import MOST_GUESSES
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import room_for, run_together
+from abliterate.model.ranks import count, spread
 
+Tell = Callable[[str, Tensor], None]
 DEFAULT_BATCH_SIZE = 32
 PADDING_NATS = {2: 1e-2, 4: 1e-6, 8: 1e-6}
 """KL divergence that rounding explains, by the bytes of a logit: batches of another size are rounded otherwise."""
@@ -59,39 +61,60 @@ def run_batch(
 def each_batch(
     loaded: LoadedModel,
     batches: Iterable[Batch],
-    work: Callable[[Batch], Tensor],
+    work: Callable[[Batch, Tell], Tensor],
     *,
+    told: Callable[[Batch, str, Tensor], None] = lambda *_: None,
     result_bytes: int = 0,
     new_tokens: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with the result of ``work`` on it; see ``each_job``."""
-    jobs = ((batch, partial(work, batch)) for batch in batches)
-    yield from each_job(loaded, jobs, result_bytes=result_bytes, new_tokens=new_tokens)
+    """Each batch with the result of ``work`` on it; out of core, as many batches in lockstep as memory allows.
 
-
-def each_job(
-    loaded: LoadedModel,
-    jobs: Iterable[tuple[Batch, Callable[[], Tensor]]],
-    *,
-    result_bytes: int = 0,
-    new_tokens: int = 0,
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Call each job and give its batch and its result; out of core, as many jobs in lockstep as memory allows.
-
-    ``result_bytes`` is the size of one row's result.  ``new_tokens`` is how many tokens a job adds to an attention
-    cache, 0 if it keeps none.
+    What ``work`` tells of what it sees, in tensors with names, comes to ``told``: at once or, where there are other
+    processes, with the results, which all of them get (``ranks.spread``).  ``result_bytes`` is the size of one row's
+    result.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none.  ``advance`` is
+    called with the rows of each batch that is done.
     """
+    every = list(batches)
+    alone = count() == 1
+
+    def job(batch: Batch, tell: Tell) -> Tensor:
+        found = work(batch, tell)
+        advance(len(batch.rows))
+        return found
+
+    def run(some: Sequence[Batch]) -> Iterator[Mapping[str, Tensor]]:
+        kept: list[list[tuple[str, Tensor]]] = [[] for _ in some]
+        jobs = [
+            partial(job, batch, partial(told, batch) if alone else lambda *its, to=its_own: to.append(its))
+            for batch, its_own in zip(some, kept, strict=True)
+        ]
+        for result, its in zip(_each(loaded, some, jobs, result_bytes, new_tokens), kept, strict=True):
+            yield {"": result, **{f"{number} {name}": value for number, (name, value) in enumerate(its)}}
+
+    found = spread(every, run, by_others=lambda place: advance(len(every[place].rows)))
+    for batch, its in zip(every, found, strict=True):
+        for key in sorted((key for key in its if key), key=lambda key: int(key.partition(" ")[0])):
+            told(batch, key.partition(" ")[2], its[key])
+        yield batch, its[""]
+
+
+def _each(
+    loaded: LoadedModel,
+    batches: Sequence[Batch],
+    jobs: Sequence[Callable[[], Tensor]],
+    result_bytes: int,
+    new_tokens: int,
+) -> Iterator[Tensor]:
+    """The result of each job, one for each batch."""
     if loaded.offload is None:
-        yield from ((batch, job()) for batch, job in jobs)
+        yield from (job() for job in jobs)
         return
-    waiting = list(jobs)
-    sizes = (batch.input_ids.shape for batch, _ in waiting)
+    sizes = (batch.input_ids.shape for batch in batches)
     shapes = [(rows, width, new_tokens) for rows, width in sizes]
     with closing(fitting(loaded, shapes, result_bytes=result_bytes)) as spans:
         for span in spans:
-            chosen = waiting[span.start : span.stop]
-            results = run_together(loaded, [job for _, job in chosen])
-            yield from ((batch, result) for (batch, _), result in zip(chosen, results, strict=True))
+            yield from run_together(loaded, jobs[span.start : span.stop])
 
 
 def fitting(
@@ -158,13 +181,11 @@ def of_last_log_probs(
     Only the figures are kept: distributions over a large vocabulary would take more memory than the states.
     """
 
-    def last(batch: Batch) -> Tensor:
-        found = figure(last_of_batch(loaded, batch))
-        advance(len(batch.rows))
-        return found
+    def last(batch: Batch, _: Tell) -> Tensor:
+        return figure(last_of_batch(loaded, batch))
 
     rows: list[Tensor | None] = [None] * len(prompts)
-    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), last):
+    for batch, found in each_batch(loaded, chat.batches(prompts, batch_size), last, advance=advance):
         for row, values in zip(batch.rows, found, strict=True):
             rows[row] = values
     return torch.stack([row for row in rows if row is not None])
@@ -230,16 +251,17 @@ def see_residuals(
     kept here, so all prompts can share a weight pass.
     """
 
-    def run(batch: Batch) -> Tensor:
+    def run(batch: Batch, tell: Tell) -> Tensor:
         def show(layer: int, x: Tensor) -> None:
             # A copy: what is seen must not keep the whole state alive.
-            values = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
-            see(batch.rows, layer, values)
+            tell(str(layer), x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True))
 
         with observed(loaded, show):
             run_batch(loaded, batch, keep=n_positions)  # Gemma 4 runs its last blocks on these tokens only
-        advance(len(batch.rows))
         return torch.empty(0)
 
-    for _ in each_batch(loaded, chat.batches(prompts, batch_size), run):
+    def told(batch: Batch, layer: str, values: Tensor) -> None:
+        see(batch.rows, int(layer), values)
+
+    for _ in each_batch(loaded, chat.batches(prompts, batch_size), run, told=told, advance=advance):
         pass

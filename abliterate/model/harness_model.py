@@ -145,12 +145,16 @@ def likelihoods(
     lengths = [len(continuation) for _, _, continuation in firsts]
     found: list[tuple[float, bool]] = [(float("nan"), False)] * len(requests)
 
-    def see(row: int, log_probs: Tensor, _: Tensor) -> None:
+    def figures(row: int, log_probs: Tensor, _: Tensor) -> Iterator[tuple[str, Tensor]]:
         greedy = log_probs.argmax(-1)
         for place in members[row]:
             ids = torch.tensor(requests[place][2])
-            score = log_probs.gather(1, ids[:, None]).sum()
-            found[place] = (float(score), bool((greedy == ids).all()))
+            score, same = log_probs.gather(1, ids[:, None]).sum(), (greedy == ids).all()
+            yield str(place), torch.stack([score, same.to(score.dtype)])
 
-    predict(loaded, chat, encoded, lengths, see, batch_size=size)
+    def see(_: int, place: str, values: Tensor) -> None:
+        score, same = values.tolist()
+        found[int(place)] = (score, bool(same))
+
+    predict(loaded, chat, encoded, lengths, figures, see, batch_size=size)
     return found, sum(len(context) + len(continuation) > longest for _, context, continuation in requests)

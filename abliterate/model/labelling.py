@@ -6,7 +6,6 @@ prompts that are refused, harmless ones that are answered.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -17,9 +16,9 @@ from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.method.class_sums import ClassSums
 from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import check_finite, each_job, log_probs_of
+from abliterate.model.forward import Tell, check_finite, each_batch, log_probs_of
 from abliterate.model.load import LoadedModel
-from abliterate.model.replying import reply_and_see
+from abliterate.model.replying import Watching, reply_and_see
 
 Label = Literal["refused", "answered", "unclear"]
 LABELS: tuple[Label, ...] = ("refused", "answered", "unclear")
@@ -201,17 +200,19 @@ def _each(
     max_new_tokens: int,
 ) -> Iterator[tuple[Batch, Tensor, Mapping[int, Tensor]]]:
     """Each batch of prompts with the tokens of its replies and what entered each block of ``layers``."""
-    kept: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
+    kept: dict[tuple[int, ...], dict[int, Tensor]] = {}
     positions = len(chat.positions)
 
-    def work(batch: Batch) -> Tensor:
-        first = partial(found.first, batch.rows, [texts[row] for row in batch.rows])
-        tokens, kept[batch.rows] = reply_and_see(
-            loaded, chat, batch, max_new_tokens, layers=layers, n_positions=positions, first=first
+    def work(batch: Batch, tell: Tell) -> Tensor:
+        return reply_and_see(
+            loaded, chat, batch, max_new_tokens, tell, layers=layers, n_positions=positions, first=True
         )
-        return tokens
 
-    jobs = ((batch, partial(work, batch)) for batch in batches)
+    watching = Watching(
+        first=lambda rows, logits: found.first(rows, [texts[row] for row in rows], logits),
+        see=lambda rows, layer, values: kept.setdefault(tuple(rows), {}).update({layer: values}),
+    )
     waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
-    for batch, tokens in each_job(loaded, jobs, result_bytes=waiting, new_tokens=max_new_tokens):
-        yield batch, tokens, kept.pop(batch.rows)
+    options = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
+    for batch, tokens in each_batch(loaded, batches, work, **options):
+        yield batch, tokens, kept.pop(batch.rows, {})

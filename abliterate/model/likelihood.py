@@ -1,6 +1,6 @@
 """How likely a model finds given tokens: replies of another model, or a text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from abliterate.events import OnEvent, ignore, working
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import each_batch, run_batch
+from abliterate.model.forward import Tell, each_batch, run_batch
 from abliterate.model.load import LoadedModel
 
+LOSS, DISTRIBUTIONS = "loss", "distributions"
 KL_TOKENS = 16
 """Tokens of a reply whose whole distributions are kept: where a refusal or an answer is decided."""
 KL_PROMPTS = 32
@@ -45,12 +46,18 @@ def on_completions(
     losses: dict[int, float] = {}
     kept: dict[int, Tensor] = {}
 
-    def see(row: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
-        losses[row] = float(-log_probs.gather(1, ids[:, None]).to(torch.float64).mean())
+    def figures(row: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> Iterator[tuple[str, Tensor]]:
+        yield LOSS, -log_probs.gather(1, ids[:, None]).to(torch.float64).mean()
         if row < KL_PROMPTS:
-            kept[row] = log_probs[:KL_TOKENS].float()
+            yield DISTRIBUTIONS, log_probs[:KL_TOKENS].float()
 
-    predict(loaded, chat, encoded, lengths, see, batch_size=batch_size, advance=advance)
+    def see(row: int, name: str, values: Tensor) -> None:
+        if name == LOSS:
+            losses[row] = float(values)
+        else:
+            kept[row] = values
+
+    predict(loaded, chat, encoded, lengths, figures, see, batch_size=batch_size, advance=advance)
     found = torch.cat([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
     return (fmean(losses.values()) if losses else float("nan")), found
 
@@ -65,13 +72,16 @@ def on_text(
     windows = [window for window in windows if len(window) > 1]
     losses: list[Tensor] = []
 
-    def see(_: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> None:
-        losses.append(-log_probs.gather(1, ids[:, None]).flatten().to(torch.float64))
+    def figures(_: int, log_probs: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> Iterator[tuple[str, Tensor]]:
+        yield LOSS, -log_probs.gather(1, ids[:, None]).flatten().to(torch.float64)
+
+    def see(_: int, __: str, values: Tensor) -> None:
+        losses.append(values)
 
     if windows:
         lengths = [len(window) - 1 for window in windows]
         with working(on_event, task, len(windows), "windows") as advance:
-            predict(loaded, chat, windows, lengths, see, batch_size=batch_size, advance=advance)
+            predict(loaded, chat, windows, lengths, figures, see, batch_size=batch_size, advance=advance)
     return float(torch.cat(losses).mean()) if losses else float("nan")
 
 
@@ -80,31 +90,36 @@ def predict(
     chat: ChatFormat,
     encoded: Sequence[list[int]],
     lengths: Sequence[int],
-    see: Callable[[int, Tensor, Tensor], None],
+    figures: Callable[[int, Tensor, Tensor], Iterable[tuple[str, Tensor]]],
+    see: Callable[[int, str, Tensor], None],
     *,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Show ``see`` each row's log-probabilities at its last ``lengths[row]`` tokens, and those tokens.
+    """Show ``see(row, name, values)`` what ``figures(row, log_probs, ids)`` makes of each row's log-probabilities.
 
-    They are in float32 or wider: float64 would be most of the time, where the vocabulary is large.
-
-    Batches are small enough for the memory of their logits.
+    These are those at its last ``lengths[row]`` tokens ``ids``, in float32 or wider: float64 would be most of the time,
+    where the vocabulary is large.  Batches are small enough for the memory of their logits.
     """
     longest = max(lengths, default=0) + 1
     row_bytes = logit_row_bytes(loaded, longest)
     rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
 
-    def work(batch: Batch) -> Tensor:
+    def work(batch: Batch, tell: Tell) -> Tensor:
         logits = run_batch(loaded, batch, keep=1 + max(lengths[row] for row in batch.rows))
         for place, row in enumerate(batch.rows):
             n = lengths[row]
             log_probs = logits[place, -n - 1 : -1].to(device="cpu", dtype=wide(logits.dtype)).log_softmax(-1)
-            see(row, log_probs, batch.input_ids[place, -n:])
-        advance(len(batch.rows))
+            for name, values in figures(row, log_probs, batch.input_ids[place, -n:]):
+                tell(f"{row} {name}", values)
         return torch.empty(0)
 
-    for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=row_bytes):
+    def told(_: Batch, name: str, values: Tensor) -> None:
+        row, what = name.split(" ")
+        see(int(row), what, values)
+
+    options = {"told": told, "result_bytes": row_bytes, "advance": advance}
+    for _ in each_batch(loaded, chat.pack(encoded, rows), work, **options):
         pass
 
 

@@ -20,6 +20,7 @@ from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
+from abliterate.model.ranks import own_card
 from abliterate.model.rendering import settle_template
 from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
@@ -351,7 +352,7 @@ def resolve_device(device: Device) -> torch.device:
     """
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device(own_card(torch.cuda.device_count()))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         place = torch.device(device)

@@ -11,6 +11,7 @@ tasks beside all others, so that whole stages of work share their weight passes 
 """
 
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -23,11 +24,11 @@ from greenlet import GreenletExit
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
 from abliterate.model.offload import Offloaded, Unit, Values
-from abliterate.model.tasks import Task, current
+from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
 
 T = TypeVar("T")
-ROOM = "room"
-"""What a task waits for that has no memory for its batches."""
+POLL_S = 0.005
+"""Between two looks at what other processes have made, where nothing else is to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,8 @@ def run_together(
     if running is not None:
         return running.call(thunks) if len(thunks) > 1 else [thunk() for thunk in thunks]
     with torch.inference_mode():
-        return _Scheduler(weights, on_pass).run([Task(thunk, weights) for thunk in thunks])
+        tasks = [Task(thunk, weights, number=number) for number, thunk in enumerate(thunks)]
+        return _Scheduler(weights, on_pass).run(tasks)
 
 
 def share(loaded: LoadedModel, stages: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -107,9 +109,9 @@ def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
 class _Scheduler:
     """Runs tasks in lockstep.
 
-    ``waiting`` holds the tasks that wait for each unit, ``hungry`` those that wait for memory, ``parts`` the parts that
-    others wait for, ``ranks`` the order in which units were first asked for, and ``fetched`` the unit that is read
-    ahead.
+    ``waiting`` holds the tasks that wait for each unit, ``hungry`` those that wait for memory, ``abroad`` those that
+    wait for another process, ``parts`` the parts that others wait for, ``ranks`` the order in which units were first
+    asked for, and ``fetched`` the unit that is read ahead.
     """
 
     def __init__(self, weights: Offloaded, on_pass: Callable[[WeightPass], None]) -> None:
@@ -118,6 +120,7 @@ class _Scheduler:
         self.ranks = weights.ranks
         self.waiting: dict[Unit, list[Task]] = {}
         self.hungry: list[Task] = []
+        self.abroad: list[Task] = []
         self.parts: dict[Task, list[Task]] = {}
         self.fetched: tuple[Unit, Future[Values]] | None = None
         self.passed: list[str] = []
@@ -128,10 +131,10 @@ class _Scheduler:
             for task in tasks:
                 self._resume(task)
             place = -1
-            while self.waiting or self.hungry:
+            while self.waiting or self.hungry or self.abroad:
                 self._feed()
                 if not self.waiting:
-                    continue  # what was fed has ended, and given its memory back
+                    continue  # what was fed has ended, and given its memory back; or another process is waited for
                 unit = self._next(place, self.waiting)
                 if self.ranks[unit] <= place:
                     self._end_pass()
@@ -166,6 +169,8 @@ class _Scheduler:
                     self._resume(part)
         elif asked is ROOM:
             self.hungry.append(task)
+        elif asked is ELSEWHERE:
+            self.abroad.append(task)
         else:
             self.ranks.setdefault(asked, len(self.ranks))
             self.waiting.setdefault(asked, []).append(task)
@@ -194,15 +199,19 @@ class _Scheduler:
             if not self.waiting[unit]:
                 del self.waiting[unit]
         self.hungry = [task for task in self.hungry if not task.dead]
+        self.abroad = [task for task in self.abroad if not task.dead]
 
     def _feed(self) -> None:
-        """Let tasks that wait for memory look again."""
-        hungry, self.hungry = self.hungry, []
+        """Let tasks that wait for memory, or for another process, look again."""
+        hungry, abroad, self.hungry, self.abroad = self.hungry, self.abroad, [], []
         before = list(self.weights.reserved)
-        for task in hungry:
+        for task in (*abroad, *hungry):
             if not task.dead:
                 self._resume(task)
-        if hungry and not self.waiting and (self.hungry, self.weights.reserved) == (hungry, before):
+        nothing_new = not self.waiting and (self.hungry, self.weights.reserved) == (hungry, before)
+        if nothing_new and self.abroad:
+            time.sleep(POLL_S)
+        elif nothing_new and hungry:
             raise AssertionError("tasks wait for memory that nobody gives back")
 
     def _next(self, place: int, expected: Collection[Unit]) -> Unit:

@@ -24,6 +24,7 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import check_finite, of_last_log_probs, see_residuals
 from abliterate.model.jobs import Job
 from abliterate.model.load import LoadedModel
+from abliterate.model.ranks import is_first, meet
 from abliterate.model.scores import ScoreFile, Scores
 from abliterate.model.scoring import candidate_scorer
 
@@ -301,7 +302,8 @@ def _kept(
     if store is None:
         return Scores.none_of(*shape), lambda: None
     scores = store.load(key, *shape)
-    return scores, partial(store.save, key, scores)
+    meet()  # nobody reads what the first process has written since
+    return scores, partial(store.save, key, scores) if is_first() else lambda: None
 
 
 def _work_key(

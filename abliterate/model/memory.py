@@ -14,6 +14,7 @@ from abliterate.arch.spec import Family, Matcher
 from abliterate.checkpoint.header import DTYPE_BITS
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError, UsageError
+from abliterate.model.ranks import least, on_this_machine
 from abliterate.model.stored import QUANTISED_DTYPE, Stored, decoding_bytes, is_decodable, stored_tensors
 
 HOST_SHARE = 0.8
@@ -135,10 +136,11 @@ def whole_bytes(sizes: Sizes, embedding: int) -> int:
 
 
 def available_bytes() -> int:
-    """The memory budget on the host where none is given."""
+    """The memory budget on the host where none is given: of several processes on a machine, each has its part."""
     import psutil
 
-    return int(HOST_SHARE * psutil.virtual_memory().available)
+    _, here = on_this_machine()
+    return least(int(HOST_SHARE * psutil.virtual_memory().available / here))
 
 
 def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from abliterate.events import OnEvent, ignore, working
 from abliterate.method.places import IN_BLOCKS, Place
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import check_finite, each_batch, run_batch
+from abliterate.model.forward import Tell, check_finite, each_batch, run_batch
 from abliterate.model.interventions import Change, at_writers
 from abliterate.model.load import LoadedModel
 
@@ -24,9 +24,9 @@ def outputs_of(
         NonFiniteError: an output is NaN or infinite; names the block and the prompt.
     """
     positions = len(chat.positions)
-    found: dict[Place, list[list[Tensor]]] = {}
+    found: dict[str, list[list[Tensor]]] = {}
 
-    def run(batch: Batch) -> Tensor:
+    def run(batch: Batch, tell: Tell) -> Tensor:
         def change_at(place: Place, _: nn.Module) -> Change | None:
             if place[1] not in IN_BLOCKS:
                 return None
@@ -36,21 +36,23 @@ def outputs_of(
                 values = values.detach().to(device="cpu", dtype=torch.float32, copy=True)
                 texts = [prompts[row] for row in batch.rows]
                 check_finite(values, texts, f"what the {place[1]} of block {place[0]} adds")
-                for row, its in zip(batch.rows, values, strict=True):
-                    found.setdefault(place, [[] for _ in prompts])[row].append(its)
+                tell(named(place), values)
                 return x
 
             return see
 
         with at_writers(loaded, change_at):
             run_batch(loaded, batch, keep=positions)
-        advance(len(batch.rows))
         return torch.empty(0)
 
+    def told(batch: Batch, name: str, values: Tensor) -> None:
+        for row, its in zip(batch.rows, values, strict=True):
+            found.setdefault(name, [[] for _ in prompts])[row].append(its)
+
     with working(on_event, "measure what writers add", len(prompts), "prompts") as advance:
-        for _ in each_batch(loaded, chat.batches(prompts, batch_size), run):
+        for _ in each_batch(loaded, chat.batches(prompts, batch_size), run, told=told, advance=advance):
             pass
-    return {named(place): torch.stack([torch.cat(its) for its in found[place]]) for place in sorted(found, key=named)}
+    return {name: torch.stack([torch.cat(its) for its in found[name]]) for name in sorted(found)}
 
 
 def named(place: Place) -> str:

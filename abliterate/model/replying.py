@@ -11,14 +11,16 @@ from torch import Tensor
 
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.forward import DEFAULT_BATCH_SIZE, each_batch, run_batch
+from abliterate.model.forward import DEFAULT_BATCH_SIZE, Tell, each_batch, run_batch
 from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
 from abliterate.model.prefix import can_take_back, empty_cache, is_plain
+from abliterate.model.ranks import least
 from abliterate.model.room import reply_rows
 
+FIRST = "first"
 STRETCH = 16
 """New tokens after which the rows that have ended leave their batch."""
 
@@ -35,6 +37,13 @@ class Watching:
     see: Callable[[Sequence[int], int, Tensor], None] = lambda *_: None
     layers: Collection[int] = ()
     n_positions: int = 1
+
+    def told(self, batch: Batch, name: str, values: Tensor) -> None:
+        """Pass on what was told of a batch: under ``FIRST`` its first logits, under a number what enters that block."""
+        if name != FIRST:
+            self.see(batch.rows, int(name), values)
+        elif self.first is not None:
+            self.first(batch.rows, values)
 
 
 def generate(loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
@@ -59,20 +68,19 @@ def generate_tokens(
     """
     on_event(Started(task=task, total=len(prompts), unit="prompts"))
 
-    def reply(batch: Batch) -> Tensor:
-        its = watching or Watching()
-        told = None if its.first is None else partial(its.first, batch.rows)
-        tokens, residuals = reply_and_see(
-            loaded, chat, batch, max_new_tokens, layers=its.layers, n_positions=its.n_positions, first=told
-        )
-        for layer, values in residuals.items():
-            its.see(batch.rows, layer, values)
-        on_event(Advanced(task=task, amount=len(batch.rows)))
-        return tokens
+    its = watching or Watching()
+
+    def reply(batch: Batch, tell: Tell) -> Tensor:
+        return reply_and_see(
+            loaded, chat, batch, max_new_tokens, tell, layers=its.layers, n_positions=its.n_positions,
+            first=its.first is not None,
+        )  # fmt: skip
 
     replies: list[list[int]] = [[] for _ in prompts]
     batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
-    for batch, rows in each_batch(loaded, batches, reply, new_tokens=max_new_tokens):
+    options = {"told": its.told, "new_tokens": max_new_tokens}
+    options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))
+    for batch, rows in each_batch(loaded, batches, reply, **options):
         for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
             replies[row] = until_end(tokens, ends_of(loaded))
     on_event(Finished(task=task))
@@ -98,7 +106,7 @@ def rows_of_replies(
 ) -> int:
     """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
     longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
-    return reply_rows(loaded, batch_size, longest + max_new_tokens)
+    return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
 
 
 def generate_ids(
@@ -218,18 +226,21 @@ def reply_and_see(
     chat: ChatFormat,
     batch: Batch,
     max_new_tokens: int,
+    tell: Tell,
     *,
     layers: Collection[int],
     n_positions: int,
-    first: Callable[[Tensor], None] | None,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The greedy continuation of a batch, and what entered each block of ``layers`` at the last tokens of its prompts.
+    first: bool,
+) -> Tensor:
+    """The greedy continuation of a batch; tells what was seen of the pass over the prompts that begins it.
 
-    One forward pass over the prompts serves both.  Residuals are ``[rows, n_positions, d]`` in float32, on the host.
+    Under the number of each block of ``layers``, what entered it at the last tokens of the prompts,
+    ``[rows, n_positions, d]`` in float32, on the host; with ``first``, under ``FIRST`` the logits of the first token.
     """
     seen: dict[int, Tensor] = {}
+    on_first = partial(tell, FIRST) if first else None
     if not layers:
-        return generate_ids(loaded, chat, batch, max_new_tokens, first=first), seen
+        return generate_ids(loaded, chat, batch, max_new_tokens, first=on_first)
 
     def show(layer: int, x: Tensor) -> None:
         if (
@@ -238,9 +249,11 @@ def reply_and_see(
             seen[layer] = x[:, -n_positions:].detach().to(device="cpu", dtype=torch.float32, copy=True)
 
     with observed(loaded, show):
-        tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=first)
+        tokens = generate_ids(loaded, chat, batch, max_new_tokens, first=on_first)
     if any(values.shape[1] < n_positions for values in seen.values()):  # as in see_residuals
         seen.clear()
         with observed(loaded, show):
             run_batch(loaded, batch, keep=n_positions)
-    return tokens, seen
+    for layer, values in seen.items():
+        tell(str(layer), values)
+    return tokens

@@ -35,6 +35,7 @@ from abliterate.model.jobs import Base, Figures, Group, Job, prompt_groups
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
+from abliterate.model.ranks import count, least, spread
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
 from abliterate.model.rowwise import subspaces_ablated
 from abliterate.model.shortened import Shortened, shortened
@@ -93,14 +94,28 @@ class CandidateScorer:
         return job.prompts or tuple(range(self.n_prompts))
 
     def split(self, jobs: Sequence[Job]) -> list[Job]:
-        """``jobs`` cut into parts that each fit into one forward pass for each group."""
-        return [part for job in jobs for part in job.split(self._most(job))]
+        """``jobs`` cut into parts that each fit into one forward pass for each group, of whatever process."""
+        return [part for job in jobs for part in job.split(least(self._most(job)))]
 
     def run(self, jobs: Sequence[Job], done: Callable[[Job, Figures], None]) -> None:
         """Run ``jobs`` and call ``done`` after each.  Out of core, as many as fit share a weight pass.
 
         Where memory runs out, the jobs that were running are cut in half and begun again.
         """
+        if count() == 1:
+            self._run(jobs, done)
+            return
+
+        def whole(mine: Sequence[Job]) -> list[dict[str, Tensor]]:
+            parts: list[Tensor] = []
+            self._run(mine, lambda _, figures: parts.append(figures))
+            rows = iter(torch.cat(parts)) if parts else iter(())
+            return [{"": torch.stack([next(rows) for _ in job.candidates])} for job in mine]
+
+        for job, its in zip(jobs, spread(jobs, whole), strict=True):
+            done(job, its[""])
+
+    def _run(self, jobs: Sequence[Job], done: Callable[[Job, Figures], None]) -> None:
         waiting = list(jobs)
         limit = self.room
         while waiting:

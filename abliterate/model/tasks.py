@@ -8,17 +8,26 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
+ROOM = "room"
+"""What a task waits for that has no memory for its batches."""
+ELSEWHERE = "elsewhere"
+"""What a task waits for that needs what another process makes."""
+
 
 class Task(greenlet):
     """A thunk that may wait for a unit of ``weights``; what it waits for goes to the greenlet that resumed it.
 
     ``whole`` is the task that it is a part of.  A part keeps what it raises as ``raised``, for its whole to raise.
+    ``path``: its number among the tasks beside it, behind the path of its whole.
     """
 
-    def __init__(self, thunk: Callable[[], Any], weights: object, whole: "Task | None" = None) -> None:
+    def __init__(
+        self, thunk: Callable[[], Any], weights: object, whole: "Task | None" = None, *, number: int = 0
+    ) -> None:
         super().__init__(self._work, None if whole is None else whole.parent)
         self.weights = weights
         self.whole = whole
+        self.path: tuple[int, ...] = (*(() if whole is None else whole.path), number)
         self.result: Any = None
         self.raised: Exception | None = None
         self._thunk = thunk
@@ -32,14 +41,14 @@ class Task(greenlet):
             self.raised = error
 
     def wait_for(self, what: object) -> None:
-        """Pause until a unit is loaded, or until parts of this task have ended."""
+        """Pause until a unit is loaded, parts of this task have ended, or what ``what`` says may be there."""
         if self.parent is None:
             raise AssertionError("a task runs in a greenlet of its own")
         self.parent.switch(what)
 
     def call(self, thunks: Sequence[Callable[[], Any]]) -> list[Any]:
         """Call ``thunks`` as parts of this task and give their results; if one raises, the others are stopped."""
-        parts = [Task(thunk, self.weights, self) for thunk in thunks]
+        parts = [Task(thunk, self.weights, self, number=number) for number, thunk in enumerate(thunks)]
         if parts:
             self.wait_for(parts)
         for part in parts:

@@ -5,10 +5,12 @@ byte of every shard against the base's, every other file as well, and the hashes
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from abliterate.arch.codecs import HeldScales, as_rows, codec_of
@@ -17,6 +19,7 @@ from abliterate.checkpoint.budget import COPY_BYTES, DEFAULT_BYTES, RESERVED_BYT
 from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.header import Shard, TensorInfo, read_header
 from abliterate.checkpoint.hub import check_cached
+from abliterate.checkpoint.output import Spread, alone
 from abliterate.checkpoint.pairs import PAIRS, PairedRange, read_pairs, same_content
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.checkpoint.transfer import one_core
@@ -62,26 +65,39 @@ def verify_bytes(
     written: Path,
     *,
     memory_bytes: int = DEFAULT_BYTES,
+    spread: Spread = alone,
     on_event: OnEvent = ignore,
 ) -> BytesReport:
     """Compare the checkpoint in ``written`` with ``plan``, with its edits, applied to its base.
+
+    ``spread`` deals the shards out to several processes, all of which call this.
 
     Raises:
         SourceError: one of the two cannot be read, or changed meanwhile.
     """
     result = open_folder(written, name=str(written))
-    checks = [ShardCheck.of(plan, result, shard, memory_bytes) for shard in plan.checkpoint.shards]
+    shards = plan.checkpoint.shards
     on_event(Started(task=TASK, total=plan.checkpoint.size_bytes, unit="bytes"))
+
+    def advance(amount: int) -> None:
+        on_event(Advanced(task=TASK, amount=amount))
+
+    def run(mine: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+        for shard in mine:
+            check = ShardCheck.of(plan, result, shard, memory_bytes)
+            check.run(advance)
+            yield check.report().to_plain()
+
     with one_core(needed=not plan.packed):
-        for check in checks:
-            check.run(lambda amount: on_event(Advanced(task=TASK, amount=amount)))
+        found = spread(shards, run, by_others=lambda place: advance(shards[place].size_bytes))
+        reports = [ShardReport.of_plain(its) for its in found]
     plan.checkpoint.check_unchanged()
     result.check_unchanged()
-    for check in checks:
-        if check.digests[0]:
-            check_cached(plan.checkpoint.folder / check.shard.name, check.digests[0])
+    for report in reports:
+        if report.source_sha256:
+            check_cached(plan.checkpoint.folder / report.name, report.source_sha256)
     on_event(Finished(task=TASK))
-    return gather(plan, result, [check.report() for check in checks])
+    return gather(plan, result, reports)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +112,21 @@ class ShardReport:
     source_sha256: str
     rows: Mapping[str, RowSquares] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it, so that another process can have it."""
+        return {**asdict(self), "rows": {name: its.tolist() for name, its in self.rows.items()}}
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "ShardReport":
+        """From what ``to_plain`` gives."""
+        read = {
+            "proofs": tuple(TensorProof(**its) for its in plain["proofs"]),
+            "failures": tuple(plain["failures"]),
+            "rows": {name: torch.tensor(its, dtype=torch.float64) for name, its in plain["rows"].items()},
+            "not_finite": tuple(plain["not_finite"]),
+        }
+        return cls(**{**plain, **read})
 
 
 def gather(plan: EditPlan, result: Checkpoint, shards: Sequence[ShardReport]) -> BytesReport:

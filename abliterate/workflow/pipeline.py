@@ -6,7 +6,9 @@ Nothing here prints; the ``on_event`` of the session hears what happens.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
@@ -15,13 +17,13 @@ from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.asked import plan_asked, scope_asked, stream_asked
 from abliterate.editing.planning import plan, within
 from abliterate.editing.writing import edit_checkpoint
-from abliterate.errors import AbliterateError, SourceError
+from abliterate.errors import AbliterateError, OutputError, SourceError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import check_edit
 from abliterate.method.estimators import needs_of
-from abliterate.model import harness, vllm_backend
+from abliterate.model import harness, ranks, vllm_backend
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
 from abliterate.recipe import NOT_IN_WORK, Recipe
@@ -38,6 +40,8 @@ from abliterate.workflow.trials import EDITED, side_by_side
 from abliterate.workflow.views import task_request
 
 STEPS = "steps"
+SHARED = partial(ranks.spread, codec=ranks.PLAIN)
+"""Shards are dealt out to the processes that work together; alone, one process does them all."""
 
 NOT_COMPARED = (
     "proven on the bytes only: the edit was given its direction and names no prompts, so its behaviour is not compared "
@@ -70,9 +74,12 @@ def edit(
         output,
         rounding=recipe.edit.rounding,
         memory_bytes=recipe.edit_memory_bytes,
+        spread=SHARED,
         on_event=on_event,
     )
-    keep_origin(edit_plan, directions, recipe, output)
+    if output.keeps:
+        keep_origin(edit_plan, directions, recipe, output)
+    ranks.meet()
 
 
 def verify(
@@ -88,7 +95,7 @@ def verify(
         SourceError: something cannot be read.
     """
     on_bytes = verify_bytes(
-        edit_plan, written, memory_bytes=session.recipe.edit_memory_bytes, on_event=session.on_event
+        edit_plan, written, memory_bytes=session.recipe.edit_memory_bytes, spread=SHARED, on_event=session.on_event
     )
     if not behaviour or not on_bytes.ok:
         return VerifyReport(bytes=on_bytes, behaviour=None)
@@ -160,6 +167,7 @@ def run(
     """The whole job: plan, measure, select, edit, verify, evaluate, card, manifest; then, and only then, ``out``.
 
     A run that was stopped continues where it was: the direction and the finished shards are kept in ``out.partial``.
+    Several processes that call this, under a launcher, share the work (``model.ranks``).
 
     Raises:
         AbliterateError: see ``errors`` for everything that can go wrong.
@@ -167,6 +175,23 @@ def run(
     check_names(recipe)
     if with_evaluation:
         check_evaluation(recipe)
+    with ranks.together():
+        return _run(
+            model, out, recipe, revision=revision, direction=direction, with_evaluation=with_evaluation,
+            on_event=on_event,
+        )  # fmt: skip
+
+
+def _run(
+    model: str | Path | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    revision: str | None,
+    direction: DirectionSet | None,
+    with_evaluation: bool,
+    on_event: OnEvent,
+) -> RunResult:
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
@@ -193,17 +218,19 @@ def run(
     )
     verification = VerifyReport(bytes=on_bytes.bytes, behaviour=behaviour)
     require_verified(verification, output)
-    document = manifest.build(
-        edit_plan,
-        directions,
-        session.recipe,
-        prompts=session.contrast.hashes(),
-        verification=verification,
-        evaluation=evaluation,
-    )
-    manifest.finish(output, edit_plan, document)
+    if output.keeps:
+        document = manifest.build(
+            edit_plan,
+            directions,
+            session.recipe,
+            prompts=session.contrast.hashes(),
+            verification=verification,
+            evaluation=evaluation,
+        )
+        manifest.finish(output, edit_plan, document)
+        output.finish()
     return RunResult(
-        out=output.finish(), plan=edit_plan, directions=directions, verification=verification, evaluation=evaluation
+        out=output.final, plan=edit_plan, directions=directions, verification=verification, evaluation=evaluation
     )
 
 
@@ -233,7 +260,10 @@ def find(session: Session, output: OutputFolder, following: Sequence[str], *, ou
         say_cost(session, stages, load_s=load_s, output=output, output_bytes=output_bytes)
         with Steps(output.private / STEPS, work_fingerprint(session)) as steps:
             chosen = select(session, measure(session, steps=steps, ahead=True), steps=steps)
-            file = direction_files.save(chosen, output.private / DIRECTION_FILE)
+            file = output.private / DIRECTION_FILE
+            if output.keeps:
+                direction_files.save(chosen, file)
+            ranks.meet()
     except AbliterateError:
         output.discard()
         raise
@@ -290,17 +320,24 @@ def fingerprint_of(edit_plan: EditPlan, recipe: Recipe, direction: DirectionSet 
 
 
 def _prepared(out: Path, session: Session, edit_plan: EditPlan, direction: DirectionSet | None) -> OutputFolder:
-    return prepare(
-        out,
-        source=session.checkpoint.folder,
-        fingerprint=fingerprint_of(edit_plan, session.recipe, direction),
-        needed_bytes=edit_plan.output_bytes,
-    )
+    """The output folder; of several processes the first prepares it, and the others write shards into it."""
+    work = fingerprint_of(edit_plan, session.recipe, direction)
+    folder = None
+    if ranks.is_first():
+        options = {"fingerprint": work, "needed_bytes": edit_plan.output_bytes}
+        folder = prepare(out, source=session.checkpoint.folder, **options)
+    told: list[Any] = ranks.first(lambda: [str(folder.final), str(folder.path), folder.done] if folder else [])
+    if folder is not None:
+        return folder
+    final, path, done = told
+    if not Path(path).is_dir():
+        raise OutputError(f"{path}: not seen by all processes", "choose an --out on a file system that they share")
+    return OutputFolder(final=Path(final), path=Path(path), fingerprint=work, done=done, keeps=False)
 
 
 def _resume_direction(output: OutputFolder) -> DirectionSet | None:
     path = output.private / DIRECTION_FILE
-    if not path.is_file():
+    if not ranks.first(path.is_file):
         return None
     try:
         return direction_files.load(path)

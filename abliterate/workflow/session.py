@@ -21,6 +21,7 @@ from abliterate.model.forward import padding_is_harmless
 from abliterate.model.load import LoadedModel, explained, load_model, load_tokenizer
 from abliterate.model.memory import available_bytes
 from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, PromptSet, SplitSizes, contrast_set
+from abliterate.model.ranks import everyone
 from abliterate.model.rendering import SHOWN
 from abliterate.model.thinking import DEFAULT, Mode, modes_of
 from abliterate.recipe import Recipe
@@ -64,7 +65,9 @@ class Session:
         rows = int(self.loaded.embedding.weight.shape[0])  # type: ignore[union-attr]
         chat = self._format(self.loaded.tokenizer, rows=rows)
         known = self.pads
-        chat.pads = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id) if known is None else known
+        if known is None:
+            known = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
+        chat.pads = all(everyone(known))
         return chat
 
     @cached_property

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -14,6 +14,9 @@ from torch import Tensor
 from abliterate.checkpoint.locking import Lock
 from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import AbliterateError
+from abliterate.model.ranks import first, is_first, meet
+
+T = TypeVar("T")
 
 
 class Steps:
@@ -24,7 +27,8 @@ class Steps:
 
     As a context, the folder is deleted when the work is done, and when it fails with an ``AbliterateError``: the next
     try would fail the same way or has other options.  After any other exception, as an interrupt, it stays.  ``lock``
-    keeps other processes away until then.
+    keeps other processes away until then.  Of several processes that work together the first one writes, and the others
+    read the same files.
     """
 
     def __init__(self, folder: Path | None = None, fingerprint: str = "", *, lock: Lock | None = None) -> None:
@@ -33,9 +37,10 @@ class Steps:
         if folder is None:
             return
         owner = folder / "fingerprint"
-        if not owner.is_file() or owner.read_text("utf-8") != fingerprint:
+        if is_first() and (not owner.is_file() or owner.read_text("utf-8") != fingerprint):
             self.clear()
             write_atomically(owner, fingerprint.encode())
+        meet()
 
     def __enter__(self) -> "Steps":
         return self
@@ -53,30 +58,33 @@ class Steps:
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.json"
-        try:
-            return dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError):
-            made = dict(make())
+        kept = _kept(lambda: dict(json.loads(path.read_bytes())))
+        if kept is not None:
+            return kept
+        made = dict(make())
+        if is_first():
             write_atomically(path, json.dumps(made).encode())
-            return made
+        return made
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The kept tensors ``name``; the first time, what ``make`` gives.  They are kept as safetensors."""
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.safetensors"
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError):
-            made = {key: value.contiguous() for key, value in make().items()}
+        kept = _kept(lambda: load_file(path))
+        if kept is not None:
+            return kept
+        made = {key: value.contiguous() for key, value in make().items()}
+        if is_first():
             temporary = path.with_suffix(".tmp")
             save_file(made, temporary)
             temporary.replace(path)
-            return made
+        return made
 
     def has(self, name: str) -> bool:
         """Whether tensors ``name`` are kept."""
-        return self.folder is not None and (self.folder / f"{name}.safetensors").is_file()
+        folder = self.folder
+        return folder is not None and first(lambda: (folder / f"{name}.safetensors").is_file())
 
     def path(self, name: str) -> Path | None:
         """Where a step may keep a file of its own; None where nothing is kept."""
@@ -84,5 +92,18 @@ class Steps:
 
     def clear(self) -> None:
         """Delete the folder."""
-        if self.folder is not None and self.folder.exists():
+        if self.folder is not None and is_first() and self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def _kept(read: Callable[[], T]) -> T | None:
+    """What ``read`` finds; None where the first of the processes, who keeps the files, finds nothing."""
+    found = None
+    if is_first():
+        try:
+            found = read()
+        except (OSError, ValueError, SafetensorError):
+            found = None
+    if not first(lambda: found is not None):
+        return None
+    return read() if found is None else found
