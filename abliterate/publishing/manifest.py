@@ -22,6 +22,7 @@ from abliterate.errors import CheckpointError
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
+from abliterate.model import ranks
 from abliterate.publishing.card import write_card
 from abliterate.publishing.manifest_keys import Manifest, Manifest1
 from abliterate.recipe import OF_A_MACHINE, Recipe, in_tables
@@ -78,6 +79,7 @@ def build(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
+        **({} if ranks.count() == 1 else {"processes": ranks.count()}),
         "source": {
             "name": checkpoint.name,
             "revision": checkpoint.revision,

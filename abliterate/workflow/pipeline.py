@@ -193,6 +193,8 @@ def _run(
     on_event: OnEvent,
 ) -> RunResult:
     session = open_session(model, recipe, revision=revision, on_event=on_event)
+    if ranks.count() > 1:
+        on_event(Noted(text=f"{ranks.count()} processes share prompts, candidates and shards; the first one tells"))
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
     if direction is not None:

@@ -66,8 +66,8 @@ class Session:
         chat = self._format(self.loaded.tokenizer, rows=rows)
         known = self.pads
         if known is None:
-            known = padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)
-        chat.pads = all(everyone(known))
+            known = all(everyone(padding_is_harmless(self.loaded, chat.encode(PROBE), chat.pad_id)))
+        chat.pads = known
         return chat
 
     @cached_property

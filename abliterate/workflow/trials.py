@@ -104,6 +104,7 @@ def _try_base(
     every = views if draft is None else [*views, draft]
     stages += [stage for view in every if bench is not None for stage in bench.writing(view)]
     if stages:
+        _ = session.chat  # made before stages take turns, as other processes are asked for it
         share(session.loaded, stages)
     if bench is None:
         return found.get("hooked"), {}
@@ -131,6 +132,7 @@ def _try_other(
     if bench is not None:
         stages += [*bench.writing(view), *bench.predicting(view, spoken)]
     if stages:
+        _ = view.its.chat
         share(view.its.loaded, stages)
     if bench is not None:
         _tell_of_drafts(view)
