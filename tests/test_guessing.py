@@ -82,10 +82,15 @@ def both(request, saved):
     return ours, replies, end
 
 
-@pytest.mark.parametrize("kind", [Guesses, Right, Wrong, Noise])
-def test_replies_are_the_greedy_ones(kind, both):
+@pytest.mark.parametrize(
+    ("kind", "on_disk"), [(Guesses, False), (Right, False), (Wrong, False), (Noise, False), (Noise, True)]
+)
+def test_replies_are_the_greedy_ones(kind, on_disk, both, tmp_path, monkeypatch):
+    """Wherever keys and values wait."""
     ours, replies, end = both
     assert can_take_back(empty_cache(ours), 40)
+    monkeypatch.setattr(ours.offload, "scratch", tmp_path)
+    monkeypatch.setattr(ours.offload, "caches_on_disk", on_disk)
     told = [prompt + reply for prompt, reply in zip(prompts(), replies, strict=True)]
     ours.offload.guesses = kind(told) if issubclass(kind, Right) else kind()
     before = max(block_loads(ours))

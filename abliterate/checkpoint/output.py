@@ -138,13 +138,19 @@ def prepare(final: Path, *, source: Path, fingerprint: str, needed_bytes: int) -
     check_place(final, source)
     lock = Lock(final)
     try:
-        partial = final.with_name(final.name + ".partial")
+        partial = unfinished(final)
         folder = OutputFolder(final=final, path=partial, fingerprint=fingerprint, lock=lock)
         with refused_as_output(final):
             return _continued(folder, needed_bytes)
     except AbliterateError:
         lock.release()
         raise
+
+
+def unfinished(final: Path) -> Path:
+    """What the folder ``final`` is called until it is complete."""
+    final = Path(os.path.abspath(at_home(final)))  # noqa: PTH100 - symlinks stay as the user typed them
+    return final.with_name(final.name + ".partial")
 
 
 def _continued(folder: OutputFolder, needed_bytes: int) -> OutputFolder:

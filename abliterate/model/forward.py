@@ -1,6 +1,7 @@
 """Forward passes over lists of prompts: log-probabilities of the next token, residuals, replies."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, ru
 from abliterate.model.guessing import MOST_GUESSES
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import room_for, run_together
+from abliterate.model.lockstep import room_for, run_together, wait_on_disk
 from abliterate.model.ranks import count, spread
 
 Tell = Callable[[str, Tensor], None]
@@ -127,12 +128,15 @@ def fitting(
     """
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
-    cache, most, sizes = cache_bytes(loaded), 0, []
+    cached = [rows * (width + new + MOST_GUESSES) * cache_bytes(loaded) if new else 0 for rows, width, new in shapes]
+    sizes, most = [rows * (waiting_bytes(loaded, width) + result_bytes) for rows, width, _ in shapes], 0
     for rows, width, new in shapes:
-        cached = (width + new + MOST_GUESSES) * cache if new else 0
-        sizes.append(rows * (waiting_bytes(loaded, width) + cached + result_bytes))
         logits = max(logit_bytes(loaded), guess_bytes(loaded, MOST_GUESSES + 1) if new else 0)
         most = max(most, rows * max(width * running_bytes(loaded), logits))
+    share = 1.0
+    if wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached)):
+        share = 1 / loaded.n_layers  # of each cache the layer that was used last is in memory
+    sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0
     while first < len(sizes):
         with room_for(loaded.offload, sizes[first:], most) as count:

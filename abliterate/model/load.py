@@ -18,9 +18,8 @@ from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
-from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
+from abliterate.model.memory import MemoryPlan, check_runs_offloaded, own_card, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded, hold
-from abliterate.model.ranks import own_card
 from abliterate.model.rendering import settle_template
 from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data

@@ -11,6 +11,9 @@ tasks beside all others, so that whole stages of work share their weight passes 
 """
 
 import math
+import mmap
+import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,12 +24,15 @@ from typing import Any, TypeVar
 import torch
 from greenlet import GreenletExit
 
+from abliterate.events import Noted
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
 from abliterate.model.offload import Offloaded, Unit, Values
 from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
 
 T = TypeVar("T")
+CAN_MAP = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")
+"""Whether keys and values can wait on disk on this system."""
 POLL_S = 0.005
 """Between two looks at what other processes have made, where nothing else is to do."""
 
@@ -92,6 +98,22 @@ def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[in
         yield len(fits)
     finally:
         weights.reserved.remove(mine)
+
+
+def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bool:
+    """Whether keys and values wait on disk, as from now on all do: ``needed_bytes`` with them are too much.
+
+    Only where there is a folder for that whose disk has room for ``cached_bytes``, and as much again.
+    """
+    if not weights.caches_on_disk and cached_bytes and weights.scratch is not None and weights.device.type == "cpu":
+        taken = sum(waits for waits, _ in weights.reserved)
+        if CAN_MAP and needed_bytes + taken > weights.working_bytes:
+            free = shutil.disk_usage(weights.scratch).free
+            weights.caches_on_disk = free > 2 * cached_bytes
+            text = f"keys and values wait on disk, in {weights.scratch}: all replies are written in the same passes"
+            if weights.caches_on_disk:
+                weights.on_event(Noted(text=text))
+    return weights.caches_on_disk
 
 
 def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:

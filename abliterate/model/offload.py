@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class Offloaded:
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
     ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded
-    (on an accelerator, that it took to be told, unless ``is_timed``).
+    (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is a folder for what may wait on
+    disk, ``caches_on_disk`` whether keys and values do, as they have found no room.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -98,6 +100,8 @@ class Offloaded:
         memory_bytes: int | None = None,
         on_event: OnEvent = ignore,
     ) -> None:
+        self.scratch: Path | None = None
+        self.caches_on_disk = False
         self.device = device
         self.on_event = on_event
         self.loads: Counter[str] = Counter()

@@ -185,12 +185,6 @@ def on_this_machine() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def own_card(cards: int) -> str:
-    """Which of ``cards`` this process computes on: the others of its machine take others."""
-    number, beside = on_this_machine()
-    return "cuda" if beside == 1 else f"cuda:{number % cards}"
-
-
 def spread(
     items: Sequence[T],
     run: Callable[[Sequence[T]], Iterable[R]],

@@ -129,6 +129,10 @@ def generate_ids(
     tokens = batch.input_ids.shape[1] + max_new_tokens + MOST_GUESSES
     fits = can_take_back(cache, tokens) and can_go_back(loaded.model.config) and (chat.pads or len(batch.rows) == 1)
     if loaded.offload is not None and fits and takes_likeliest(settings_of(loaded)):
+        if loaded.offload.caches_on_disk and loaded.offload.scratch is not None:
+            from abliterate.model.disk_cache import cache_on_disk
+
+            cache = cache_on_disk(cache, loaded.offload.scratch, tokens)
         return _guessed(loaded, chat, batch, max_new_tokens, cache, first)
     cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
     ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))

@@ -12,7 +12,7 @@ from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
-from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, writing_speed
+from abliterate.checkpoint.output import PRIVATE_FOLDER, OutputFolder, fingerprint, prepare, unfinished, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.asked import plan_asked, scope_asked, stream_asked
 from abliterate.editing.planning import plan, within
@@ -192,7 +192,8 @@ def _run(
     with_evaluation: bool,
     on_event: OnEvent,
 ) -> RunResult:
-    session = open_session(model, recipe, revision=revision, on_event=on_event)
+    scratch = unfinished(out) / PRIVATE_FOLDER
+    session = open_session(model, recipe, revision=revision, scratch=scratch, on_event=on_event)
     if ranks.count() > 1:
         on_event(Noted(text=f"{ranks.count()} processes share prompts, candidates and shards; the first one tells"))
     edit_plan = plan(session.checkpoint, **recipe.plan_options)

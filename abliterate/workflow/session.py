@@ -38,18 +38,19 @@ class Session:
     """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
 
     The model is loaded when first asked for, and dropped with the session.  ``pads``: what is known of padding (see
-    ``ChatFormat``); None: it is tried.
+    ``ChatFormat``); None: it is tried.  ``scratch`` is a folder for what may wait on disk.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     on_event: OnEvent = ignore
     pads: bool | None = None
+    scratch: Path | None = None
 
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model, held or out of core."""
-        return load_model(
+        loaded = load_model(
             fetch(self.checkpoint),
             device=self.recipe.model.device,
             dtype=self.recipe.model.dtype,
@@ -58,6 +59,9 @@ class Session:
             device_bytes=self.recipe.model.device_memory_bytes,
             on_event=self.on_event,
         )
+        if loaded.offload is not None:
+            loaded.offload.scratch = self.scratch
+        return loaded
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -158,15 +162,23 @@ class Session:
 
 
 def open_session(
-    model: str | Path | None, recipe: Recipe, *, revision: str | None = None, on_event: OnEvent = ignore
+    model: str | Path | None,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    scratch: Path | None = None,
+    on_event: OnEvent = ignore,
 ) -> Session:
     """Open ``model`` with all its files on this disk; None is the bundled tiny chat model with its own prompts.
+
+    ``scratch`` is a folder, there when the model is loaded, for what may wait on disk.
 
     Raises:
         SourceError: it cannot be opened or fetched.
     """
     checkpoint = fetch(open_model(model, revision=revision))
-    return Session(checkpoint=checkpoint, recipe=with_default_prompts(model, recipe), on_event=on_event)
+    recipe = with_default_prompts(model, recipe)
+    return Session(checkpoint=checkpoint, recipe=recipe, on_event=on_event, scratch=scratch)
 
 
 def with_default_prompts(model: str | Path | None, recipe: Recipe) -> Recipe:

@@ -58,7 +58,9 @@ def side_by_side(
     compared = None
     for place, (name, checkpoint) in enumerate(others):
         same = pads if place == 0 else None
-        result = Session(checkpoint=checkpoint, recipe=recipe, on_event=session.on_event, pads=same)
+        result = Session(
+            checkpoint=checkpoint, recipe=recipe, on_event=session.on_event, pads=same, scratch=session.scratch
+        )  # fmt: skip
         view = View(name=name, its=result, drafts=_drafts_of(draft) if place == 0 else {})
         its = _try_other(view, bench, spoken, proof if place == 0 else None, hooked, prompts)
         compared = compared or its

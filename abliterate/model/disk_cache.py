@@ -1,0 +1,137 @@
+"""Keys and values that wait on disk: where they do not fit into memory beside the weights that pass.
+
+A weight pass serves every batch that is there, so batches that would otherwise take turns, each with passes of its own,
+wait together with their caches in files.  A file is mapped into memory: new tokens are written to it, attention reads
+it in place, and its pages are given back when the next layer's turn comes.  What memory is free keeps them, by the
+system's page cache.  A file is reserved as a whole: the process would be stopped where a disk fills up under a mapping.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class Mapped:
+    """A tensor ``[rows, heads, tokens, d]`` in a file without a name, with room for ``most`` tokens.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+
+    def __init__(self, folder: Path, like: Tensor, most: int) -> None:
+        rows, heads, _, d = like.shape
+        self.most = most
+        size = rows * heads * most * d * like.element_size()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self._room = torch.frombuffer(self._map, dtype=like.dtype).view(rows, heads, most, d)
+        self.tokens = 0
+
+    @property
+    def held(self) -> Tensor:
+        """What is in it; a view."""
+        return self._room[:, :, : self.tokens]
+
+    def append(self, states: Tensor) -> None:
+        """Add tokens to every row."""
+        end = self.tokens + states.shape[2]
+        self._room[:, :, self.tokens : end] = states
+        self.tokens = end
+
+    def put(self, states: Tensor) -> None:
+        """Hold ``states`` alone, which may have fewer rows."""
+        self._room = self._room[: len(states)]
+        self.tokens = states.shape[2]
+        self._room[:, :, : self.tokens] = states
+
+    def leave_memory(self) -> None:
+        """Give the pages back; they are read again when they are looked at."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class MappedLayer(DynamicLayer):
+    """A layer of a cache whose keys and values lie in files of ``folder``; ``others`` leave memory when it is used."""
+
+    def __init__(self, folder: Path, most: int, others: Callable[[], None]) -> None:
+        self._files: dict[str, Mapped] = {}
+        self._folder, self._most, self._others = folder, most, others
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[rows, heads, tokens, d]``; None before there are any."""
+        return self._of("keys")
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._set("keys", states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[rows, heads, tokens, d]``; None before there are any."""
+        return self._of("values")
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._set("values", states)
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_: Any,  # noqa: ANN401 - what other layers take
+        **__: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens; gives all of them."""
+        self._others()
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self._files = {
+                name: Mapped(self._folder, states, self._most)
+                for name, states in (("keys", key_states), ("values", value_states))
+            }
+            self.is_initialized = True
+        self._files["keys"].append(key_states)
+        self._files["values"].append(value_states)
+        return self._files["keys"].held, self._files["values"].held
+
+    def leave_memory(self) -> None:
+        """Give the pages of its files back."""
+        for file in self._files.values():
+            file.leave_memory()
+
+    def _of(self, name: str) -> Tensor | None:
+        return self._files[name].held if name in self._files else None
+
+    def _set(self, name: str, states: Tensor | None) -> None:
+        if states is None:
+            self._files.pop(name, None)
+        else:
+            self._files[name].put(states)
+
+
+def cache_on_disk(cache: Any, folder: Path, most: int) -> Any:  # noqa: ANN401 - a cache of transformers
+    """``cache``, which holds nothing yet, with layers in files of ``folder`` that have room for ``most`` tokens.
+
+    Sliding windows wider than a row ever gets are whole layers as well.
+
+    Raises:
+        OSError: later, when the first token comes: the disk has no room.
+    """
+    layers: list[MappedLayer] = []
+
+    def leave(number: int) -> None:
+        layers[number - 1].leave_memory()
+
+    layers += [MappedLayer(folder, most, partial(leave, number)) for number in range(len(cache.layers))]
+    cache.layers = [*layers]
+    return cache
