@@ -11,6 +11,7 @@ from abliterate.errors import CheckpointError
 from abliterate.model.interventions import ablated, added, observed
 from abliterate.model.load import empty_model
 from abliterate.model.lockstep import run_together
+from abliterate.model.memory import WORKING_BYTES
 from abliterate.model.offload import Offloaded
 from abliterate.model.tasks import current
 from tests import factories
@@ -262,7 +263,23 @@ def test_the_head_stays_where_there_is_room(saved, monkeypatch):
     for loaded, times in ((tight, 2), (roomy, 1)):
         assert all_equal(together(loaded), together(loaded))
         assert loaded.offload.loads["lm_head"] == loaded.offload.loads["model.norm"] == times
-        assert block_loads(loaded) == [2] * 3
+        assert block_loads(loaded) == [2, times, 2]
+
+
+def test_blocks_stay_as_far_as_half_of_the_memory_that_is_left(saved):
+    """What is computed is the same; what stays is read once, and its bytes are within the budget."""
+    folder = saved("llama")
+    whole = together(resident(folder))
+    bare = offloaded(folder).offload
+    others = [unit for unit in bare.units if not unit.is_block and not isinstance(unit.module, torch.nn.Embedding)]
+    block = next(unit.size_bytes for unit in bare.units if unit.is_block)
+    taken = 2 * block + sum(unit.size_bytes for unit in others)
+    for spare, stays in ((1, 0), (2, 1), (9, 1)):
+        ours = offloaded(folder, memory_bytes=WORKING_BYTES + taken + spare * block)
+        for _ in range(3):
+            assert all_equal(together(ours), whole)
+        assert [ours.offload.stays(unit) for unit in ours.offload.units if unit.is_block] == [False, bool(stays), False]
+        assert block_loads(ours) == [3, 1 if stays else 3, 3]
 
 
 def test_without_room_to_read_ahead(saved):

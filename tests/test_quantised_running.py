@@ -17,8 +17,8 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.data.tiny_chat import model_path
 from abliterate.model.load import empty_model, load_model
 from abliterate.model.memory import plan_memory, sizes_of
-from abliterate.model.offload import hold
 from abliterate.model.stored import decoding_bytes, stored_tensors
+from abliterate.model.units import hold
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from bench.lockstep import SHAPES, Experts, in_a_process, make_model

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.model.load import Device, first_line, resolve_device
+from abliterate.model.devices import Device, resolve_device
+from abliterate.model.load import first_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

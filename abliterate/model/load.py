@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +18,14 @@ from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
-from abliterate.model.memory import MemoryPlan, check_runs_offloaded, own_card, plan_memory, sizes_of, working_bytes
-from abliterate.model.offload import Offloaded, hold
+from abliterate.model.devices import Device, resolve_device
+from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
+from abliterate.model.offload import Offloaded
 from abliterate.model.rendering import settle_template
 from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
+from abliterate.model.units import hold
 
-Device = Literal["auto", "cpu", "cuda", "mps"] | str
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -341,26 +342,6 @@ def _has(site: nn.Module, spec: WriterSpec) -> bool:
     inside = spec.name.removeprefix(f"{spec.site_name}.")
     first = inside.split(".")[0]
     return inside != spec.name and first in {*dict(site.named_children()), *dict(site.named_parameters(recurse=False))}
-
-
-def resolve_device(device: Device) -> torch.device:
-    """The device meant by ``device``.
-
-    Raises:
-        UsageError: unknown or not available here.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device(own_card(torch.cuda.device_count()))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r} is unknown", "use auto, cpu, cuda, cuda:N or mps") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(place.type, False):
-        raise UsageError(f"device {device!r} is not available on this machine", "use --device auto or cpu")
-    return place
 
 
 def first_line(error: Exception) -> str:

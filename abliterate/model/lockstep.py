@@ -27,8 +27,9 @@ from greenlet import GreenletExit
 from abliterate.events import Noted
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
-from abliterate.model.offload import Offloaded, Unit, Values
+from abliterate.model.offload import Offloaded, Values
 from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
+from abliterate.model.units import Unit
 
 T = TypeVar("T")
 CAN_MAP = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")

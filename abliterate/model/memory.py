@@ -143,12 +143,6 @@ def available_bytes() -> int:
     return least(int(HOST_SHARE * psutil.virtual_memory().available / here))
 
 
-def own_card(cards: int) -> str:
-    """Which of ``cards`` this process computes on: others of its machine take others."""
-    number, here = on_this_machine()
-    return "cuda" if here == 1 else f"cuda:{number % cards}"
-
-
 def can_prefetch(sizes: Sizes, memory_bytes: int | None) -> bool:
     """Whether a second unit, read while the first one runs, fits into ``memory_bytes``; None is no limit.
 

@@ -2,7 +2,7 @@
 
 A unit is a block, or a module outside the blocks.  The model is built on the meta device, and each unit gets its
 parameters before it runs.  Embeddings are read row by row.  Other modules outside the blocks stay loaded once they were
-used, if there is room.  Nothing is written to disk.
+used, if there is room, and then as many blocks.  Nothing is written to disk.
 
 transformers knows the modules, and how stored tensors become parameters; it does not move the weights here.  With
 ``device_map`` "disk" it would read the whole checkpoint when it loads, write every converted tensor to a folder, and
@@ -15,7 +15,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.errors import CheckpointError
 from abliterate.events import OnEvent, WeightsRead, ignore
 from abliterate.model.guessing import Guesses
 from abliterate.model.malloc import keep_no_holes
@@ -34,49 +32,20 @@ from abliterate.model.rows import Rows
 from abliterate.model.spare import Spare
 from abliterate.model.stored import stored_tensors
 from abliterate.model.tasks import current
-from abliterate.model.weights import Conversion, conversions_of, make
+from abliterate.model.units import Place, Unit, compute_buffers, get, is_lookup, put, units_of
+from abliterate.model.weights import conversions_of, make
 
 ALWAYS_KEPT_BYTES = 2**20
 
-Place = tuple[nn.Module, str]
 Values = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Unit:
-    """A module that is loaded and released as one.
-
-    ``conversions`` make its parameters.  ``places`` says where each of them goes: a tied one goes to several places.
-    """
-
-    name: str
-    module: nn.Module
-    conversions: tuple[Conversion, ...]
-    places: dict[str, tuple[Place, ...]]
-    is_block: bool
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that are read from disk to load it."""
-        return sum(conversion.stored_bytes for conversion in self.conversions)
-
-    @property
-    def is_read_as_stored(self) -> bool:
-        """Whether each parameter is one stored tensor, cast or decoded."""
-        return all(conversion.transform is None for conversion in self.conversions)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its parameters when they are loaded."""
-        return sum(_get(places[0]).nbytes for places in self.places.values())
 
 
 class Offloaded:
     """The offloaded weights of one model: which units are loaded, and how many bytes were read.
 
     ``memory_bytes`` is the budget for weights and hidden states.  Two units must fit into it, or one without reading
-    ahead.  Modules outside the blocks stay loaded as far as there is room beside them; hidden states get the rest.
-    Without a budget only small modules stay loaded.
+    ahead.  Modules outside the blocks stay loaded as far as there is room beside them.  Of the rest blocks that stay
+    get one half, and hidden states the other.  Without a budget only small modules stay loaded.
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
@@ -122,8 +91,8 @@ class Offloaded:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         conversions = conversions_of(model, stored_tensors(checkpoint))
         self.size_bytes = sum(conversion.stored_bytes for conversion in conversions)
-        _compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
-        self.units = _units(model, conversions, tuple(blocks), checkpoint.name)
+        compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
+        self.units = units_of(model, conversions, tuple(blocks), checkpoint.name)
         self.prefetch = can_prefetch(self.sizes(), memory_bytes)
         self._staying = self._find_staying()
         passing = (unit for unit in self.units if unit not in self._staying and not self._by_rows(unit))
@@ -156,6 +125,10 @@ class Offloaded:
         """The units that are loaded now, without those that stay loaded."""
         return tuple(unit for unit in self._loaded if unit not in self._staying)
 
+    def stays(self, unit: Unit) -> bool:
+        """Whether ``unit`` stays loaded once it was used."""
+        return unit in self._staying
+
     def is_loaded(self, unit: Unit) -> bool:
         """Whether the parameters of ``unit`` are in its module."""
         return unit in self._loaded
@@ -179,7 +152,7 @@ class Offloaded:
         values = (fetched or self.fetch(unit)).result()
         self._unit_bytes_read += unit.stored_bytes
         self._loaded[unit] = {
-            place: _put(place, values[name]) for name, places in unit.places.items() for place in places
+            place: put(place, values[name]) for name, places in unit.places.items() for place in places
         }
         self.loads[unit.name] += 1
         if unit not in self._staying:
@@ -190,9 +163,9 @@ class Offloaded:
         if unit in self._loaded and unit not in self._staying:
             befores = self._loaded.pop(unit)
             if unit.is_read_as_stored:
-                self._spare.keep({its.data_ptr(): its for its in map(_get, befores)}.values())
+                self._spare.keep({its.data_ptr(): its for its in map(get, befores)}.values())
             for place, before in befores.items():
-                _put(place, before)
+                put(place, before)
 
     def release_all(self) -> None:
         """Release every unit that does not stay loaded."""
@@ -227,7 +200,7 @@ class Offloaded:
             (conversion,) = unit.conversions
             most = rows_bytes(self._memory_bytes)
             self.rows.append(Rows(self._folder, conversion.sources[0][1], conversion.dtype, most_bytes=most))
-            _put((unit.module, "weight"), self.rows[-1].weight())
+            put((unit.module, "weight"), self.rows[-1].weight())
         else:
             self._guard(unit)
 
@@ -247,14 +220,24 @@ class Offloaded:
             runs_around_others = next(unit.module.children(), None) is not None
             if unit.size_bytes <= ALWAYS_KEPT_BYTES or runs_around_others or self._fits(staying | {unit}):
                 staying.add(unit)
-        return staying
+        return staying | self._staying_blocks(staying)
+
+    def _staying_blocks(self, others: set[Unit]) -> set[Unit]:
+        """The blocks that stay loaded beside ``others``: evenly among the rest, which are read while these run."""
+        blocks = [unit for unit in self.units if unit.is_block]
+        if self._memory_bytes is None or not self.prefetch:
+            return set()
+        taken = self.sizes(without=others).passing_bytes(prefetch=True) + sum(unit.size_bytes for unit in others)
+        left = self._memory_bytes - working_bytes(self._memory_bytes) - taken
+        count = max(0, min(left // 2 // max(unit.size_bytes for unit in blocks), len(blocks) - 2))
+        return {blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)}
 
     def _fits(self, staying: set[Unit]) -> bool:
         size = sum(unit.size_bytes for unit in staying)
         return can_keep(size, self.sizes(without=staying), self._memory_bytes, prefetch=self.prefetch)
 
     def _by_rows(self, unit: Unit) -> bool:
-        return self.device.type == "cpu" and _is_lookup(unit)
+        return self.device.type == "cpu" and is_lookup(unit)
 
     def _guard(self, unit: Unit) -> None:
         """Have ``unit`` loaded before its module runs, by wrapping ``forward``.
@@ -288,104 +271,3 @@ class Offloaded:
         """The task that runs now, if it uses these weights."""
         task = current()
         return task if task is not None and task.weights is self else None
-
-
-def _get(place: Place) -> Tensor:
-    module, name = place
-    return module._parameters[name] if name in module._parameters else module._buffers[name]  # type: ignore[return-value]
-
-
-def _put(place: Place, value: Tensor) -> Tensor:
-    """Set a parameter or buffer, and return the one before; ``setattr`` of a module would check and register it."""
-    module, name = place
-    before = _get(place)
-    if name in module._buffers:
-        module._buffers[name] = value
-    elif isinstance(value, nn.Parameter) or type(value) is not Tensor:
-        module._parameters[name] = value  # type: ignore[assignment] - a stand-in for a parameter
-    else:
-        # As transformers does: torch.matmul takes another path, and rounds otherwise, where a gradient is wanted.
-        module._parameters[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
-    return before
-
-
-def _is_lookup(unit: Unit) -> bool:
-    return (
-        not unit.is_block
-        and isinstance(unit.module, nn.Embedding)
-        and unit.module.max_norm is None
-        and len(unit.conversions) == 1
-        and unit.conversions[0].transform is None
-    )
-
-
-def _compute_buffers(model: Any, stored: set[str], device: torch.device) -> None:  # noqa: ANN401
-    """Allocate the buffers that the checkpoint does not hold, and have the model compute their values."""
-    for name, buffer in list(model.named_buffers()):
-        if name not in stored:
-            owner, _, attribute = name.rpartition(".")
-            module = model.get_submodule(owner)
-            module._buffers[attribute] = torch.empty_like(buffer, device=device)
-    for module in model.modules():
-        module._is_hf_initialized = False  # all: some models compute the buffers of their blocks at the top
-    model.initialize_weights()
-
-
-def _units(
-    model: Any,  # noqa: ANN401 - a model of transformers
-    conversions: tuple[Conversion, ...],
-    blocks: tuple[nn.Module, ...],
-    name: str,
-) -> tuple[Unit, ...]:
-    """Units for the blocks, and for every module outside the blocks that has parameters of its own.
-
-    Raises:
-        CheckpointError: no conversion makes a parameter.
-    """
-    by_target = {target: conversion for conversion in conversions for target in conversion.targets}
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | {
-        key: buffer for key, buffer in model.named_buffers() if buffer.is_meta
-    }
-    target_of = {id(tensors[target]): target for target in by_target if target in tensors}
-    missing = [key for key, tensor in tensors.items() if id(tensor) not in target_of]
-    if missing:
-        raise CheckpointError(
-            f"{name}: has no weights for {missing[0]} and {len(missing) - 1} more", "fetch the checkpoint again"
-        )
-    inside = {id(part): block for block in blocks for part in block.modules()}
-    names = {id(module): key for key, module in model.named_modules()}
-    gathered: dict[int, tuple[nn.Module, dict[str, list[Place]]]] = {}
-    for key, tensor in tensors.items():
-        owner, _, attribute = key.rpartition(".")
-        module = model.get_submodule(owner)
-        home: nn.Module = inside.get(id(module)) or module
-        places = gathered.setdefault(id(home), (home, {}))[1].setdefault(target_of[id(tensor)], [])
-        if (module, attribute) not in places:
-            places.append((module, attribute))
-    return tuple(
-        Unit(
-            name=names[key],
-            module=home,
-            conversions=tuple({id(by_target[target]): by_target[target] for target in places}.values()),
-            places={target: tuple(found) for target, found in places.items()},
-            is_block=any(home is block for block in blocks),
-        )
-        for key, (home, places) in gathered.items()
-    )
-
-
-def hold(model: Any, checkpoint: Checkpoint, blocks: Iterable[nn.Module], *, device: torch.device) -> None:  # noqa: ANN401
-    """Load all weights of a model that is on the meta device, with the conversions that are used out of core.
-
-    Raises:
-        CheckpointError: the checkpoint lacks a parameter, or a shard ends too early.
-        UnsupportedFormatError: it stores one in a dtype that no parameter has, or quantised in a way not known here.
-    """
-    conversions = conversions_of(model, stored_tensors(checkpoint))
-    _compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
-    for unit in _units(model, conversions, tuple(blocks), checkpoint.name):
-        for conversion in unit.conversions:
-            for name, value in make(conversion, model, checkpoint.folder, device).items():
-                for place in unit.places.get(name, ()):
-                    _put(place, value)
-    model.tie_weights()  # so that tied places share one parameter again

@@ -58,10 +58,16 @@ def passes_of(recipe: Recipe, stages: Collection[str] = STAGES, *, models: int =
 
 
 def cost(
-    size_bytes: int, passes: dict[str, int], *, bytes_per_s: float | None = None, arithmetic_s: float | None = None
+    size_bytes: int,
+    passes: dict[str, int],
+    *,
+    staying_bytes: int = 0,
+    bytes_per_s: float | None = None,
+    arithmetic_s: float | None = None,
 ) -> str:
     """A sentence that says how often weights of ``size_bytes`` will be read in ``passes``, by stage.
 
+    ``staying_bytes`` of the model are beside these, and read once.
     With ``bytes_per_s``, at which they were read so far, it says how long that takes, and that it takes no less than
     ``arithmetic_s``, where these are known: the next block is read while one runs.
     """
@@ -78,8 +84,11 @@ def cost(
         else:
             whole = duration(max(reading_s, arithmetic_s))
             pace += f"; meanwhile the blocks run for {duration(arithmetic_s)}, as one of them did: about {whole} in all"
+    which = (
+        f"{staying_bytes / 1e9:,.1f} GB of the weights stay in memory; the others" if staying_bytes else "the weights"
+    )
     return (
-        f"the weights ({size_bytes / 1e9:,.1f} GB) will be read about {total} times ({parts}), "
+        f"{which} ({size_bytes / 1e9:,.1f} GB) will be read about {total} times ({parts}), "
         f"{total * size_bytes / 1e12:,.2f} TB in all{pace}{advice}"
     )
 

@@ -296,7 +296,10 @@ def say_cost(
         passes, pace = passes_of(session.recipe, stages, models=models), reading_speed(session)
         counts = counts_of(session, stages, models=models, output_bytes=0)
         arithmetic_s = whole_seconds(counts, stages, speed_of(session)) if pace else None
-        text = cost(weights.size_bytes, passes, bytes_per_s=pace, arithmetic_s=arithmetic_s)
+        staying = sum(unit.stored_bytes for unit in weights.units if unit.is_block and weights.stays(unit))
+        text = cost(
+            weights.size_bytes - staying, passes, staying_bytes=staying, bytes_per_s=pace, arithmetic_s=arithmetic_s
+        )
         session.on_event(Noted(text=text))
         return
     written = None if output is None else writing_speed(output.path, output_bytes)
