@@ -36,7 +36,7 @@ def directions(loaded):
 def whole(loaded, chat, encoded):
     found = {}
     rows = [[*ids, *tail] for ids, tail in zip(encoded, TAILS, strict=True)]
-    predict(loaded, chat, rows, list(map(len, TAILS)), lambda row, its, _: found.update({row: its}), batch_size=8)
+    predict(loaded, chat.pack, rows, list(map(len, TAILS)), lambda row, its, _: found.update({row: its}), batch_size=8)
     return [found[row] for row in range(len(rows))]
 
 

@@ -1,6 +1,6 @@
-"""How likely a model finds given tokens: replies of another model, or a text."""
+"""How likely a model finds given tokens: replies of another model, a text, or what may follow a text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 import torch
@@ -19,6 +19,8 @@ LOGIT_BYTES = 512 * 2**20
 """Logits of a batch: fewer rows are run together where the vocabulary is large."""
 WINDOW = 256
 """Tokens of a text that are predicted together, each from those before it in the window."""
+Pack = Callable[[Sequence[list[int]], int], Iterable[Batch]]
+"""Makes batches of token ids, of so many rows at most."""
 
 
 def on_completions(
@@ -50,7 +52,7 @@ def on_completions(
         if row < KL_PROMPTS:
             kept[row] = log_probs[:KL_TOKENS].float()
 
-    predict(loaded, chat, encoded, lengths, see, batch_size=batch_size, advance=advance)
+    predict(loaded, chat.pack, encoded, lengths, see, batch_size=batch_size, advance=advance)
     found = torch.cat([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
     return (fmean(losses.values()) if losses else float("nan")), found
 
@@ -71,13 +73,48 @@ def on_text(
     if windows:
         lengths = [len(window) - 1 for window in windows]
         with working(on_event, task, len(windows), "windows") as advance:
-            predict(loaded, chat, windows, lengths, see, batch_size=batch_size, advance=advance)
+            predict(loaded, chat.pack, windows, lengths, see, batch_size=batch_size, advance=advance)
     return float(torch.cat(losses).mean()) if losses else float("nan")
+
+
+def on_continuations(
+    loaded: LoadedModel,
+    pack: Pack,
+    asked: Sequence[tuple[list[int], list[int]]],
+    *,
+    longest: int | None = None,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, bool]]:
+    """The log-likelihood of each continuation in nats, and whether it is the greedy one.
+
+    ``asked`` are (context, continuation), whose last ``longest`` tokens are run.  Those that differ in their last token
+    only (A, B, C, D) share a row.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for place, (context, continuation) in enumerate(asked):
+        rows.setdefault((len(continuation), *context, *continuation[:-1]), []).append(place)
+    members = list(rows.values())
+    firsts = [asked[places[0]] for places in members]
+    encoded = [(context + continuation)[-(longest or 0) :] for context, continuation in firsts]
+    lengths = [len(continuation) for _, continuation in firsts]
+    found: list[tuple[float, bool]] = [(float("nan"), False)] * len(asked)
+
+    def see(row: int, log_probs: Tensor, _: Tensor) -> None:
+        greedy = log_probs.argmax(-1)
+        for place in members[row]:
+            ids = torch.tensor(asked[place][1])
+            score = log_probs.gather(1, ids[:, None]).sum()
+            found[place] = (float(score), bool((greedy == ids).all()))
+        advance(len(members[row]))
+
+    predict(loaded, pack, encoded, lengths, see, batch_size=batch_size)
+    return found
 
 
 def predict(
     loaded: LoadedModel,
-    chat: ChatFormat,
+    pack: Pack,
     encoded: Sequence[list[int]],
     lengths: Sequence[int],
     see: Callable[[int, Tensor, Tensor], None],
@@ -89,7 +126,7 @@ def predict(
 
     They are in float32 or wider: float64 would be most of the time, where the vocabulary is large.
 
-    Batches are small enough for the memory of their logits.
+    Batches are small enough for the memory of their logits; ``pack`` makes them.
     """
     longest = max(lengths, default=0) + 1
     row_bytes = logit_row_bytes(loaded, longest)
@@ -104,7 +141,7 @@ def predict(
         advance(len(batch.rows))
         return torch.empty(0)
 
-    for _ in each_batch(loaded, chat.pack(encoded, rows), work, result_bytes=row_bytes):
+    for _ in each_batch(loaded, pack(encoded, rows), work, result_bytes=row_bytes):
         pass
 
 

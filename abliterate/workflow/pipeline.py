@@ -22,6 +22,7 @@ from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import check_edit
 from abliterate.method.estimators import needs_of
 from abliterate.model import harness, vllm_backend
+from abliterate.model.words import WordList
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
 from abliterate.recipe import NOT_IN_WORK, Recipe
@@ -128,10 +129,13 @@ def evaluate(
     others: Sequence[tuple[str, Checkpoint]],
     *,
     directions: DirectionSet | None = None,
+    words: WordList | None = None,
+    third: Checkpoint | None = None,
 ) -> EvalReport:
     """Compare replies and distributions of the base and other checkpoints (name, checkpoint) on the test prompts.
 
-    ``directions``, where known, are what the controls of the recipe and the components of prompts refer to.
+    ``directions``, where known, are what the controls of the recipe and the components of prompts refer to.  ``words``,
+    if any, are asked of all, and of a ``third`` model, which may be one without a chat template.
 
     Raises:
         SourceError: one of them cannot be loaded.
@@ -141,7 +145,7 @@ def evaluate(
         replace(session, checkpoint=checkpoint).check_modes()
     controls = session.recipe.evaluate.controls and directions is not None
     say_cost(session, ["replies"], models=1 + len(others))
-    _, evaluated = side_by_side(session, others, directions=directions, controls=controls)
+    _, evaluated = side_by_side(session, others, directions=directions, controls=controls, words=words, third=third)
     if evaluated is None:
         raise AssertionError("replies were asked for")
     return evaluated
