@@ -12,7 +12,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.asked import plan_asked, scope_asked, stream_asked
+from abliterate.editing.asked import check_room, plan_asked, scope_asked, stream_asked
 from abliterate.editing.planning import plan, within
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import AbliterateError, SourceError
@@ -174,7 +174,9 @@ def run(
     session = open_session(model, recipe, revision=revision, on_event=on_event)
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
-    if direction is not None:
+    if direction is None:
+        check_room(edit_plan, session.recipe.edit)
+    else:
         stream_asked(session.recipe.edit, direction, edit_plan.model_map.n_layers)  # or it cannot be made of that
     check_prompts(session, with_evaluation=with_evaluation)
     output = _prepared(out, session, edit_plan, direction)
