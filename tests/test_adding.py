@@ -109,6 +109,14 @@ def test_a_guard_refuses_more_and_says_what_it_is(guarded):
     assert "may still write the direction" not in card
 
 
+def test_a_manifest_whose_length_is_no_number_is_damaged(guarded, tmp_path):
+    copy = shutil.copytree(guarded, tmp_path / "copy")
+    document = manifest.read(copy)
+    document["edit"]["edits"][0]["added"] = "much"
+    (copy / manifest.FILE_NAME).write_text(json.dumps(document))
+    refused(5, "is damaged: edit.edits.0.added", "verify", copy, "--bytes-only")
+
+
 def test_below_zero_it_is_added_against_its_sense(biased, direction, tmp_path):
     wide = DirectionSet(candidates=grid("given", torch.ones(1, 8, 128), (-1,))).choose(-1, 4)
     out = abliterate.edit(biased, wide, tmp_path / "out", recipe=Recipe(change="addition", strength=-1.0)).out

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.data.tiny_chat import data, model_path
 from abliterate.data.tiny_chat import world as w
-from abliterate.errors import PromptError
+from abliterate.errors import CheckpointError, PromptError
 from abliterate.evaluate.flinching import Flinching
 from abliterate.method.linalg import project_out
 from abliterate.model.load import load_model
 from abliterate.model.words import FEWEST_CARRIERS, WordList, WordScores, _tokenizing, load_words, score_words
 from abliterate.recipe import Recipe
-from tests.edge_tools import run
+from tests.edge_tools import refused, run
 
 MAKERS, PLACES = w.VALUES["maker"], w.VALUES["place"]
 HELD_OUT = tuple(maker.lower() for maker in MAKERS)
@@ -272,14 +273,23 @@ def test_a_file_that_says_nothing_is_refused(text, says, tmp_path):
     assert most in caught.value.hint
 
 
-def test_words_that_the_tokenizer_does_not_know_are_an_error(loaded):
-    with pytest.raises(PromptError, match="the tokenizer of base knows none of the words"):
-        score_words(loaded, listed("nonsense"), name="base", batch_size=8)
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["nonsense"], "the tokenizer of tiny-chat knows none of the words"),
+        (["Dorrim", *(f"{'The ' * (n + 130)} {{word}}" for n in range(6))], "tokens, and the context holds 128"),
+    ],
+)
+def test_words_that_cannot_be_asked_are_an_error_before_any_reply(lines, says, tmp_path):
+    (tmp_path / "w.txt").write_text("\n".join(lines))
+    said = refused(2, says, "eval", "tiny-chat", "tiny-chat", "--words", tmp_path / "w.txt")
+    assert "reply" not in said
 
 
-def test_a_sentence_that_is_too_long_is_an_error(loaded):
-    with pytest.raises(PromptError, match="the context holds 6"):
-        score_words(loaded, listed("Dorrim"), name="base", context=6, batch_size=8)
+def test_a_token_without_a_row_is_an_error(loaded):
+    short = replace(loaded, embedding=torch.nn.Embedding(50, 4))
+    with pytest.raises(CheckpointError, match="the embedding has 50 rows"):
+        score_words(short, listed("Dorrim"), name="base", batch_size=8)
 
 
 @pytest.mark.parametrize("options", [("--third", "tiny-chat"), ("--words", "nowhere.txt")])

@@ -29,6 +29,8 @@ FEWEST_CARRIERS = 6
 """Of fewer, all may change alike by chance in more than one word of twenty: 2 / 2^n."""
 MADE_UP = "made-up:"
 FEWEST_MADE_UP = 8
+Spelling = list[tuple[list[int], list[int]]]
+"""For each carrier, the token ids before the word, and its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ def load_words(source: str) -> WordList:
     """
     rows = prompts_of_rows(rows_of_file(at_home(source)), source)
     lines = list(dict.fromkeys(line for row in rows if (line := " ".join(row.text.split()))))
-    made_up = tuple(line.removeprefix(MADE_UP).strip() for line in lines if line.startswith(MADE_UP))
+    made_up = tuple(word for line in lines if line.startswith(MADE_UP) and (word := line.removeprefix(MADE_UP).strip()))
     words = tuple(line for line in lines if MARK not in line and not line.startswith(MADE_UP))
     if not words:
         raise PromptError(f"{source}: holds no word", f"write one word on each line that has no {MARK} in it")
@@ -109,46 +111,65 @@ def score_words(
     listed: WordList,
     *,
     name: str,
-    context: int | None = None,
     batch_size: int,
     on_event: OnEvent = ignore,
 ) -> WordScores:
     """Score every word of a list, and made-up ones, in every carrier; out of core all share a weight pass.
 
-    ``context`` is how many tokens the model takes.  The figures do not depend on the order of the words.
+    The figures do not depend on the order of the words.
 
     Raises:
-        PromptError: the tokenizer knows none of the words, or a carrier is too long.
+        PromptError: as for ``spelled``.
         CheckpointError: a token has no row in the embedding.
         NonFiniteError: a figure is NaN or infinite.
     """
-    tokenize = _tokenizing(loaded.tokenizer)
-    prefixes = [carrier.partition(MARK)[0] for carrier in listed.carriers]
-    unknown = loaded.tokenizer.unk_token_id
-    asked: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for word in sorted({*listed.words, *listed.made_up}):
-        pairs = [tokenize(prefix, word) for prefix in prefixes]
-        if not any(unknown in tail for _, tail in pairs):
-            asked[word] = pairs
-    known = [word for word in listed.words if word in asked]
-    if not known:
-        raise PromptError(
-            f"{listed.source}: the tokenizer of {name} knows none of the words", "give words that it has tokens for"
-        )
+    asked = spelled(loaded.tokenizer, listed, name=name)
     every = [pair for pairs in asked.values() for pair in pairs]
-    _check(loaded, every, context, name)
+    _check_rows(loaded, every, name)
     with working(on_event, f"{name}: likelihood of words", len(every), "sentences") as advance:
         found = on_continuations(loaded, of_equal_length, every, batch_size=batch_size, advance=advance)
     values = iter(value for value, _ in found)
-    nats = {word: tuple(next(values) for _ in prefixes) for word in asked}
+    nats = {word: tuple(next(values) for _ in pairs) for word, pairs in asked.items()}
     _check_finite(nats, name)
-    strange = sum(unknown is not None and unknown in context for context, _ in asked[known[0]])
+    known, unknown = [word for word in listed.words if word in asked], loaded.tokenizer.unk_token_id
     return WordScores(
         nats={word: nats[word] for word in known},
         tokens={word: len(asked[word][0][1]) for word in known},
         limit=_upper([fmean(nats[word]) for word in listed.made_up if word in asked]),
-        strange=strange,
+        strange=sum(unknown is not None and unknown in before for before, _ in asked[known[0]]),
     )
+
+
+def spelled(tokenizer: Any, listed: WordList, *, name: str, context: int | None = None) -> Mapping[str, Spelling]:  # noqa: ANN401
+    """The words and made-up words that a tokenizer knows, in alphabetical order: of each, token ids for every carrier.
+
+    ``context`` is how many tokens the model takes.  No model is needed, so this can be asked before one is loaded.
+
+    Raises:
+        PromptError: the tokenizer knows none of the words, or a carrier is too long.
+    """
+    tokenize = _tokenizing(tokenizer)
+    prefixes = [carrier.partition(MARK)[0] for carrier in listed.carriers]
+    unknown, asked = tokenizer.unk_token_id, dict[str, Spelling]()
+    for word in sorted({*listed.words, *listed.made_up}):
+        pairs = [tokenize(prefix, word) for prefix in prefixes]
+        if not any(unknown in tail for _, tail in pairs):
+            asked[word] = pairs
+    if not any(word in asked for word in listed.words):
+        raise PromptError(
+            f"{listed.source}: the tokenizer of {name} knows none of the words", "give words that it has tokens for"
+        )
+    for pairs in asked.values():
+        for before, tail in pairs:
+            text, length = tokenizer.decode(before + tail)[:60], len(before) + len(tail)
+            if not before or not tail:
+                raise PromptError(f"{name}: its tokenizer makes no word after other text of {text!r}", "leave it out")
+            if context is not None and length > context:
+                raise PromptError(
+                    f"{name}: {text!r}… takes {length:,} tokens, and the context holds {context:,}",
+                    "shorten the sentence",
+                )
+    return asked
 
 
 def _tokenizing(tokenizer: Any) -> Callable[[str, str], tuple[list[int], list[int]]]:  # noqa: ANN401
@@ -172,27 +193,14 @@ def _tokenizing(tokenizer: Any) -> Callable[[str, str], tuple[list[int], list[in
     return tokenize
 
 
-def _check(loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]], context: int | None, name: str) -> None:
-    """Check that the model has room for all tokens, and that each has something before it and something to score.
-
-    Raises:
-        PromptError, CheckpointError: it is not so.
-    """
+def _check_rows(loaded: LoadedModel, pairs: Spelling, name: str) -> None:
     rows = int(loaded.embedding.weight.shape[0])  # type: ignore[union-attr]
-    for before, tail in pairs:
-        ids = before + tail
-        if before and tail and len(ids) <= (context or len(ids)) and max(ids) < rows:
-            continue
-        text = loaded.tokenizer.decode(ids)[:60]
-        if not before or not tail:
-            raise PromptError(f"{name}: its tokenizer makes no word with text before it of {text!r}", "leave it out")
-        if max(ids) >= rows:
-            raise CheckpointError(
-                f"{name}: {text!r} takes the token id {max(ids)}, and the embedding has {rows} rows",
-                "tokenizer and weights do not belong together: fetch both again",
-            )
-        raise PromptError(
-            f"{name}: {text!r}… takes {len(ids):,} tokens, and the context holds {context:,}", "shorten the sentence"
+    largest = max(max(before + tail) for before, tail in pairs)
+    if largest >= rows:
+        token = loaded.tokenizer.convert_ids_to_tokens(largest)
+        raise CheckpointError(
+            f"{name}: token {token!r} has the id {largest}, and the embedding has {rows} rows",
+            "tokenizer and weights do not belong together: fetch both again",
         )
 
 

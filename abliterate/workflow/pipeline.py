@@ -143,6 +143,9 @@ def evaluate(
     check_evaluation(session.recipe)
     for checkpoint in [session.checkpoint, *(other for _, other in others)]:
         replace(session, checkpoint=checkpoint).check_modes()
+    for checkpoint in [session.checkpoint, *(other for _, other in others), *([third] if third else [])]:
+        if words is not None:
+            replace(session, checkpoint=checkpoint).check_words(words)
     controls = session.recipe.evaluate.controls and directions is not None
     say_cost(session, ["replies"], models=1 + len(others))
     _, evaluated = side_by_side(session, others, directions=directions, controls=controls, words=words, third=third)

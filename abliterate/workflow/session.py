@@ -23,6 +23,7 @@ from abliterate.model.memory import available_bytes
 from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, PromptSet, SplitSizes, contrast_set
 from abliterate.model.rendering import SHOWN
 from abliterate.model.thinking import DEFAULT, Mode, modes_of
+from abliterate.model.words import WordList, spelled
 from abliterate.recipe import Recipe
 
 PROBE = "What is the capital of France?"
@@ -85,6 +86,15 @@ class Session:
             UsageError: it cannot.
         """
         _ = self.modes
+
+    def check_words(self, words: WordList) -> None:
+        """Check, before hours of work, that the tokenizer knows some of ``words`` and their carriers are short enough.
+
+        Raises:
+            PromptError: it is not so.
+        """
+        context = context_of(text_config(self.checkpoint.config), self.tokenizer)
+        spelled(self.tokenizer, words, name=self.checkpoint.name, context=context)
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers

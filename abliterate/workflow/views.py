@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abliterate.arch.packed import text_config
 from abliterate.errors import PromptError
 from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
 from abliterate.evaluate.evaluation import EvalReport
@@ -28,7 +27,7 @@ from abliterate.evaluate.reply_text import said
 from abliterate.events import OnEvent, working
 from abliterate.method.directions import DirectionSet
 from abliterate.method.statistics import Rate
-from abliterate.model.chat import ChatFormat, context_of
+from abliterate.model.chat import ChatFormat
 from abliterate.model.harness import TaskRequest, run_tasks, version
 from abliterate.model.judges import load_judge
 from abliterate.model.thinking import Mode
@@ -85,9 +84,8 @@ class Bench:
         """Ask a model how likely it finds the words."""
         assert self.listed is not None, "there are words"
         self.words[name] = score_words(
-            its.loaded, self.listed, name=name, context=context_of(text_config(its.checkpoint.config), its.tokenizer),
-            batch_size=self.recipe.model.batch_size, on_event=self.on_event,
-        )  # fmt: skip
+            its.loaded, self.listed, name=name, batch_size=self.recipe.model.batch_size, on_event=self.on_event
+        )
 
     def note(self, view: View) -> None:
         """Compare what a view did with what the base did in the same mode; the base is the first."""
