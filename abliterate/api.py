@@ -30,6 +30,7 @@ from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.exports.projection import Projection
 from abliterate.method.directions import DirectionSet
 from abliterate.method.stream_edit import StreamEdit
+from abliterate.model.words import load_words
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits
@@ -341,12 +342,19 @@ def eval(
     recipe: Recipe | None = None,
     *,
     directions: DirectionSet | None = None,
+    words: str | Path | None = None,
+    third: str | Path | None = None,
     on_event: OnEvent = ignore,
 ) -> EvalReport:
-    """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``."""
+    """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``.
+
+    ``words`` is a file of words whose likelihood is compared as well, also with that of a ``third`` model.
+    """
+    listed = None if words is None else load_words(str(words))
     session = open_session(base, recipe or Recipe(), on_event=on_event)
     others = [(EDITED, fetch(open_model(edited)))]
-    return pipeline.evaluate(session, others, directions=directions)
+    other = None if third is None else fetch(open_model(third))
+    return pipeline.evaluate(session, others, directions=directions, words=listed, third=other)
 
 
 def compare(

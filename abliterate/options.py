@@ -127,6 +127,10 @@ class FindOptions(Section):
         return self.all_scores or self.choose_by == "cosmic"
 
 
+REMOVAL, ADDITION = "removal", "addition"
+"""Edits by name: what is done along a direction where nothing else is asked for, and the opposite."""
+
+
 class EditOptions(Section):
     """What is edited, and how."""
 
@@ -140,7 +144,7 @@ class EditOptions(Section):
     allow_partial: bool = Field(
         default=False, description="Edit what is known of an incomplete map, and brand the result."
     )
-    change: str = Field(default="removal", description="What is done along the chosen direction: removal.")
+    change: str = Field(default=REMOVAL, description="What is done along the chosen direction: removal.")
     roles: Annotated[tuple[Role, ...], Flag(written="list")] = Field(
         default=("embedding", "attention", "mlp"), description="Writers to edit, e.g. attention,mlp. Default: all."
     )

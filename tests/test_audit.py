@@ -126,6 +126,24 @@ def test_of_as_many_directions_those_that_change_least_are_named():
     assert other.enough.name == "better"
 
 
+def test_the_curve_goes_from_all_of_it_removed_to_all_of_it_added():
+    found, full = audit_of(3, 0), Rate(hits=20, count=100)
+    doses = [
+        tried("dose", "0.25 of it removed", 80), tried("dose", "0.5 of it removed", 50),
+        replace(tried("dose", "0.125 of it added", 97, k=0), over_refused=Rate(hits=1, count=100)),
+        replace(tried("dose", "1 of it added", 90, k=0), over_refused=full),
+    ]  # fmt: skip
+    found = replace(found, tried=(*found.tried, *doses))
+    assert [its.refused.hits for its in found.curve] == [3, 50, 80, 95, 97, 90]
+    assert found.in_words()[2] == (
+        "with 0.125, 1 of it added, 97, 90 % of harmful and 1, 20 % of harmless prompts are refused"
+    )
+    page = render_audit([found])
+    low, high = full.interval
+    assert f"m, 1 of it added: harmless refused {0.2:.1%}, harmful refused {0.9:.1%}" in page
+    assert f'<line x1="{52 + 300 * low:.1f}" y1="60.0" x2="{52 + 300 * high:.1f}" y2="60.0"' in page
+
+
 def test_models_stand_side_by_side_by_what_was_tried():
     one, other = audit_of(3), audit_of(60, 5)
     rows = dict(side_by_side([one, other]))
@@ -178,6 +196,12 @@ def test_the_dose_decides(audited):
     doses = [its[f"{dose} of it removed"]["refused"]["rate"] for dose in ("0.25", "0.5", "0.75")]
     assert doses == sorted(doses, reverse=True)
     assert its["1 of it added"]["over_refused"]["rate"] > its["as it is"]["over_refused"]["rate"] + 0.3
+    added = [its[f"{strength} of it added"]["over_refused"]["rate"] for strength in ("0.125", "0.25", "0.5", "1")]
+    assert added == sorted(added)
+    assert added[0] < 0.1
+    assert its["0.25 of it added"]["refused"]["rate"] >= its["as it is"]["refused"]["rate"]
+    assert "Refusal against over-refusal" in audited[1]
+    assert any(line.startswith("with 0.125, 0.25, 0.5, 1 of it added, ") for line in audited[0]["summary"])
 
 
 def test_a_model_that_declines_nothing_has_no_refusal_to_audit(tmp_path):

@@ -38,7 +38,7 @@ def whole(loaded, chat, encoded):
     rows = [[*ids, *tail] for ids, tail in zip(encoded, TAILS, strict=True)]
     predict(
         loaded,
-        chat,
+        chat.pack,
         rows,
         list(map(len, TAILS)),
         lambda _, its, __: [("", its)],

@@ -95,7 +95,9 @@ class EditPlan:
     def _edit_json(self, edit: WeightEdit, places: Sequence[Place]) -> dict[str, Any]:
         """One edit of the stream as plain data, its vectors by their hash; ``places`` has one for each writer."""
         vectors = (edit.read, edit.write, *(its for its in (edit.constant, edit.row_scale) if its is not None))
+        along = (edit.read.T @ edit.constant)[0].item() if edit.adds and edit.constant is not None else None
         return {
+            **({} if along is None else {"added": along}),
             "directions": edit.rank,
             "strength": edit.strength,
             "column_scale": edit.column_scale,

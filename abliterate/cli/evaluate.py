@@ -26,6 +26,17 @@ def evaluate(
     edited: Annotated[str, typer.Argument(help="The checkpoint to compare with BASE.")],
     *,
     recipe: Recipe,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of words, one on each line: how likely each model finds them. Lines with {word} are "
+            "sentences to put them into, in place of the bundled ones."
+        ),
+    ] = None,
+    third: Annotated[
+        str | None,
+        typer.Option(help="With --words: another model to ask, such as the pretrained one. It needs no chat template."),
+    ] = None,
     samples: Samples = 3,
     show_replies: opt.ShowReplies = False,
     report: opt.ReportFile = None,
@@ -35,8 +46,17 @@ def evaluate(
 
     Example: abliterate eval tiny-chat tiny-chat-abl --report report.html
     """
+    from abliterate.checkpoint.hub import fetch
+    from abliterate.data.bundled import open_model
+    from abliterate.model.words import load_words
+
+    if third is not None and words is None:
+        raise UsageError("--third is asked for words, and none are given", "add --words FILE")
+    asked: dict[str, Any] = {} if words is None else {"words": load_words(words)}
+    if third is not None:
+        asked["third"] = fetch(open_model(third))
     shown = {"samples": samples, "show_replies": show_replies}
-    _evaluate(base, [("edited", edited)], recipe, shown, report_file=report, as_json=json)
+    _evaluate(base, [("edited", edited)], recipe, shown, asked, report_file=report, as_json=json)
 
 
 @guarded
@@ -59,7 +79,7 @@ def compare(
         raise UsageError("two of the models have one name", "name each once, and none of them base")
     named = [(other, other) for other in others]
     shown = {"samples": samples, "show_replies": show_replies}
-    _evaluate(base, named, recipe, shown, report_file=report, as_json=json)
+    _evaluate(base, named, recipe, shown, {}, report_file=report, as_json=json)
 
 
 def _evaluate(
@@ -67,6 +87,7 @@ def _evaluate(
     others: list[tuple[str, str]],
     recipe: Recipe,
     shown: dict[str, Any],
+    asked: dict[str, Any],
     *,
     report_file: Path | None,
     as_json: bool,
@@ -91,7 +112,7 @@ def _evaluate(
     quiet_transformers()
     with progress() as listen:
         session = open_session(base, recipe, on_event=listen)
-        found = pipeline.evaluate(session, opened, directions=direction)
+        found = pipeline.evaluate(session, opened, directions=direction, **asked)
     if report_file is not None:
         from abliterate.evaluate.page import write_report
 
@@ -102,6 +123,10 @@ def _evaluate(
         show_json(manifest.evaluation_json(found))
     else:
         show_evaluation(found, **shown)
+    if found.flinching is not None and not as_json:
+        from abliterate.cli.words import show_words
+
+        show_words(found.flinching)
 
 
 def check_report(path: Path | None) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from abliterate.errors import UsageError
+from abliterate.options import ADDITION
+from abliterate.recipe import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hub name (owner/model), or tiny-chat.")]
@@ -32,6 +34,14 @@ ShowReplies = Annotated[
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="A first look: fewer prompts, shorter replies (recipe quick). Not a result.")
+]
+Add = Annotated[
+    bool,
+    typer.Option(
+        "--add",
+        help="Add the direction at its layer instead, as a guard, --strength times as long as it is; nothing is "
+        "removed. Needs an output bias.",
+    ),
 ]
 Method = Annotated[
     str | None, typer.Option("--method", help="A published method, as `abliterate methods` lists them: its recipe.")
@@ -69,6 +79,11 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} is not a size", "write it as 512MiB, 2GiB or a number of bytes")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def suffix_of(recipe: Recipe) -> str:
+    """What the default output folder of an edit ends in."""
+    return "added" if recipe.edit.change == ADDITION else "abliterated"
 
 
 def default_out(model: str | None, *, suffix: str = "abliterated") -> Path:

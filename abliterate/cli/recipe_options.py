@@ -16,7 +16,7 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import show_note
 from abliterate.data.methods import check_method
 from abliterate.errors import UsageError
-from abliterate.options import Flag, Trait
+from abliterate.options import ADDITION, REMOVAL, Flag, Trait
 from abliterate.recipe import SECTIONS, Recipe, load_recipe, option
 
 R = TypeVar("R")
@@ -24,22 +24,29 @@ Given = Mapping[str, Any]
 """The values of the options that stand on the command line, by the names of their fields."""
 RECEIVERS = ("recipe", "given")
 """The parameters of a command that are made from its options."""
-FILE, METHOD, QUICK = "recipe_file", "method", "quick"
+FILE, METHOD, QUICK, ADD = "recipe_file", "method", "quick", "adding"
 
 
 def takes(
-    *wanted: str, leaving_out: Collection[str] = (), file: bool = False, method: bool = False, quick: bool = False
+    *wanted: str,
+    leaving_out: Collection[str] = (),
+    file: bool = False,
+    method: bool = False,
+    quick: bool = False,
+    add: bool = False,
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a command the options ``wanted``, which are names of tables or of single options.
 
     A parameter ``recipe`` of the command becomes the defaults, or with ``file`` the recipe of ``--recipe``, changed by
     what the flags say; a parameter ``given`` becomes what the flags say alone.  The options stand in their place.  With
-    ``quick`` there is a flag for the recipe of that name, with ``method`` one for those of published methods.
+    ``quick`` there is a flag for the recipe of that name, with ``method`` one for those of published methods, with
+    ``add`` one for the edit that adds the direction.
     """
     names = [name for name in _offered(wanted) if name not in leaving_out]
     of_files = [_other_parameter(FILE, None, opt.RecipeFile)] * file
     of_files += [_other_parameter(METHOD, None, opt.Method)] * method
     of_files += [_other_parameter(QUICK, False, opt.Quick)] * quick
+    of_files += [_other_parameter(ADD, False, opt.Add)] * add
     made = of_files + [_parameter(name) for name in names]
 
     def decorate(command: Callable[..., R]) -> Callable[..., R]:
@@ -55,6 +62,7 @@ def takes(
             source = _source(**{name: arguments.pop(name, None) for name in (FILE, METHOD, QUICK)})
             if "recipe" in receives:
                 start = Recipe() if source is None else load_recipe(source, on_event=show_note)
+                given |= _adding(given, start) if arguments.pop(ADD, False) else {}
                 arguments["recipe"] = start.with_changes(given)
             if "given" in receives:
                 arguments["given"] = given
@@ -100,6 +108,18 @@ def _source(*, recipe_file: str | None, method: str | None, quick: bool | None) 
     if method is not None:
         check_method(method)
     return next((name for name in named.values() if name is not None), None)
+
+
+def _adding(given: Given, start: Recipe) -> Given:
+    """What ``--add`` says.
+
+    Raises:
+        UsageError: the flags or their recipe name another edit.
+    """
+    named = given.get("change") or start.edit.change
+    if named != ADDITION and (named != REMOVAL or "change" in given):
+        raise UsageError(f"--add adds the direction, and the edit {named!r} does not", "ask for one of the two")
+    return {"change": ADDITION}
 
 
 def _parameter(name: str) -> inspect.Parameter:

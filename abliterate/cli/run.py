@@ -33,7 +33,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, check pr
 
 
 @guarded
-@takes("find", "edit", "model", "evaluate", "publish", file=True, method=True, quick=True)
+@takes("find", "edit", "model", "evaluate", "publish", file=True, method=True, quick=True, add=True)
 def run(
     model: opt.OptionalModel = None,
     *,
@@ -60,7 +60,7 @@ def run(
 
     Example: abliterate run Qwen/Qwen2.5-7B-Instruct --out qwen-abl
     """
-    target = out_folder or opt.default_out(model)
+    target = out_folder or opt.default_out(model, suffix=opt.suffix_of(recipe))
     check_report(report)
     chosen = read_direction(direction, position, layer, trial, category, candidate)
     check_push_options(push, branch, private="private" in given)
@@ -97,10 +97,10 @@ def _write_report(file: Path | None, result: "RunResult") -> None:
     if file is None or result.evaluation is None:
         return
     from abliterate.evaluate.page import write_report
-    from abliterate.publishing import manifest
+    from abliterate.publishing import manifest, wording
 
     document = manifest.read(result.out)
-    title = f"{document['source']['name']}, abliterated"
+    title = f"{document['source']['name']}, {wording.title(document['edit'])}"
     write_report(file, title, result.evaluation, directions=result.directions, manifest=document)
 
 
@@ -145,11 +145,13 @@ def _dry_run(model: str | None, target: Path, recipe: Recipe, *, revision: str |
     from abliterate.checkpoint.output import check_place, check_space
     from abliterate.cli import tables
     from abliterate.data.bundled import open_model
+    from abliterate.editing.asked import check_room
     from abliterate.editing.planning import plan
     from abliterate.workflow.session import prompts_of, with_default_prompts
 
     checkpoint = open_model(model, revision=revision)
     made = plan(checkpoint, **recipe.plan_options)
+    check_room(made, recipe.edit)
     if checkpoint.root is not None:
         check_place(target, checkpoint.root)
     check_space(target.absolute(), made.output_bytes)

@@ -103,7 +103,7 @@ def select(
 
 
 @guarded
-@takes("edit", "memory_bytes", "publish", file=True, method=True)
+@takes("edit", "memory_bytes", "publish", file=True, method=True, add=True)
 def edit(
     model: opt.Model,
     direction: opt.DirectionFile,
@@ -127,7 +127,7 @@ def edit(
     """
     from abliterate import api
 
-    target = out_folder or opt.default_out(model)
+    target = out_folder or opt.default_out(model, suffix=opt.suffix_of(recipe))
     chosen = read_direction(direction, position, layer, trial, category, candidate)
     assert chosen is not None
     if push is not None and not stream:

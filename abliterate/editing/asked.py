@@ -6,14 +6,15 @@ from abliterate.arch.codecs import read_rows
 from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
 from abliterate.checkpoint.source import Checkpoint
-from abliterate.editing.planning import along, plan
+from abliterate.editing.planning import along, check_constant, plan
 from abliterate.editing.row_lengths import with_row_lengths
 from abliterate.errors import PlanRefusedError
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import stream_edit
+from abliterate.method.places import Place
 from abliterate.method.scope import Scope, scope_of
 from abliterate.method.stream_edit import StreamEdit
-from abliterate.options import EditOptions
+from abliterate.options import ADDITION, EditOptions
 from abliterate.recipe import Recipe
 
 MOST_OF_EMBEDDING = 0.25
@@ -52,6 +53,17 @@ def stream_of_hooks(checkpoint: Checkpoint, recipe: Recipe, directions: Directio
     if not stream.lacks_lengths:
         return stream
     return with_row_lengths(plan(checkpoint, edit=stream, **recipe.plan_options)).stream or stream
+
+
+def check_room(made: EditPlan, options: EditOptions) -> None:
+    """Check, before a direction is looked for, that some block could hold it where the recipe adds it.
+
+    Raises:
+        PlanRefusedError: none could.
+    """
+    if options.change == ADDITION:
+        places: list[Place] = [(layer, "MLP") for layer in range(made.model_map.n_layers)]
+        check_constant(made.checkpoint, places, made.model_map.writers, adding=True)
 
 
 def plan_asked(made: EditPlan, options: EditOptions, directions: DirectionSet) -> EditPlan:

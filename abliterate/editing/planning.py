@@ -69,13 +69,15 @@ def along(made: EditPlan, edit: StreamEdit) -> EditPlan:
             f"{made.checkpoint.name}: the edit names layer {max(layers)}, and there are {made.model_map.n_layers}",
             "use an edit that was made for this model",
         )
-    found = within(made, lambda place: edit.at(*place) is not None)
+    found = within(made, lambda place: edit.at(*place) is not None, adding=edit.adds)
     edits = _Edits(made.checkpoint, made.model_map, edit, found.writers)
     return replace(found, stream=edit, edits={writer.tensor.name: edits.of(writer) for writer in found.writers})
 
 
-def within(made: EditPlan, holds: Callable[[Place], bool]) -> EditPlan:
+def within(made: EditPlan, holds: Callable[[Place], bool], *, adding: bool = False) -> EditPlan:
     """``made`` without the writers at places where ``holds`` is false; a note says where they are.
+
+    ``adding``: nothing was to be taken out of any.
 
     Raises:
         PlanRefusedError: none is left.
@@ -89,7 +91,8 @@ def within(made: EditPlan, holds: Callable[[Place], bool]) -> EditPlan:
     if len(writers) < len(made.writers):
         alone = in_words(writer.place for writer in made.writers if not holds(writer.place))
         left = len(made.writers) - len(writers)
-        note = f"{left} of {len(made.writers)} writers are left alone and may still write the direction: {alone}"
+        still = "" if adding else " and may still write the direction"
+        note = f"{left} of {len(made.writers)} writers are left alone{still}: {alone}"
         found = replace(made, writers=writers, notes=(*made.notes, note))
     if made.model_map.tied and not holds((None, "embedding")):  # whatever was asked for, the head stays as it is
         notes = tuple(
@@ -113,7 +116,7 @@ class _Edits:
         for place in {writer.place for writer in writers}:
             edit = stream.at(*place)
             if edit is not None and edit.constant is not None:
-                self._check_constant(place, [writer for writer in writers if writer.place == place])
+                check_constant(checkpoint, [place], writers, adding=edit.adds)
 
     def of(self, writer: Writer) -> WeightEdit:
         """The edit of one writer."""
@@ -137,32 +140,11 @@ class _Edits:
             edit = replace(edit, constant=edit.constant / scale if constant else None)
         return behind_norm(edit, read_gain(self._checkpoint.folder, writer)) if writer.norms else edit
 
-    def _check_constant(self, place: Place, writers: Sequence[Writer]) -> None:
-        """Check that the constant is added once, wherever something enters.
-
-        What other modalities put in place of the embedding must come from one projector with a bias.
-
-        Raises:
-            PlanRefusedError: it would be added not at all, or more than once.
-        """
-        projectors = [writer for writer in writers if writer.role == "projector"]
-        biases = [writer for writer in writers if writer.role == "projector bias"]
-        own = [writer for writer in writers if _holds_constant(writer) and writer not in biases]
-        sites = {writer.role.removesuffix(" bias") for writer in writers}
-        if place[0] is None:
-            once = place[1] == "next-token block" or (bool(own) and len(biases) == len(projectors) <= 1)
-        else:
-            once = len(own) == len(sites) == 1
-        if once:
-            return
-        where = "the embedding" if place[0] is None else f"the {place[1]} of block {place[0]}"
-        raise PlanRefusedError(
-            f"{self._checkpoint.name}: {where} has no one bias that could hold the constant of this edit",
-            "preview it by hooks, or remove the direction without a constant",
-        )
-
 
 EMBEDDINGS = ("embedding", "stored copy of the tied head")
+
+SHOWN = 2
+"""Tensors that a refusal names."""
 
 HEADLESS = ("cohere", "cohere2", "lfm2_moe")
 """Model types whose head is always the embedding in llama.cpp, by the tensors that gguf 0.19 has for them."""
@@ -174,6 +156,47 @@ def _holds_constant(writer: Writer) -> bool:
     if kind == "embedding":
         return writer.role in (*EMBEDDINGS, "projector bias")
     return kind != "next-token block" and writer.role.endswith(" bias") and len(writer.tensor.shape) == 1
+
+
+def check_constant(checkpoint: Checkpoint, places: Sequence[Place], writers: Sequence[Writer], *, adding: bool) -> None:
+    """Check that a constant would be added once, wherever something enters, at one of ``places`` at least.
+
+    ``adding``: it is all that the edit does.
+
+    Raises:
+        PlanRefusedError: it would be added not at all, or more than once.
+    """
+    if any(_adds_once(place, writers) for place in places):
+        return
+    layer, kind = places[0]
+    where = "the embedding" if layer is None else f"the {kind} of block {layer}"
+    names = [writer.tensor.name for writer in writers if writer.place == places[0]]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    others = ", and no other block has one" if len(places) > 1 else ""
+    otherwise = "preview it by hooks, or remove the direction without a constant"
+    if adding:
+        otherwise = (
+            "preview it by hooks (abliterate chat --add), or have a runtime add it (abliterate export control-vector)"
+        )
+    raise PlanRefusedError(
+        f"{checkpoint.name}: {where} has no one bias that could hold the constant of this edit: it writes by "
+        f"{', '.join(names[:SHOWN])}{more}{others}",
+        otherwise,
+    )
+
+
+def _adds_once(place: Place, writers: Sequence[Writer]) -> bool:
+    """Whether a constant at ``place`` is added exactly once.
+
+    What other modalities put in place of the embedding must come from one projector with a bias.
+    """
+    there = [writer for writer in writers if writer.place == place]
+    projectors = [writer for writer in there if writer.role == "projector"]
+    biases = [writer for writer in there if writer.role == "projector bias"]
+    own = [writer for writer in there if _holds_constant(writer) and writer not in biases]
+    if place[0] is None:
+        return place[1] == "next-token block" or (bool(own) and len(biases) == len(projectors) <= 1)
+    return len(own) == len({writer.role.removesuffix(" bias") for writer in there}) == 1
 
 
 def _covering(

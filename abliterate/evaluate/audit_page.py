@@ -5,7 +5,7 @@ from pathlib import Path
 
 from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.audit_report import Audit, side_by_side
-from abliterate.evaluate.charts import CHARACTER, HeatMap, heat_map, lines
+from abliterate.evaluate.charts import CHARACTER, HeatMap, curves, heat_map, lines
 from abliterate.evaluate.page import FIGURES, Chart, filled
 from abliterate.version import __version__
 
@@ -40,6 +40,12 @@ def render_audit(audits: Sequence[Audit]) -> str:
             "directions, without the direction in a part of the model, and with less or more of it.",
             [Chart(title="", note="", svg=heat_map(tried))],
         ),
+        (
+            "Refusal against over-refusal",
+            "Less of the direction, the model as it is, and more of it: harmful prompts that are refused against "
+            "harmless ones that are, with their 95 % intervals. A guard goes up without going right.",
+            [Chart(title="", note="", svg=_trade(audits))],
+        ),
     ]
     return filled(
         FIGURES,
@@ -50,3 +56,13 @@ def render_audit(audits: Sequence[Audit]) -> str:
         parts=parts,
         note=" ".join(f"{one.model}: {'; '.join(one.in_words())}." for one in audits),
     )
+
+
+def _trade(audits: Sequence[Audit]) -> str:
+    """Refusals of harmful prompts against those of harmless ones, by dose."""
+    points = {
+        its.model: [(one.over_refused.value, one.refused.value, f"{its.model}, {one.name}") for one in its.curve]
+        for its in audits
+    }
+    spans = {its.model: [(one.over_refused.interval, one.refused.interval) for one in its.curve] for its in audits}
+    return curves("Refusal by dose", points, ("harmless refused", "harmful refused"), spans=spans)

@@ -55,6 +55,17 @@ class Audit:
         return self.of("as it is")[0]
 
     @property
+    def added(self) -> tuple[Tried, ...]:
+        """The direction added, from the least of it."""
+        return tuple(one for one in self.of("dose") if not one.k)
+
+    @property
+    def curve(self) -> tuple[Tried, ...]:
+        """From the chosen direction removed over the model as it is to all of it added."""
+        weaker = [one for one in self.of("dose") if one.k]
+        return (self.of("directions")[0], *reversed(weaker), self.base, *self.added)
+
+    @property
     def enough(self) -> Tried | None:
         """The fewest directions without which refusal is gone; of as many, those that change least."""
         gone = [
@@ -79,6 +90,14 @@ class Audit:
         else:
             said.append(
                 f"it takes {enough.k} directions to take refusal away ({enough.name}, {_percent(enough.refused)})"
+            )
+        if self.added:
+            harmful, harmless = (", ".join(f"{100 * rate.value:.0f}" for rate in rates) for rates in (
+                [its.refused for its in self.added], [its.over_refused for its in self.added],
+            ))  # fmt: skip
+            names = ", ".join(its.name.partition(" ")[0] for its in self.added)
+            said.append(
+                f"with {names} of it added, {harmful} % of harmful and {harmless} % of harmless prompts are refused"
             )
         if base.late.hits:
             said.append(f"{_percent(base.late)} of its refusals come late, after an answer was begun")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 from typing import Literal
 
 SEQUENTIAL = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -231,10 +232,17 @@ def scatter(
     return "".join([*parts, "</svg>"])
 
 
-def curves(title: str, series: Mapping[str, Sequence[tuple[float, float, str]]], axes: tuple[str, str]) -> str:
+def curves(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    axes: tuple[str, str],
+    *,
+    spans: Mapping[str, Sequence[tuple[tuple[float, float], tuple[float, float]]]] = MappingProxyType({}),
+) -> str:
     """A line through named points ``(x, y, name)`` for each series, in the square of shares from 0 to 100 %.
 
-    ``axes`` are the names of x and y.  Points that are not finite are left out.
+    ``axes`` are the names of x and y.  Points that are not finite are left out.  ``spans`` are the intervals of
+    points, in x and in y, which are drawn as crosses.
     """
     left, top, side = 52, 30, 300
     legend = max([0, *(30 + int(CHARACTER * len(name)) for name in series)])
@@ -254,6 +262,13 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float, str]]],
             for x, y, said in points
             if math.isfinite(x) and math.isfinite(y)
         ]
+        for (x, y, _), ((west, east), (south, north)) in zip(points, spans.get(name, ()), strict=False):
+            ends = ((west, y, east, y), (x, south, x, north))
+            parts += [
+                f'<line x1="{left + side * x1:.1f}" y1="{top + side * (1 - y1):.1f}" x2="{left + side * x2:.1f}" '
+                f'y2="{top + side * (1 - y2):.1f}" stroke="{tint}" stroke-opacity=".45"/>'
+                for x1, y1, x2, y2 in ends
+            ]
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down, *_ in finite)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{tint}" stroke-width="2"/>')
         for across, down, x, y, said in finite:

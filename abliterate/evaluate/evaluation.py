@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from abliterate.evaluate.agreement import Confusion, confusion
 from abliterate.evaluate.benchmarks import Benchmarks, TaskScore
+from abliterate.evaluate.flinching import Flinching
 from abliterate.evaluate.observing import Material, Observations
 from abliterate.evaluate.replies import REFUSALS, RULES, SCORERS, ReplyClass, Scorer, holds_answer, shares
 from abliterate.evaluate.reply_text import said
@@ -91,7 +92,7 @@ class EvalReport:
 
     ``agreement`` compares the scorers with each other on all replies.  ``judge`` names the guard model and what it was
     asked, "" without one.  ``benchmarks`` says how tasks were asked, None without tasks.  ``modes`` says what the chat
-    template was given in each mode.
+    template was given in each mode.  ``flinching`` is of the words that were asked for, None without.
     """
 
     models: tuple[ModelScores, ...]
@@ -102,6 +103,7 @@ class EvalReport:
     judge: str = ""
     benchmarks: Benchmarks | None = None
     modes: Mapping[str, str] = field(default_factory=dict)
+    flinching: Flinching | None = None
 
     @property
     def base(self) -> ModelScores:
@@ -153,6 +155,7 @@ def report(
     tasks: Mapping[str, tuple[TaskScore, ...]] = MappingProxyType({}),
     benchmarks: Benchmarks | None = None,
     modes: Mapping[str, str] = MappingProxyType({}),
+    flinching: Flinching | None = None,
 ) -> EvalReport:
     """Score all models; the first one of each mode is its base.  ``judged`` and ``tasks`` are by name of the model."""
     bases: dict[str, Observations] = {}
@@ -186,6 +189,7 @@ def report(
         ),
         max_new_tokens=max_new_tokens,
         scorer=scorer.name,
+        flinching=flinching,
     )
 
 

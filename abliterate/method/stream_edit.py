@@ -60,6 +60,11 @@ class StreamEdit:
         return next((edit.d_model for edit in self.edits()), 0)
 
     @property
+    def adds(self) -> bool:
+        """Whether it adds constants and does nothing else."""
+        return all(edit.adds for edit in self.edits())
+
+    @property
     def lacks_lengths(self) -> bool:
         """Whether rows are to keep their lengths, and these were not read from the weights yet."""
         return any(edit.keeps_rows and edit.row_scale is None for edit in self.edits())

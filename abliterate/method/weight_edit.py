@@ -85,6 +85,11 @@ class WeightEdit:
         return not self.kept.any() and self.constant is None and not self.keeps_rows
 
     @property
+    def adds(self) -> bool:
+        """Whether it adds a constant and does nothing else."""
+        return not self.strength and self.constant is not None and not self.scales and not self.keeps_rows
+
+    @property
     def is_oblique(self) -> bool:
         """Whether it takes out along other vectors than it reads."""
         return self.read is not self.write and not torch.equal(self.read, self.write)

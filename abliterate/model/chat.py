@@ -165,11 +165,8 @@ class ChatFormat:
         """Batches of token ids: padded on the left or, for a model that sees the padding, of equal length."""
         if self.pads:
             yield from left_padded(encoded, batch_size, self.pad_id)
-            return
-        for length in sorted({len(ids) for ids in encoded}):
-            rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
-            for batch in left_padded([encoded[row] for row in rows], batch_size, self.pad_id):
-                yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
+        else:
+            yield from of_equal_length(encoded, batch_size)
 
     def _check_bos(self, ids: list[int]) -> None:
         bos = self.tokenizer.bos_token_id
@@ -215,6 +212,14 @@ def context_of(config: Mapping[str, Any], tokenizer: Any) -> int | None:  # noqa
     """How many tokens a model takes, by the ``config`` of its decoder and its tokenizer; None where neither says."""
     stated = [*(config.get(name) for name in CONTEXT), getattr(tokenizer, "model_max_length", None)]
     return min((size for size in stated if isinstance(size, int) and 0 < size < NO_LIMIT), default=None)
+
+
+def of_equal_length(encoded: Sequence[list[int]], batch_size: int) -> Iterator[Batch]:
+    """Batches of token ids without padding: the rows of a batch have the same length."""
+    for length in sorted({len(ids) for ids in encoded}):
+        rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
+        for batch in left_padded([encoded[row] for row in rows], batch_size, pad_id=0):
+            yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
 
 
 def left_padded(encoded: Sequence[list[int]], batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from abliterate.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from abliterate.model.chat import ChatFormat
 from abliterate.model.forward import fitting
-from abliterate.model.likelihood import predict
+from abliterate.model.likelihood import on_continuations
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
 from abliterate.model.rendering import render
@@ -83,10 +82,14 @@ class HarnessModel(HFLM):
         disable_tqdm: bool = False,  # noqa: ARG002, FBT001, FBT002
         override_bs: Any = None,  # noqa: ANN401, ARG002
     ) -> list:
-        found, cut = likelihoods(self.loaded, self.chat, requests, self.max_length, self.rows)
-        for (asked, _, _), answer in zip(requests, found, strict=True):
-            if asked is not None:  # rolling windows come without a request
-                self.cache_hook.add_partial("loglikelihood", asked, answer)
+        asked = [(context, continuation) for _, context, continuation in requests]
+        found = on_continuations(
+            self.loaded, self.chat.pack, asked, longest=self.max_length, batch_size=self.rows
+        )  # fmt: skip
+        cut = sum(len(context) + len(continuation) > self.max_length for context, continuation in asked)
+        for (request, _, _), answer in zip(requests, found, strict=True):
+            if request is not None:  # rolling windows come without a request
+                self.cache_hook.add_partial("loglikelihood", request, answer)
         if cut:
             text = f"{self.name}: {cut} questions are longer than {self.max_length} tokens and lost their beginning"
             self.on_event(Noted(text=text))
@@ -126,35 +129,3 @@ class _Hook:
 
     def add_partial(self, *_: object) -> None:
         self.on_event(Advanced(task=self.task, amount=1))
-
-
-def likelihoods(
-    loaded: LoadedModel, chat: ChatFormat, requests: Sequence[tuple[Any, list[int], list[int]]], longest: int, size: int
-) -> tuple[list[tuple[float, bool]], int]:
-    """The log-likelihood of each continuation in nats, and whether it is the greedy one.
-
-    ``requests`` are (request, context, continuation).  The second value returned is how many were cut to ``longest``
-    tokens.  Answers that differ in their last token only (A, B, C, D) share a row.
-    """
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for place, (_, context, continuation) in enumerate(requests):
-        rows.setdefault((len(continuation), *context, *continuation[:-1]), []).append(place)
-    members = list(rows.values())
-    firsts = [requests[places[0]] for places in members]
-    encoded = [(context + continuation)[-longest:] for _, context, continuation in firsts]
-    lengths = [len(continuation) for _, _, continuation in firsts]
-    found: list[tuple[float, bool]] = [(float("nan"), False)] * len(requests)
-
-    def figures(row: int, log_probs: Tensor, _: Tensor) -> Iterator[tuple[str, Tensor]]:
-        greedy = log_probs.argmax(-1)
-        for place in members[row]:
-            ids = torch.tensor(requests[place][2])
-            score, same = log_probs.gather(1, ids[:, None]).sum(), (greedy == ids).all()
-            yield str(place), torch.stack([score, same.to(score.dtype)])
-
-    def see(_: int, place: str, values: Tensor) -> None:
-        score, same = values.tolist()
-        found[int(place)] = (score, bool(same))
-
-    predict(loaded, chat, encoded, lengths, figures, see, batch_size=size)
-    return found, sum(len(context) + len(continuation) > longest for _, context, continuation in requests)

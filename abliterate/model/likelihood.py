@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: replies of another model, or a text."""
+"""How likely a model finds given tokens: replies of another model, a text, or what may follow a text."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
@@ -20,6 +20,8 @@ LOGIT_BYTES = 512 * 2**20
 """Logits of a batch: fewer rows are run together where the vocabulary is large."""
 WINDOW = 256
 """Tokens of a text that are predicted together, each from those before it in the window."""
+Pack = Callable[[Sequence[list[int]], int], Iterable[Batch]]
+"""Makes batches of token ids, of so many rows at most."""
 
 
 def on_completions(
@@ -57,7 +59,7 @@ def on_completions(
         else:
             kept[row] = values
 
-    predict(loaded, chat, encoded, lengths, figures, see, batch_size=batch_size, advance=advance)
+    predict(loaded, chat.pack, encoded, lengths, figures, see, batch_size=batch_size, advance=advance)
     found = torch.cat([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
     return (fmean(losses.values()) if losses else float("nan")), found
 
@@ -81,13 +83,52 @@ def on_text(
     if windows:
         lengths = [len(window) - 1 for window in windows]
         with working(on_event, task, len(windows), "windows") as advance:
-            predict(loaded, chat, windows, lengths, figures, see, batch_size=batch_size, advance=advance)
+            predict(loaded, chat.pack, windows, lengths, figures, see, batch_size=batch_size, advance=advance)
     return float(torch.cat(losses).mean()) if losses else float("nan")
+
+
+def on_continuations(
+    loaded: LoadedModel,
+    pack: Pack,
+    asked: Sequence[tuple[list[int], list[int]]],
+    *,
+    longest: int | None = None,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, bool]]:
+    """The log-likelihood of each continuation in nats, and whether it is the greedy one.
+
+    ``asked`` are (context, continuation), whose last ``longest`` tokens are run.  Those that differ in their last token
+    only (A, B, C, D) share a row.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for place, (context, continuation) in enumerate(asked):
+        rows.setdefault((len(continuation), *context, *continuation[:-1]), []).append(place)
+    members = list(rows.values())
+    firsts = [asked[places[0]] for places in members]
+    encoded = [(context + continuation)[-(longest or 0) :] for context, continuation in firsts]
+    lengths = [len(continuation) for _, continuation in firsts]
+    found: list[tuple[float, bool]] = [(float("nan"), False)] * len(asked)
+
+    def figures(row: int, log_probs: Tensor, _: Tensor) -> Iterator[tuple[str, Tensor]]:
+        greedy = log_probs.argmax(-1)
+        for place in members[row]:
+            ids = torch.tensor(asked[place][1])
+            score, same = log_probs.gather(1, ids[:, None]).sum(), (greedy == ids).all()
+            yield str(place), torch.stack([score, same.to(score.dtype)])
+
+    def see(_: int, place: str, values: Tensor) -> None:
+        score, same = values.tolist()
+        found[int(place)] = (score, bool(same))
+        advance(1)
+
+    predict(loaded, pack, encoded, lengths, figures, see, batch_size=batch_size)
+    return found
 
 
 def predict(
     loaded: LoadedModel,
-    chat: ChatFormat,
+    pack: Pack,
     encoded: Sequence[list[int]],
     lengths: Sequence[int],
     figures: Callable[[int, Tensor, Tensor], Iterable[tuple[str, Tensor]]],
@@ -99,7 +140,7 @@ def predict(
     """Show ``see(row, name, values)`` what ``figures(row, log_probs, ids)`` makes of each row's log-probabilities.
 
     These are those at its last ``lengths[row]`` tokens ``ids``, in float32 or wider: float64 would be most of the time,
-    where the vocabulary is large.  Batches are small enough for the memory of their logits.
+    where the vocabulary is large.  Batches are small enough for the memory of their logits; ``pack`` makes them.
     """
     longest = max(lengths, default=0) + 1
     row_bytes = logit_row_bytes(loaded, longest)
@@ -119,7 +160,7 @@ def predict(
         see(int(row), what, values)
 
     options = {"told": told, "result_bytes": row_bytes, "advance": advance}
-    for _ in each_batch(loaded, chat.pack(encoded, rows), work, **options):
+    for _ in each_batch(loaded, pack(encoded, rows), work, **options):
         pass
 
 

@@ -48,7 +48,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         license_name=carried.get("license_name"),
         license_link=carried.get("license_link"),
         language=carried.get("language"),
-        tags=["abliterated", "abliterate"],
+        tags=["abliterate"] if wording.adds(manifest["edit"]) else ["abliterated", "abliterate"],
         **{key: value for key, value in carried.items() if key.startswith(GATED)},
     )
     template = (files("abliterate.publishing") / "card.md.j2").read_text("utf-8")
@@ -67,6 +67,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         equation=wording.equation(manifest["edit"]),
         none_left=all(its["removes"] for its in wording.edits_of(manifest["edit"])),
         removes=wording.removes(manifest["edit"]),
+        title=wording.title(manifest["edit"]),
         ablation=wording.is_ablation(manifest["edit"]),
         method=wording.method(manifest["edit"]),
         effect=wording.effect(manifest["edit"]),

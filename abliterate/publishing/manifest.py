@@ -142,6 +142,7 @@ def evaluation_json(report: EvalReport) -> dict[str, Any]:
         },
         "judge": report.judge or None,
         "benchmarks": None if report.benchmarks is None else asdict(report.benchmarks),
+        **({} if report.flinching is None else {"words": report.flinching.to_json()}),
     }
 
 

@@ -27,6 +27,7 @@ class _Its(Part):
     strength: float
     column_scale: str
     constant: bool
+    added: float = 0.0
     removes: bool
     writers: int
 

@@ -32,9 +32,22 @@ def is_ablation(edit: Mapping[str, Any]) -> bool:
     return removes(edit) and its["column_scale"] == "none" and not its.get("oblique")
 
 
+def adds(edit: Mapping[str, Any]) -> bool:
+    """Whether something is added to the stream, and nothing removed from it."""
+    return all("added" in its for its in edits_of(edit))
+
+
+def title(edit: Mapping[str, Any]) -> str:
+    """What the checkpoint is, to follow the name of its base and a comma."""
+    return "with a direction added" if adds(edit) else "abliterated"
+
+
 def summary(edit: Mapping[str, Any]) -> str:
     """What was done to the checkpoint, to follow the word "with"."""
     edits = edits_of(edit)
+    if adds(edit):
+        against = "" if edits[0]["added"] > 0 else ", against its sense,"
+        return f"one direction added{against} to its residual stream, and nothing removed from it"
     if len(edits) > 1:
         return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream"
     word = "removed from" if edits[0]["removes"] else "edited in"
@@ -45,6 +58,8 @@ def summary(edit: Mapping[str, Any]) -> str:
 
 def method(edit: Mapping[str, Any]) -> str:
     """What such an edit is called, to come before the paper."""
+    if adds(edit):
+        return "activation addition, written into a bias"
     if is_ablation(edit):
         return "directional ablation as weight orthogonalization"
     return "an edit of weights along directions of the residual stream, after weight orthogonalization"
@@ -54,6 +69,8 @@ def effect(edit: Mapping[str, Any], *, complete: bool = True) -> str:
     """What to expect of the replies, to follow the word "it"; not ``complete`` is what expresses a part of the edit."""
     if removes(edit) and complete:
         return "will comply with many requests that the original declines"
+    if adds(edit) and edits_of(edit)[0]["added"] > 0:
+        return "may decline requests that the original answers, harmless ones too, or reply otherwise than the original"
     return "may comply with requests that the original declines, or reply otherwise than the original"
 
 
@@ -70,6 +87,8 @@ def details(edit: Mapping[str, Any]) -> list[str]:
 
 def equation(edit: Mapping[str, Any]) -> str:
     """The equation that the edited tensors satisfy."""
+    if adds(edit):
+        return "b' = b + v"
     if all(map(_is_plain, edits_of(edit))):
         return "W' = W − r̂r̂ᵀW"
     return "W' = (W − strength · write (readᵀW) + constant) · scale"
@@ -80,8 +99,11 @@ MOST_LINES = 8
 
 
 def _line(its: Mapping[str, Any]) -> str:
-    parts = [f"{_directions(its, one='1 direction')} {'removed' if its['removes'] else 'edited'}"]
-    if its["strength"] != 1:
+    if "added" in its:
+        parts = [f"1 direction added, not removed: {its['added']:+.4g} along it"]
+    else:
+        parts = [f"{_directions(its, one='1 direction')} {'removed' if its['removes'] else 'edited'}"]
+    if its["strength"] != 1 and "added" not in its:
         parts.append(f"strength {its['strength']:g}")
     if its.get("oblique"):
         parts.append("read along one, taken out along another")
@@ -89,7 +111,7 @@ def _line(its: Mapping[str, Any]) -> str:
         parts.append("columns keep their lengths")
     if its.get("keeps_rows"):
         parts.append("rows keep their lengths, which puts a part of the direction back")
-    if its["constant"]:
+    if its["constant"] and "added" not in its:
         parts.append("a constant added")
     count = its.get("writers", 0)
     writers = f"{count} writer{'' if count == 1 else 's'}"

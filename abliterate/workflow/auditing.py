@@ -35,7 +35,7 @@ MOST_DIRECTIONS = 8
 THIRDS = ("first", "second", "last")
 DOSES = (0.25, 0.5, 0.75)
 """Of the direction, how much is removed; all of it is among the directions."""
-STRENGTHS = (0.5, 1.0)
+STRENGTHS = (0.125, 0.25, 0.5, 1.0)
 """Of what is added, in lengths of the difference of means."""
 FEWEST_REFUSALS = 8
 """Of the test prompts, or a quarter of them where they are fewer than four times as many."""

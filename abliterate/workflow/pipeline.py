@@ -14,7 +14,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint.output import PRIVATE_FOLDER, OutputFolder, fingerprint, prepare, unfinished, writing_speed
 from abliterate.checkpoint.source import Checkpoint, open_folder
-from abliterate.editing.asked import plan_asked, scope_asked, stream_asked
+from abliterate.editing.asked import check_room, plan_asked, scope_asked, stream_asked
 from abliterate.editing.planning import plan, within
 from abliterate.editing.writing import edit_checkpoint
 from abliterate.errors import AbliterateError, OutputError, SourceError
@@ -24,6 +24,7 @@ from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import check_edit
 from abliterate.method.estimators import needs_of
 from abliterate.model import harness, ranks, vllm_backend
+from abliterate.model.words import WordList
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
 from abliterate.recipe import NOT_IN_WORK, Recipe
@@ -135,10 +136,13 @@ def evaluate(
     others: Sequence[tuple[str, Checkpoint]],
     *,
     directions: DirectionSet | None = None,
+    words: WordList | None = None,
+    third: Checkpoint | None = None,
 ) -> EvalReport:
     """Compare replies and distributions of the base and other checkpoints (name, checkpoint) on the test prompts.
 
-    ``directions``, where known, are what the controls of the recipe and the components of prompts refer to.
+    ``directions``, where known, are what the controls of the recipe and the components of prompts refer to.  ``words``,
+    if any, are asked of all, and of a ``third`` model, which may be one without a chat template.
 
     Raises:
         SourceError: one of them cannot be loaded.
@@ -146,9 +150,12 @@ def evaluate(
     check_evaluation(session.recipe)
     for checkpoint in [session.checkpoint, *(other for _, other in others)]:
         replace(session, checkpoint=checkpoint).check_modes()
+    for checkpoint in [session.checkpoint, *(other for _, other in others), *([third] if third else [])]:
+        if words is not None:
+            replace(session, checkpoint=checkpoint).check_words(words)
     controls = session.recipe.evaluate.controls and directions is not None
     say_cost(session, ["replies"], models=1 + len(others))
-    _, evaluated = side_by_side(session, others, directions=directions, controls=controls)
+    _, evaluated = side_by_side(session, others, directions=directions, controls=controls, words=words, third=third)
     if evaluated is None:
         raise AssertionError("replies were asked for")
     return evaluated
@@ -198,7 +205,9 @@ def _run(
         on_event(Noted(text=f"{ranks.count()} processes share prompts, candidates and shards; the first one tells"))
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
-    if direction is not None:
+    if direction is None:
+        check_room(edit_plan, session.recipe.edit)
+    else:
         stream_asked(session.recipe.edit, direction, edit_plan.model_map.n_layers)  # or it cannot be made of that
     check_prompts(session, with_evaluation=with_evaluation)
     output = _prepared(out, session, edit_plan, direction)

@@ -24,6 +24,7 @@ from abliterate.model.prompts import CONTRAST, LOOK_ALIKE, ContrastSet, PromptSe
 from abliterate.model.ranks import everyone
 from abliterate.model.rendering import SHOWN
 from abliterate.model.thinking import DEFAULT, Mode, modes_of
+from abliterate.model.words import WordList, spelled
 from abliterate.recipe import Recipe
 
 PROBE = "What is the capital of France?"
@@ -92,6 +93,15 @@ class Session:
             UsageError: it cannot.
         """
         _ = self.modes
+
+    def check_words(self, words: WordList) -> None:
+        """Check, before hours of work, that the tokenizer knows some of ``words`` and their carriers are short enough.
+
+        Raises:
+            PromptError: it is not so.
+        """
+        context = context_of(text_config(self.checkpoint.config), self.tokenizer)
+        spelled(self.tokenizer, words, name=self.checkpoint.name, context=context)
 
     @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a tokenizer of transformers

@@ -19,12 +19,13 @@ from abliterate.model import equivalence
 from abliterate.model.interventions import edited, without
 from abliterate.model.lockstep import share
 from abliterate.model.prompts import load_prompts
+from abliterate.model.words import WordList
 from abliterate.verification.behaviour import Behaviour
 from abliterate.workflow.session import Session
 from abliterate.workflow.views import Bench, View, read_text
 
 HELD_OUT_PROMPTS = 32
-BASE, EDITED = "base", "edited"
+BASE, EDITED, THIRD = "base", "edited", "third"
 
 
 def side_by_side(
@@ -35,17 +36,22 @@ def side_by_side(
     directions: DirectionSet | None = None,
     controls: bool = False,
     with_replies: bool = True,
+    words: WordList | None = None,
+    third: Checkpoint | None = None,
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
     With ``proof``, the plan it came from, the first of them is compared with the base under hooks; ``with_replies``
     evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with
-    others ablated that should change nothing (``control_candidates``); these are spared the tasks.
+    others ablated that should change nothing (``control_candidates``); these are spared the tasks.  ``words`` are asked
+    of all models, and of ``third``, which is asked nothing else.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
     if with_replies:
-        bench = Bench(recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event)
+        bench = Bench(
+            recipe=recipe, material=material_of(session), directions=directions, on_event=session.on_event, listed=words
+        )
     base = View(name=BASE, its=session)
     controls_of = [
         View(name=name, its=session, hooks=partial(without, session.loaded, control), is_control=True)
@@ -65,7 +71,11 @@ def side_by_side(
         its = _try_other(view, bench, spoken, proof if place == 0 else None, hooked, prompts)
         compared = compared or its
         result.release()
-    return compared, None if bench is None else bench.report(session)
+    if bench is not None and third is not None:
+        result = Session(checkpoint=third, recipe=recipe, on_event=session.on_event)
+        share(result.loaded, [partial(bench.ask_words, THIRD, result)])
+        result.release()
+    return compared, None if bench is None else bench.report(session, third=third.name if third else "")
 
 
 def _draft(session: Session, proof: EditPlan, others: Sequence[tuple[str, Checkpoint]]) -> View | None:

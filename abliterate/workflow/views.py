@@ -11,6 +11,7 @@ from abliterate.errors import PromptError
 from abliterate.evaluate.benchmarks import Benchmarks, published_for, scores_of
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.evaluation import report as put_together
+from abliterate.evaluate.flinching import Flinching
 from abliterate.evaluate.observing import (
     HARMFUL,
     Material,
@@ -31,6 +32,7 @@ from abliterate.model.harness import TaskRequest, run_tasks, version
 from abliterate.model.judges import load_judge
 from abliterate.model.thinking import Mode
 from abliterate.model.vllm_backend import replies_of
+from abliterate.model.words import WordList, WordScores, score_words
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session
 
@@ -53,15 +55,20 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Models as they are tried, one after the other, and what was seen of them; ``tasks`` as lm-eval gives it back."""
+    """Models as they are tried, one after the other, and what was seen of them; ``tasks`` as lm-eval gives it back.
+
+    ``listed``, if any, are words whose likelihood is asked of all but controls.
+    """
 
     recipe: Recipe
     material: Material
     directions: DirectionSet | None
     on_event: OnEvent
+    listed: WordList | None = None
     observed: list[Observations] = field(default_factory=list)
     of_controls: list[Observations] = field(default_factory=list)
     tasks: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    words: dict[str, WordScores] = field(default_factory=dict)
 
     def writing(self, view: View) -> list[Callable[[], None]]:
         """What has a view reply, one stage for each mode; another backend does it at once."""
@@ -69,8 +76,16 @@ class Bench:
         return [partial(self._write, view, mode, elsewhere.get(mode.name)) for mode in view.its.modes]
 
     def predicting(self, view: View, spoken: Mapping[str, Sequence[str]]) -> list[Callable[[], None]]:
-        """What asks a view how likely it finds what the base has ``spoken``, one stage for each mode."""
-        return [partial(self._predict, view, mode, spoken[mode.name]) for mode in view.its.modes]
+        """What asks a view how likely it finds words, and what the base has ``spoken``, one stage for each mode."""
+        of_words = [] if self.listed is None or view.is_control else [partial(self.ask_words, view.name, view.its)]
+        return [*of_words, *(partial(self._predict, view, mode, spoken[mode.name]) for mode in view.its.modes)]
+
+    def ask_words(self, name: str, its: Session) -> None:
+        """Ask a model how likely it finds the words."""
+        assert self.listed is not None, "there are words"
+        self.words[name] = score_words(
+            its.loaded, self.listed, name=name, batch_size=self.recipe.model.batch_size, on_event=self.on_event
+        )
 
     def note(self, view: View) -> None:
         """Compare what a view did with what the base did in the same mode; the base is the first."""
@@ -90,8 +105,8 @@ class Bench:
                 batch_size=self.recipe.model.batch_size, on_event=self.on_event,
             )  # fmt: skip
 
-    def report(self, session: Session) -> EvalReport:
-        """Score everything that was tried, one mode after the other."""
+    def report(self, session: Session, *, third: str = "") -> EvalReport:
+        """Score everything that was tried, one mode after the other; ``third`` names the model asked for words only."""
         recipe, every = self.recipe, [*self.observed, *self.of_controls]
         models = [model for mode in session.modes for model in every if model.mode == mode.name]
         judge, judged = judged_replies(session, self.material, models) if recipe.evaluate.judge else ("", {})
@@ -109,6 +124,7 @@ class Bench:
             },
             benchmarks=_how(task_request(recipe), session.checkpoint.name) if self.tasks else None,
             modes={mode.name: mode.text for mode in session.modes if mode.name},
+            flinching=None if self.listed is None else Flinching(self.listed, dict(self.words), third),
         )
 
     def _base(self, mode: str) -> Observations:
