@@ -185,15 +185,14 @@ def export_lora(
     """
     recipe = Recipe()
     finished = None if edited is None else FinishedEdit.open(edited, revision=revision)
-    if direction is None and finished is None:
-        raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_model(base)), **(recipe if finished is None else finished.recipe).plan_options)
-    if direction is not None:
-        change = stream_asked(recipe.edit, direction, made.model_map.n_layers)
-    else:
-        change = finished.stream if finished is not None else StreamEdit()
-    beside = None if gguf is None else Path(gguf)
-    return _export_lora(along(made, change), Path(out), gguf=beside, on_event=on_event)
+    checkpoint, beside = fetch(open_model(base)), None if gguf is None else Path(gguf)
+    if direction is None:
+        if finished is None:
+            raise UsageError("an adapter needs a direction", "give one, or an edited folder")
+        return _export_lora(finished.plan(checkpoint), Path(out), gguf=beside, on_event=on_event)
+    made = plan(checkpoint, **(recipe if finished is None else finished.recipe).plan_options)
+    made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))
+    return _export_lora(made, Path(out), gguf=beside, on_event=on_event)
 
 
 def export_control_vector(direction: DirectionSet, out: str | Path) -> list[int]:

@@ -91,6 +91,11 @@ def export(
             f"{edited}: rows of its writers keep their lengths, and a patch holds no such edit",
             "hand on the checkpoint itself, or its direction and recipe",
         )
+    if made.healed:
+        raise PlanRefusedError(
+            f"{edited}: was healed, and a patch holds the edit alone",
+            "hand on the checkpoint itself, or its adapter (abliterate lora export), or patch the edit before healing",
+        )
     result = open_folder(edited, name=str(edited))
     writer, counts = PatchWriter(out), Counts()
     exporter = Exporter(
