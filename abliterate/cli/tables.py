@@ -244,7 +244,7 @@ def show_evaluation(report: "EvalReport", *, samples: int = SAMPLES, show_replie
     for model in report.models:
         if not model.against:
             continue
-        changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
+        changes = "; ".join(f"{kind} {change(its)}" for kind, its in model.refusal_change.items())
         out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
     for breakdown in report.breakdowns:
         err.print(f"note: {breakdown}: this edit harms the model", markup=False)
@@ -309,8 +309,9 @@ def _task(scores: "Sequence[TaskScore]", like: "TaskScore") -> "TaskScore | None
     return next((score for score in scores if (score.task, score.metric) == (like.task, like.metric)), None)
 
 
-def _change(change: "Difference") -> str:
-    return f"{100 * change.value:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f}: {change.verdict})"
+def change(its: "Difference") -> str:
+    """A difference of rates in points, with its interval and what that says."""
+    return f"{100 * its.value:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}: {its.verdict})"
 
 
 def _kind_rows(scores: Table, name: str, models: "Sequence[ClassScores]") -> None:

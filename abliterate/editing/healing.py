@@ -29,7 +29,7 @@ def healable(plan: EditPlan) -> tuple[Writer, ...]:
     found = tuple(writer for writer in plan.writers if _takes_more(writer))
     if not found:
         raise PlanRefusedError(
-            f"{plan.checkpoint.name}: no writer that was edited is a plain linear layer, so there is nothing to heal with",
+            f"{plan.checkpoint.name}: no edited writer is a plain linear layer, so there is nothing to heal with",
             "use the edited checkpoint as it is",
         )
     return found

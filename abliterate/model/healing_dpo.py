@@ -1,8 +1,8 @@
 """Healing by preferences: DPO (Rafailov et al. 2023, arXiv:2305.18290) as trl has it, the edited model its reference.
 
 Of every harmless prompt the base's reply is preferred to the edited model's; where both reply the same there is nothing
-to prefer.  After every step of the optimiser the adapter is projected, and the same validation prompts as for training by
-KL say which step is kept.
+to prefer.  After every step of the optimiser the adapter is projected, and the same validation prompts as for training
+by KL say which step is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ def pairs_of(
     found = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not found:
         raise PlanRefusedError(
-            f"{loaded.name}: replies as its base does to all {len(pairs)} training prompts, so there is nothing to prefer",
+            f"{loaded.name}: replies as its base does to all {len(pairs)} training prompts: there is nothing to prefer",
             "heal with --method kl, or give other prompts by --harmless",
         )
     return found

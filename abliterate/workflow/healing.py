@@ -1,7 +1,7 @@
 """Healing an edited checkpoint: taught by its base, merged shard by shard from the base's bytes, and proven again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from abliterate.events import Noted, OnEvent, ignore, working
 from abliterate.method.statistics import Difference, paired_difference
 from abliterate.model.healing import Adapter, Classroom, Healed, Schedule, lessons, peft_library, train
 from abliterate.model.healing_dpo import pairs_of, train_by_preference, trl_library
+from abliterate.model.room import is_out_of_memory
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
 from abliterate.publishing.keeping import require_verified
@@ -44,7 +45,7 @@ class HealingOptions:
     method: Method = "kl"
     rank: int = 8
     most_prompts: int = 128
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +165,8 @@ def _trained(
         found, pairs = _train(session, source, made, options)
         if not found.kept:
             raise PlanRefusedError(
-                f"{source.name}: none of {found.steps} steps brought it closer to its base on the validation prompts (KL "
-                f"{found.before:.4f} nats per token), so nothing is written",
+                f"{source.name}: none of {found.steps} steps brought it closer to its base on the validation prompts "
+                f"(KL {found.before:.4f} nats per token), so nothing is written",
                 "the edit leaves little to heal, or try more --prompts, another --rank or a smaller --rate",
             )
     except AbliterateError:
@@ -211,6 +212,13 @@ def _train(session: Session, source: Checkpoint, made: EditPlan, options: Healin
             else:
                 found = train_by_preference(room, adapter, pairs, schedule, seed=recipe.find.seed, advance=advance)
             advance(schedule.most_steps - found.steps)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{source.name}: memory ran out while it was healed",
+            "give a smaller --max-new-tokens, --dtype bfloat16, or take a machine with more memory",
+        ) from error
     finally:
         edited.release()
     return found, None if pairs is None else len(pairs)

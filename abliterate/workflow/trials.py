@@ -39,8 +39,8 @@ def side_by_side(
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
     With ``proof``, the plan it came from, number ``proven`` of them is compared with the base under hooks;
-    ``with_replies`` evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with
-    others ablated that should change nothing (``control_candidates``); these are spared the tasks.
+    ``with_replies`` evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls``
+    adds the base with others ablated that should change nothing (``control_candidates``); these are spared the tasks.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
