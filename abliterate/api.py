@@ -30,7 +30,6 @@ from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.exports.projection import Projection
 from abliterate.method.directions import DirectionSet
 from abliterate.method.stream_edit import StreamEdit
-from abliterate.model.healing import Schedule
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits
@@ -41,9 +40,7 @@ from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import inspecting, pipeline
 from abliterate.workflow.chatting import chat, reply
-from abliterate.workflow.healing import HealingOptions, HealResult
-from abliterate.workflow.healing import Method as HealingMethod
-from abliterate.workflow.healing import heal as _heal
+from abliterate.workflow.healing import HealingOptions, heal
 from abliterate.workflow.pipeline import RunResult
 from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.reproducing import reproduce as _reproduce
@@ -52,7 +49,7 @@ from abliterate.workflow.trials import EDITED
 from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
-    "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
+    "HealingOptions", "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
     "export_control_vector", "export_lora", "export_patch", "export_projection", "heal", "import_gguf", "inspect",
     "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
     "stream", "verify",
@@ -261,27 +258,6 @@ def reproduce(
     return _reproduce(
         place.path, base=base, measure=measure, beside=beside, trust_remote_code=trust_remote_code, on_event=on_event
     )
-
-
-def heal(
-    edited: str | Path,
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    revision: str | None = None,
-    method: HealingMethod = "kl",
-    rank: int = 8,
-    prompts: int = 128,
-    schedule: Schedule | None = None,
-    changes: Mapping[str, Any] | None = None,
-    on_event: OnEvent = ignore,
-) -> HealResult:
-    """Bring ``edited`` back to what its base says to harmless prompts, the edit kept; see ``workflow.healing``.
-
-    ``changes`` are options of a recipe, as for ``verify``; ``prompts`` of each part are used at most.
-    """
-    options = HealingOptions(method=method, rank=rank, most_prompts=prompts, schedule=schedule or Schedule())
-    return _heal(edited, Path(out), base=base, revision=revision, changes=changes, options=options, on_event=on_event)
 
 
 def verify(

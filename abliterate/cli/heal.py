@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
+from abliterate.cli.evaluate import check_report
 from abliterate.cli.recipe_options import Given, takes
 from abliterate.errors import UsageError
 
@@ -35,6 +36,7 @@ def heal(
     rate: Annotated[float, typer.Option(min=0.0, help="The learning rate.")] = 1e-3,
     given: Given,
     revision: opt.Revision = None,
+    report: opt.ReportFile = None,
     json: opt.Json = False,
 ) -> None:
     """Train a small LoRA on harmless prompts to bring an edited checkpoint back to its base, and merge it.
@@ -46,21 +48,31 @@ def heal(
     """
     if objective not in METHODS:
         raise UsageError(f"--method {objective}: no way to heal", f"choose one of: {', '.join(METHODS)}")
-    from abliterate import api
     from abliterate.model.healing import Schedule
     from abliterate.model.load import quiet_transformers
+    from abliterate.publishing import manifest
+    from abliterate.workflow.healing import HealingOptions
+    from abliterate.workflow.healing import heal as heal_checkpoint
 
+    check_report(report)
     quiet_transformers()
     target = out_folder or opt.default_out(edited, suffix="healed")
+    options = HealingOptions(
+        method=cast(Literal["kl", "dpo"], objective), rank=rank, most_prompts=prompts,
+        schedule=Schedule(most_steps=steps, rate=rate),
+    )  # fmt: skip
     with progress() as listen:
-        result = api.heal(
-            edited, target, base=base, revision=revision, method=cast(Literal["kl", "dpo"], objective), rank=rank,
-            prompts=prompts, schedule=Schedule(most_steps=steps, rate=rate), changes=given, on_event=listen,
-        )  # fmt: skip
-    if json:
-        from abliterate.publishing import manifest
+        result = heal_checkpoint(
+            edited, target, base=base, revision=revision, changes=given, options=options, on_event=listen
+        )
+    document = manifest.read(result.out)
+    if report is not None:
+        from abliterate.evaluate.page import write_report
 
-        show_json({"out": str(result.out), **manifest.read(result.out)})
+        title = f"{document['source']['name']}, abliterated and healed"
+        write_report(report, title, result.evaluation, manifest=document)
+    if json:
+        show_json({"out": str(result.out), **document})
         return
     _show(result)
 

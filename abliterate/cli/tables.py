@@ -189,13 +189,19 @@ def show_verification(report: "VerifyReport") -> None:
             f"[yellow]rows keep their lengths: on the written bytes {min(shares):.1%} to {max(shares):.1%} of what a "
             "writer wrote along the direction is put back[/yellow]"
         )
+    if healed := sum(proof.healed for proof in on_bytes.edited):
+        out.print(
+            f"{mark} {healed} of the writers hold what healing added as well, which writes nothing along what was "
+            "edited; where hooks are compared with, the base has it beside its writers"
+        )
     for name in on_bytes.not_finite:
         out.print(f"[yellow]![/yellow] {escape(name)} holds NaN or infinity, as in the base; the edit leaves it alone")
     if behaviour is not None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
         share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"
         out.print(
-            f"{mark} against {'ablation hooks' if removes else 'the edit as hooks'} on {behaviour.prompts} held-out "
+            f"{mark} against {'ablation hooks' if removes else 'the edit as hooks'}"
+            f"{' and the healing' if healed else ''} on {behaviour.prompts} held-out "
             f"prompts: KL {behaviour.kl_nats:.1e} nats "
             f"({'the ablation' if removes else 'that edit'} itself: {behaviour.ablation_kl_nats:.1e}){share}"
         )

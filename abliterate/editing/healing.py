@@ -50,8 +50,8 @@ def healed(plan: EditPlan, added: Mapping[str, LowRank]) -> EditPlan:
             raise CheckpointError(f"what healed {plan.checkpoint.name} does not fit: '{name}' {why}", HINT)
     rank = max(its.b.shape[1] for its in added.values())
     note = (
-        f"healed: a trained matrix of rank {rank} is added to {len(added)} writers, orthogonal to what was edited; "
-        "where hooks at inference time are spoken of, the base has these beside its writers"
+        f"healed: a trained matrix of rank {rank} is added to {len(added)} writers, orthogonal to what was edited; it "
+        "no longer equals what hooks make of the base alone"
     )
     edits = {name: replace(edit, added=added.get(name)) for name, edit in plan.edits.items()}
     return replace(plan, edits=edits, notes=(*plan.notes, note))

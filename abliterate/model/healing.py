@@ -5,7 +5,9 @@ a mean over the tokens of replies.  After every step of the optimiser ``B`` lose
 reads (``B <- B - U U^T B``), so that at no time the adapter can write it.  Validation prompts say which step is kept.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,8 +137,7 @@ class Adapter:
             r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
             target_modules=[names[linear_of(loaded, writer)] for writer in linear],
         )  # fmt: skip
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with own_random_numbers(seed), quiet_libraries():
             self.model = peft.get_peft_model(loaded.model, settings)
         self.model.eval()
         self._layers = {writer.tensor.name: linear_of(loaded, writer) for writer in linear}
@@ -172,6 +173,22 @@ class Adapter:
                 kept = project_out(kept, self._bases[name])
             found[name] = LowRank(b=kept.T.contiguous(), a=a.to(device="cpu", dtype=torch.float32, copy=True))
         return found
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Run with the random numbers of ``seed``, where a library draws them from torch's own generators."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Run without what training libraries say of each other's old names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def peft_library() -> Any:  # noqa: ANN401 - a module

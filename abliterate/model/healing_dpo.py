@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from abliterate.errors import PlanRefusedError, UsageError
 from abliterate.events import OnEvent, ignore
 from abliterate.model.chat import ChatFormat
-from abliterate.model.healing import Adapter, Classroom, Healed, Lesson, Schedule, Watch, peft_library
+from abliterate.model.healing import (
+    Adapter,
+    Classroom,
+    Healed,
+    Lesson,
+    Schedule,
+    Watch,
+    own_random_numbers,
+    peft_library,
+    quiet_libraries,
+)
 from abliterate.model.load import LoadedModel
 from abliterate.model.replying import generate_tokens
 
@@ -98,8 +106,8 @@ def train_by_preference(
         NonFiniteError: the model's distributions became NaN or infinite.
     """
     trl = trl_library()
-    from datasets import Dataset
-    from transformers import TrainerCallback
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PrinterCallback, TrainerCallback
 
     def measured() -> float:
         adapter.model.eval()
@@ -125,7 +133,7 @@ def train_by_preference(
         for pair in pairs
     ]
     each = max(1, min(room.rows // 2, schedule.batch))
-    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with TemporaryDirectory() as folder, own_random_numbers(seed), quiet_libraries():
         settings = trl.DPOConfig(
             output_dir=folder, beta=BETA, learning_rate=RATE * schedule.rate, lr_scheduler_type="constant",
             max_steps=schedule.most_steps, per_device_train_batch_size=each,
@@ -134,10 +142,12 @@ def train_by_preference(
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=room.loaded.device.type == "cpu", dataloader_pin_memory=False,
         )  # fmt: skip
+        disable_progress_bars()
         trainer = trl.DPOTrainer(
             model=adapter.model, args=settings, train_dataset=Dataset.from_list(rows),
             processing_class=chat.tokenizer, callbacks=[Projecting()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     adapter.model.eval()
     return watch.result

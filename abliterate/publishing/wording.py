@@ -34,13 +34,13 @@ def is_ablation(edit: Mapping[str, Any]) -> bool:
 
 def summary(edit: Mapping[str, Any]) -> str:
     """What was done to the checkpoint, to follow the word "with"."""
-    edits = edits_of(edit)
+    edits, healed = edits_of(edit), ", and healed afterwards" if edit.get("healed") else ""
     if len(edits) > 1:
-        return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream"
+        return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream{healed}"
     word = "removed from" if edits[0]["removes"] else "edited in"
     done, there = _coverage(edit)
     writers = "everything that writes" if is_whole(edit) else f"{done} of the {there} writers"
-    return f"{_directions(edits[0], one='one direction')} {word} {writers} to its residual stream"
+    return f"{_directions(edits[0], one='one direction')} {word} {writers} to its residual stream{healed}"
 
 
 def method(edit: Mapping[str, Any]) -> str:
@@ -70,9 +70,11 @@ def details(edit: Mapping[str, Any]) -> list[str]:
 
 def equation(edit: Mapping[str, Any]) -> str:
     """The equation that the edited tensors satisfy."""
-    if all(map(_is_plain, edits_of(edit))):
-        return "W' = W − r̂r̂ᵀW"
-    return "W' = (W − strength · write (readᵀW) + constant) · scale"
+    plain = all(map(_is_plain, edits_of(edit)))
+    its = "W' = W − r̂r̂ᵀW" if plain else "W' = (W − strength · write (readᵀW) + constant) · scale"
+    if not edit.get("healed"):
+        return its
+    return f"{its} + BA with {'r̂' if plain else 'read'}ᵀB = 0"
 
 
 MOST_LINES = 8

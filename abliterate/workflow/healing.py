@@ -61,7 +61,7 @@ class HealResult:
 
 def heal(
     edited: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     base: str | Path | None = None,
     revision: str | None = None,
@@ -88,7 +88,7 @@ def heal(
     session = _session(finished, source, base, changes, options, on_event)
     made = finished.plan(session.checkpoint)
     healable(made)
-    check_place(out, finished.folder)
+    check_place(Path(out).absolute(), finished.folder)
     _check_prompts(session)
     pipeline.check_evaluation(session.recipe)
     on_bytes = pipeline.verify(session, made, finished.folder, behaviour=False)
@@ -98,7 +98,7 @@ def heal(
             "give the base that it was made from, or edit the base again",
         )
     output = prepare(
-        out,
+        Path(out),
         source=session.checkpoint.folder,
         fingerprint=_fingerprint(session, made, options),
         needed_bytes=made.output_bytes,
@@ -311,5 +311,6 @@ def _changes(evaluation: EvalReport) -> dict[str, Difference]:
     found = {}
     for kind in evaluation.kinds:
         refused = [sample.refused for sample in evaluation.samples if sample.kind == kind]
-        found[kind] = paired_difference([its[before] for its in refused], [its[after] for its in refused])
+        each = ([float(its[place]) for its in refused] for place in (before, after))
+        found[kind] = paired_difference(*each)
     return found
