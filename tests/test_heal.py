@@ -44,7 +44,7 @@ from tests.test_reproduce import RECIPE, SCHEMA
 
 OUT = "model.layers.1.self_attn.o_proj.weight"
 EXACT = 1e-10
-FEW = HealingOptions(most_prompts=12, schedule=Schedule(most_steps=4, checked_every=2))
+FEW = HealingOptions(most_prompts=12, schedule=Schedule(most_steps=4, checked_every=2, rate=1e-3))
 
 
 # --- the plan, the merge and the proof --------------------------------------------------------------------------------

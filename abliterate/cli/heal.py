@@ -33,7 +33,7 @@ def heal(
         int, typer.Option(min=1, help="At most so many prompts of each part: training, validation, test.")
     ] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser at most.")] = 160,
-    rate: Annotated[float, typer.Option(min=0.0, help="The learning rate.")] = 1e-3,
+    rate: Annotated[float, typer.Option(min=0.0, help="The learning rate.")] = 3e-4,
     given: Given,
     revision: opt.Revision = None,
     report: opt.ReportFile = None,
@@ -84,9 +84,9 @@ def _show(result: "HealResult") -> None:
     about = result.about
     kl, parts = about["validation_kl_nats"], about["prompts"]
     out.print(
-        f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} writers, from "
-        f"{parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation prompts from "
-        f"{kl['before']:.4f} to {kl['after']:.4f} nats per token (step {about['kept_step']} of {about['steps']})",
+        f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} of {len(result.plan.writers)} writers, from "
+        f"{parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation prompts "
+        f"from {kl['before']:.4f} to {kl['after']:.4f} nats per token (step {about['kept_step']} of {about['steps']})",
         markup=False,
         soft_wrap=True,
     )

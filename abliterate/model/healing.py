@@ -23,10 +23,9 @@ from abliterate.method.linalg import orthonormal_basis, project_out
 from abliterate.method.statistics import exact_kl_nats
 from abliterate.method.weight_edit import LowRank
 from abliterate.model.chat import ChatFormat
-from abliterate.model.footprint import logit_bytes
 from abliterate.model.forward import run_batch
 from abliterate.model.interventions import linear_of
-from abliterate.model.likelihood import predict, wide
+from abliterate.model.likelihood import logit_row_bytes, predict, wide
 from abliterate.model.load import LoadedModel
 from abliterate.model.replying import generate_tokens
 from abliterate.model.room import free_bytes, gradient_rows
@@ -43,7 +42,7 @@ class Schedule:
     """
 
     most_steps: int = 160
-    rate: float = 1e-3
+    rate: float = 3e-4
     batch: int = 8
     checked_every: int = 8
     patience: int = 4
@@ -91,7 +90,8 @@ def lessons(
     Raises:
         UsageError: half of the free memory does not hold its distributions.
     """
-    needed, free = len(prompts) * max_new_tokens * logit_bytes(loaded), free_bytes(torch.device("cpu"))
+    needed = len(prompts) * logit_row_bytes(loaded, max_new_tokens)
+    free = free_bytes(torch.device("cpu"))
     if needed > free // 2:
         raise UsageError(
             f"{loaded.name}: its distributions along {len(prompts)} replies of up to {max_new_tokens} tokens take "

@@ -29,7 +29,7 @@ from abliterate.model.replying import generate_tokens
 
 BETA = 0.1
 """Weight of the reference, as published."""
-RATE = 0.1
+RATE = 1 / 3
 """Of the rate that the schedule has for KL: a preference pulls harder."""
 
 
