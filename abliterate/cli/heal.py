@@ -84,9 +84,9 @@ def _show(result: "HealResult") -> None:
     about = result.about
     kl, parts = about["validation_kl_nats"], about["prompts"]
     out.print(
-        f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} of {len(result.plan.writers)} writers, from "
-        f"{parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation prompts "
-        f"from {kl['before']:.4f} to {kl['after']:.4f} nats per token (step {about['kept_step']} of {about['steps']})",
+        f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} of {len(result.plan.writers)} "
+        f"writers, from {parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation "
+        f"prompts from {kl['before']:.4f} to {kl['after']:.4f} nats per token (step {about['kept_step']} of {about['steps']})",
         markup=False,
         soft_wrap=True,
     )
