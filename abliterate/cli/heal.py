@@ -86,7 +86,8 @@ def _show(result: "HealResult") -> None:
     out.print(
         f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} of {len(result.plan.writers)} "
         f"writers, from {parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation "
-        f"prompts from {kl['before']:.4f} to {kl['after']:.4f} nats per token (step {about['kept_step']} of {about['steps']})",
+        f"prompts from {kl['before']:.4f} to {kl['after']:.4f} nats per token "
+        f"(step {about['kept_step']} of {about['steps']})",
         markup=False,
         soft_wrap=True,
     )
