@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from abliterate.api import HealingOptions as HealingOptions
     from abliterate.api import Recipe as Recipe
     from abliterate.api import apply_patch as apply_patch
     from abliterate.api import categories as categories
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from abliterate.api import export_lora as export_lora
     from abliterate.api import export_patch as export_patch
     from abliterate.api import export_projection as export_projection
+    from abliterate.api import heal as heal
     from abliterate.api import import_gguf as import_gguf
     from abliterate.api import inspect as inspect
     from abliterate.api import load_recipe as load_recipe
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from abliterate.api import verify as verify
 
 _API = (
+    "HealingOptions",
     "Recipe",
     "apply_patch",
     "categories",
@@ -52,6 +55,7 @@ _API = (
     "export_lora",
     "export_patch",
     "export_projection",
+    "heal",
     "import_gguf",
     "inspect",
     "load_recipe",

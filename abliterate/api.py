@@ -41,6 +41,7 @@ from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import inspecting, pipeline
 from abliterate.workflow.chatting import chat, reply
+from abliterate.workflow.healing import HealingOptions, heal
 from abliterate.workflow.pipeline import RunResult
 from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.reproducing import reproduce as _reproduce
@@ -49,8 +50,8 @@ from abliterate.workflow.trials import EDITED
 from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
-    "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
-    "export_control_vector", "export_lora", "export_patch", "export_projection", "import_gguf", "inspect",
+    "HealingOptions", "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
+    "export_control_vector", "export_lora", "export_patch", "export_projection", "heal", "import_gguf", "inspect",
     "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
     "stream", "verify",
 ]  # fmt: skip
@@ -186,15 +187,14 @@ def export_lora(
     """
     recipe = Recipe()
     finished = None if edited is None else FinishedEdit.open(edited, revision=revision)
-    if direction is None and finished is None:
-        raise UsageError("an adapter needs a direction", "give one, or an edited folder")
-    made = plan(fetch(open_model(base)), **(recipe if finished is None else finished.recipe).plan_options)
-    if direction is not None:
-        change = stream_asked(recipe.edit, direction, made.model_map.n_layers)
-    else:
-        change = finished.stream if finished is not None else StreamEdit()
-    beside = None if gguf is None else Path(gguf)
-    return _export_lora(along(made, change), Path(out), gguf=beside, on_event=on_event)
+    checkpoint, beside = fetch(open_model(base)), None if gguf is None else Path(gguf)
+    if direction is None:
+        if finished is None:
+            raise UsageError("an adapter needs a direction", "give one, or an edited folder")
+        return _export_lora(finished.plan(checkpoint), Path(out), gguf=beside, on_event=on_event)
+    made = plan(checkpoint, **(recipe if finished is None else finished.recipe).plan_options)
+    made = along(made, stream_asked(recipe.edit, direction, made.model_map.n_layers))
+    return _export_lora(made, Path(out), gguf=beside, on_event=on_event)
 
 
 def export_control_vector(direction: DirectionSet, out: str | Path) -> list[int]:

@@ -16,7 +16,7 @@ TiedPolicy = Literal["untie", "shared", "keep"]
 Claim = Literal["equal to hooks", "removes the direction", "bytes only"]
 """What an edited checkpoint is: equal to its base under hooks at the writers' outputs, to rounding; free of the
 direction, but with logits that differ from the hooks' by an amount that is stated; or what the equation says of its
-bytes, and no more."""
+bytes, and no more.  Of a healed one, the base has what healing added beside its writers."""
 
 ASSUMED_BYTES_PER_SECOND = 150e6
 """Throughput of edit + verify used for the estimate of the plan; the progress bar shows the real one."""
@@ -61,6 +61,11 @@ class EditPlan:
     def distinct_edits(self) -> tuple[WeightEdit, ...]:
         """Every edit of ``edits`` once, in the order of the writers."""
         return tuple({id(edit): edit for edit in self.edits.values()}.values())
+
+    @property
+    def healed(self) -> int:
+        """How many writers get what healing adds."""
+        return sum(edit.added is not None for edit in self.edits.values())
 
     @property
     def output_bytes(self) -> int:
@@ -127,6 +132,7 @@ class EditPlan:
             "exactness": self.exactness,
             "claim": self.claim,
             "edits": self._edits_json(),
+            **({"healed": self.healed} if self.healed else {}),
             "d_model": self.model_map.d_model,
             "n_layers": self.model_map.n_layers,
             "coverage": self.coverage,

@@ -189,13 +189,19 @@ def show_verification(report: "VerifyReport") -> None:
             f"[yellow]rows keep their lengths: on the written bytes {min(shares):.1%} to {max(shares):.1%} of what a "
             "writer wrote along the direction is put back[/yellow]"
         )
+    if healed := sum(proof.healed for proof in on_bytes.edited):
+        out.print(
+            f"{mark} {healed} of the writers hold what healing added as well, which writes nothing along what was "
+            "edited; where hooks are compared with, the base has it beside its writers"
+        )
     for name in on_bytes.not_finite:
         out.print(f"[yellow]![/yellow] {escape(name)} holds NaN or infinity, as in the base; the edit leaves it alone")
     if behaviour is not None:
         mark = "[red]✗[/red]" if behaviour.failures else "[green]✓[/green]"
         share = "" if behaviour.stream_share is None else f", r in the stream: {behaviour.stream_share:.1e}"
         out.print(
-            f"{mark} against {'ablation hooks' if removes else 'the edit as hooks'} on {behaviour.prompts} held-out "
+            f"{mark} against {'ablation hooks' if removes else 'the edit as hooks'}"
+            f"{' and the healing' if healed else ''} on {behaviour.prompts} held-out "
             f"prompts: KL {behaviour.kl_nats:.1e} nats "
             f"({'the ablation' if removes else 'that edit'} itself: {behaviour.ablation_kl_nats:.1e}){share}"
         )
@@ -244,7 +250,7 @@ def show_evaluation(report: "EvalReport", *, samples: int = SAMPLES, show_replie
     for model in report.models:
         if not model.against:
             continue
-        changes = "; ".join(f"{kind} {_change(change)}" for kind, change in model.refusal_change.items())
+        changes = "; ".join(f"{kind} {change(its)}" for kind, its in model.refusal_change.items())
         out.print(f"refusals, {escape(model.name)} against {escape(model.against)}, same prompts: {changes}")
     for breakdown in report.breakdowns:
         err.print(f"note: {breakdown}: this edit harms the model", markup=False)
@@ -309,8 +315,9 @@ def _task(scores: "Sequence[TaskScore]", like: "TaskScore") -> "TaskScore | None
     return next((score for score in scores if (score.task, score.metric) == (like.task, like.metric)), None)
 
 
-def _change(change: "Difference") -> str:
-    return f"{100 * change.value:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f}: {change.verdict})"
+def change(its: "Difference") -> str:
+    """A difference of rates in points, with its interval and what that says."""
+    return f"{100 * its.value:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}: {its.verdict})"
 
 
 def _kind_rows(scores: Table, name: str, models: "Sequence[ClassScores]") -> None:

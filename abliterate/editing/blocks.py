@@ -9,6 +9,9 @@ much of the edit: most values move by less than half a step and fall back to whe
 pulled along ``read`` until the rounded columns hold as little as the grid allows: of all stored matrices ``Q`` with
 ``read^T Q = 0`` the one closest to ``W'`` is the rounding of ``W' - read m`` for some ``m`` (its Lagrange multipliers),
 found by ``m <- m + (read^T read)^-1 read^T Q``.  The feedback rows then take the rest, as everywhere.
+
+What healing adds to a writer is added to its stored values before they are edited, which takes out of it as well what
+the rounding of the arithmetic put along ``read``.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from abliterate.arch.codecs import Codec
 from abliterate.errors import NonFiniteError
 from abliterate.method.edits import column_scale
 from abliterate.method.rounding import GRAM_TOLERANCE, feedback_rows, round_tail
-from abliterate.method.weight_edit import WeightEdit
+from abliterate.method.weight_edit import LowRank, WeightEdit
 
 Rounding = Literal["direction", "nearest"]
 """How the edited matrix is rounded to its dtype: so that nothing is left along the direction, or each element alone."""
@@ -63,6 +66,7 @@ class TensorEdit:
     write: Float[Tensor, "d k"]
     constant: Float[Tensor, " d"] | None
     row_scale: Float[Tensor, " d"] | None
+    added: LowRank | None
     inverse: Float[Tensor, "k k"]
     compute: torch.dtype
     feedback: Tensor
@@ -91,6 +95,7 @@ class TensorEdit:
             write=edit.write.to(compute),
             constant=None if edit.constant is None else edit.constant.to(compute),
             row_scale=None if scale is None else scale.to(compute),
+            added=None if edit.added is None else edit.added.to(compute),
             inverse=torch.linalg.pinv(edit.read.T @ edit.read, rtol=GRAM_TOLERANCE, hermitian=True).to(compute),
             compute=compute,
             feedback=torch.tensor(rows, dtype=torch.long),
@@ -305,7 +310,7 @@ class ColumnEdit:
             self._expected = self._expected * self._scale
 
     def _target(self, part: Tensor, row: int) -> Float[Tensor, "rows n"]:
-        """``diag(row_scale) (W - strength write c + constant) diag(scale) - read m``."""
+        """``diag(row_scale) (W - strength write c + constant) diag(scale) - read m``, ``W`` with what healing adds."""
         edit, rows = self.edit, slice(row, row + len(part))
         wide = self._wide(part, row).addmm_(edit.write[rows], self._coefficients, alpha=-edit.edit.strength)
         if edit.constant is not None:
@@ -320,7 +325,8 @@ class ColumnEdit:
         codec = self.edit.codec
         wide = self.edit.work.block(len(part), codec.values, self.edit.compute)
         codec.widen(part, self._first_row + row, wide)
-        return wide
+        added = self.edit.added
+        return wide if added is None else wide.addmm_(added.b[row : row + len(part)], added.a)
 
     def _places(self, part: Tensor, row: int) -> Tensor:
         return torch.arange(self._first_row + row, self._first_row + row + len(part))

@@ -28,8 +28,11 @@ class Factors:
 
 
 def factors_of(root: Path, writer: Writer, edit: WeightEdit) -> Factors:
-    """``a = read^T W``, read from the file, and ``b = -strength write``."""
+    """``a = read^T W``, read from the file, and ``b = -strength write``; below and beside them what healing adds."""
     with SourceFile(root / writer.tensor.shard) as file:
         reads = read_along(file, writer, edit.read)[0].to(torch.float32)
     writes = (-edit.strength * edit.write).to(torch.float32)
+    if edit.added is not None:
+        more = edit.added.to(torch.float32)
+        reads, writes = torch.cat([reads, more.a]), torch.cat([writes, more.b], dim=1)
     return Factors(writer=writer, a=reads.contiguous(), b=writes.contiguous())

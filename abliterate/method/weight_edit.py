@@ -11,6 +11,8 @@ and so, whatever made it, every edited writer whose rows are not scaled satisfie
 
 ``kept = 0`` and no constant: nothing can make ``W'`` write along ``read``.  Scaled rows turn what is written, and a
 part of it comes to lie along ``read`` again: such an edit never removes a direction.
+
+A *healed* writer gets ``b a`` beside its edit, with ``read^T b = 0``: ``W' + b a`` satisfies the same post-condition.
 """
 
 from dataclasses import dataclass
@@ -36,6 +38,18 @@ NOTHING_LEFT = 2.0**-20
 mostly rounding and would be blown up with it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LowRank:
+    """What healing adds to one writer: ``b a``, the residual axis first; ``b`` in float64, ``a`` in float32."""
+
+    b: Float[Tensor, "d k"]
+    a: Float[Tensor, "k n"]
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """Both in ``dtype``."""
+        return LowRank(b=self.b.to(dtype), a=self.a.to(dtype))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightEdit:
     """One edit, its vectors in float64.
@@ -51,6 +65,7 @@ class WeightEdit:
         row_scale: what each row is multiplied by for that; None while the weights have not been read.
         predicted_error: relative distance to hook ablation that an isotropic write would see (0 when exact).
         ridge: the weight of the regularisation chosen by ``edits.behind_norm``.
+        added: what healing adds to the edited writer, orthogonal to ``read``; None for nothing.
     """
 
     read: Float[Tensor, "d k"]
@@ -62,6 +77,7 @@ class WeightEdit:
     row_scale: Float[Tensor, " d"] | None = None
     predicted_error: float = 0.0
     ridge: float = 0.0
+    added: LowRank | None = None
 
     @property
     def d_model(self) -> int:

@@ -17,10 +17,9 @@ from abliterate.arch.formats import FORMATS
 from abliterate.events import OnEvent, ignore, working
 from abliterate.method.linalg import orthonormal_basis
 from abliterate.method.statistics import exact_kl_nats
-from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import Tell, each_batch, last_log_probs, last_of_batch
-from abliterate.model.interventions import edited, observed
+from abliterate.model.interventions import as_planned, observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import share
 from abliterate.verification.behaviour import Behaviour, kl_bound_nats, share_bound
@@ -40,18 +39,21 @@ class HookedBase:
 def hooked_base(
     loaded: LoadedModel,
     chat: ChatFormat,
-    stream: StreamEdit,
+    plan: EditPlan,
     prompts: Sequence[str],
     *,
     batch_size: int,
     on_event: OnEvent = ignore,
 ) -> HookedBase:
-    """Next-token log-probabilities of the base, as it is and with the edit as hooks; out of core in one weight pass."""
+    """Next-token log-probabilities of the base, as it is and with the edit as hooks; out of core in one weight pass.
+
+    Where the plan was healed, the hooked base has what healing adds beside its writers.
+    """
     with working(on_event, OF_BASE, 2 * len(prompts), "prompt passes") as advance:
         as_it_is = partial(last_log_probs, loaded, chat, prompts, batch_size=batch_size, advance=advance)
 
         def under_hooks() -> Tensor:
-            with edited(loaded, stream):
+            with as_planned(loaded, plan):
                 return as_it_is()
 
         plain, hooked = share(loaded, [as_it_is, under_hooks])

@@ -22,13 +22,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from abliterate.arch.edit_plan import EditPlan
+from abliterate.arch.model_map import Writer
 from abliterate.method.directions import Candidate
 from abliterate.method.edits import removal, removing
 from abliterate.method.linalg import orthonormal_basis, project_out, unit
 from abliterate.method.places import Place
 from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.stream_edit import StreamEdit
-from abliterate.method.weight_edit import WeightEdit
+from abliterate.method.weight_edit import LowRank, WeightEdit
 from abliterate.model.load import LoadedModel
 from abliterate.model.tasks import Task, current, lineage
 
@@ -71,6 +73,49 @@ def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
 
     with at_writers(loaded, change_at):
         yield
+
+
+@contextmanager
+def as_planned(loaded: LoadedModel, plan: EditPlan) -> Iterator[None]:
+    """Run as the edit of ``plan`` would make the model; healed, with ``b (a x)`` beside each writer's ``W x``."""
+    stream = plan.stream
+    if stream is None:
+        raise AssertionError("the plan has an edit")
+    undoing = [
+        undo
+        for writer in plan.writers
+        if (added := plan.edits[writer.tensor.name].added) is not None
+        for undo in _on_product(linear_of(loaded, writer), added)
+    ]
+    try:
+        with edited(loaded, stream):
+            yield
+    finally:
+        for undo in undoing:
+            undo()
+
+
+def linear_of(loaded: LoadedModel, writer: Writer) -> nn.Module:
+    """The module of a writer in a block, by its place in that block: models loaded otherwise have other prefixes."""
+    assert writer.layer is not None, "the writer is in a block"
+    _, _, name = writer.tensor.name.partition(f".{writer.layer}.")
+    return loaded.blocks[writer.layer].get_submodule(name.removesuffix(".weight"))
+
+
+def _on_product(module: nn.Module, added: LowRank) -> list[Undo]:
+    """``module(x) + b (a x)``, in float32 or wider."""
+    seen: list[Tensor] = []
+
+    def see(x: Tensor) -> Tensor:
+        seen[:] = [x]
+        return x
+
+    def add(y: Tensor) -> Tensor:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        a, b = (its.to(device=y.device, dtype=dtype) for its in (added.a, added.b))
+        return (y.to(dtype) + (seen.pop().to(dtype) @ a.T) @ b.T).to(y.dtype)
+
+    return [_on_input(module, see), _on_output(module, add)]
 
 
 @contextmanager

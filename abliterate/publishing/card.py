@@ -26,6 +26,11 @@ OF_OTHER_EDITS = {
 }
 """The same of edits that are no directional ablation."""
 
+OF_HEALED = (
+    "As it was healed, this holds of the base with what healing added beside its writers, not of the base alone, from "
+    "which it differs by what healing was for"
+)
+
 GATED = "extra_gated_"
 """Fields of a card whose names begin so hold the terms of a gated repository, and are carried over with its licence."""
 
@@ -72,6 +77,7 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
         method=wording.method(manifest["edit"]),
         effect=wording.effect(manifest["edit"]),
         percent=percent,
+        points=points,
         nats=nats,
         task=task,
     )
@@ -81,6 +87,8 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
 
 def worth(edit: Mapping[str, Any]) -> str:
     """What the result is, by exactness class and claim; manifests of version 1 claim nothing of their own."""
+    if edit.get("healed"):
+        return f"{worth({**edit, 'healed': 0})}. {OF_HEALED}"
     if edit["exactness"] != "C" and edit.get("claim") == "bytes only":
         return "what the equation says of its bytes; no intervention at inference time is equal to it"
     if not wording.is_ablation(edit) and edit["exactness"] in OF_OTHER_EDITS:
@@ -136,6 +144,14 @@ def percent(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
         return "-"
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low95']:.1f} to {100 * rate['high95']:.1f})"
+
+
+def points(change: Mapping[str, float | None]) -> str:
+    """A difference of rates with its interval for people, e.g. "-2.0 points (-5.0 to +0.5)"."""
+    if change["value"] is None:
+        return "-"
+    value, low, high = (100 * float(change[key] or 0) for key in ("value", "low", "high"))
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
 def task(score: Mapping[str, Any]) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.arch.edit_plan import EditPlan
-from abliterate.checkpoint import direction_file, edit_file
+from abliterate.checkpoint import direction_file, edit_file, healing_file
 from abliterate.checkpoint.file_names import inner_name
 from abliterate.checkpoint.finished import finished_folder
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import OUR_MANIFEST, Checkpoint
 from abliterate.data.bundled import open_model
+from abliterate.editing.healing import healed
 from abliterate.editing.planning import plan
 from abliterate.errors import AbliterateError
 from abliterate.events import Noted, OnEvent, ignore
@@ -86,8 +87,10 @@ class FinishedEdit:
         return fetch(open_model(base or self.base_name, revision=self.revision_of(base)))
 
     def plan(self, base: Checkpoint) -> EditPlan:
-        """The plan of the edit, on ``base``."""
-        return plan(base, edit=self.stream, **self.recipe.plan_options)
+        """The plan of the edit and, where it was healed, of that, on ``base``."""
+        made = plan(base, edit=self.stream, **self.recipe.plan_options)
+        its = self.document.get("healing")
+        return made if its is None else healed(made, healing_file.load(self._file(its["file"])))
 
 
 def planned_edits(

@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from abliterate.arch.edit_plan import EditPlan
+from abliterate.checkpoint import healing_file
 from abliterate.checkpoint.documents import check_document
 from abliterate.checkpoint.format_number import check_format
 from abliterate.checkpoint.hashes import sha256_file
-from abliterate.checkpoint.output import JOURNAL, OutputFolder, write_json
+from abliterate.checkpoint.output import JOURNAL, PRIVATE_FOLDER, OutputFolder, write_json
 from abliterate.checkpoint.source import IGNORED_PARTS, Checkpoint, read_json
 from abliterate.errors import CheckpointError
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
@@ -71,8 +72,12 @@ def build(
     prompts: Mapping[str, Any] | None = None,
     verification: VerifyReport | None = None,
     evaluation: EvalReport | None = None,
+    healing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of an edited checkpoint as plain data; ``verification`` and ``evaluation`` may come later."""
+    """The manifest of an edited checkpoint as plain data; ``verification`` and ``evaluation`` may come later.
+
+    ``healing`` says how a healed one was healed.
+    """
     checkpoint = edit_plan.checkpoint
     document = {
         "format": f"{FORMAT}{FORMAT_NUMBER}",
@@ -102,6 +107,7 @@ def build(
                 if key in directions.metadata
             },
         },
+        **({} if healing is None else {"healing": {"file": f"{PRIVATE_FOLDER}/{healing_file.NAME}", **healing}}),
         "prompts": dict(prompts or directions.metadata.get("prompts", {})),
         "recipe": _bounded(recipe.model_dump(mode="json")),
         "verification": None if verification is None else verification_json(verification),

@@ -87,6 +87,10 @@ class _Verification(Part):
         return self
 
 
+class _Healing(Part):
+    file: InnerName
+
+
 class _Manifest(Part):
     """What all versions have."""
 
@@ -110,3 +114,4 @@ class Manifest(_Manifest):
     """A manifest of version 2."""
 
     edit: _Edit
+    healing: _Healing | None = None

@@ -44,16 +44,16 @@ def title(edit: Mapping[str, Any]) -> str:
 
 def summary(edit: Mapping[str, Any]) -> str:
     """What was done to the checkpoint, to follow the word "with"."""
-    edits = edits_of(edit)
+    edits, healed = edits_of(edit), ", and healed afterwards" if edit.get("healed") else ""
     if adds(edit):
         against = "" if edits[0]["added"] > 0 else ", against its sense,"
         return f"one direction added{against} to its residual stream, and nothing removed from it"
     if len(edits) > 1:
-        return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream"
+        return f"{len(edits)} edits, each at places of its own, of what writes to its residual stream{healed}"
     word = "removed from" if edits[0]["removes"] else "edited in"
     done, there = _coverage(edit)
     writers = "everything that writes" if is_whole(edit) else f"{done} of the {there} writers"
-    return f"{_directions(edits[0], one='one direction')} {word} {writers} to its residual stream"
+    return f"{_directions(edits[0], one='one direction')} {word} {writers} to its residual stream{healed}"
 
 
 def method(edit: Mapping[str, Any]) -> str:
@@ -89,9 +89,11 @@ def equation(edit: Mapping[str, Any]) -> str:
     """The equation that the edited tensors satisfy."""
     if adds(edit):
         return "b' = b + v"
-    if all(map(_is_plain, edits_of(edit))):
-        return "W' = W − r̂r̂ᵀW"
-    return "W' = (W − strength · write (readᵀW) + constant) · scale"
+    plain = all(map(_is_plain, edits_of(edit)))
+    its = "W' = W − r̂r̂ᵀW" if plain else "W' = (W − strength · write (readᵀW) + constant) · scale"
+    if not edit.get("healed"):
+        return its
+    return f"{its} + BA with {'r̂' if plain else 'read'}ᵀB = 0"
 
 
 MOST_LINES = 8

@@ -211,6 +211,7 @@ def _describe(
 def _share_along(change: Float[Tensor, "d n"], edit: WeightEdit) -> float:
     """Share of the squared ``change`` in the span of what the edit takes out and adds."""
     parts = [edit.write] if edit.constant is None else [edit.write, edit.constant[:, None]]
+    parts += [] if edit.added is None else [edit.added.b]
     basis = orthonormal_basis(torch.cat(parts, dim=1)).to(change.dtype)
     return float((basis.T @ change).square().sum() / change.square().sum())
 

@@ -2,7 +2,8 @@
 
 The proof on the bytes holds each writer against the edit that the plan declares for it.  Here those declarations are
 held against what shall happen to the residual stream, with the gains of norms read again: a writer behind a norm with
-gain ``g`` must read along ``g * r``, one without a norm along ``r`` itself, and take out as much.
+gain ``g`` must read along ``g * r``, one without a norm along ``r`` itself, and take out as much.  What healing adds to
+a writer must hold nothing of what that reads.
 """
 
 import torch
@@ -37,7 +38,17 @@ def check_declared(plan: EditPlan) -> list[str]:
             failures.append(f"'{writer.tensor.name}' is edited, and should not be")
         elif not _agree(plan, writer, wanted, edit):
             failures.append(f"the edit of '{writer.tensor.name}' is not what shall happen to the stream")
+        elif not _orthogonal(edit):
+            failures.append(f"what healing adds to '{writer.tensor.name}' writes along what was edited")
     return failures
+
+
+def _orthogonal(edit: WeightEdit) -> bool:
+    """Whether what healing adds holds nothing along what the edit reads, and nothing else was promised of lengths."""
+    if edit.added is None:
+        return True
+    b, along = edit.added.b, _span(edit.read).T @ edit.added.b
+    return not edit.scales and not edit.keeps_rows and float(along.norm()) <= AGREEMENT * float(b.norm())
 
 
 def _agree(plan: EditPlan, writer: Writer, wanted: WeightEdit, edit: WeightEdit) -> bool:

@@ -7,6 +7,9 @@ column ``w`` of the base and ``w'`` of the result must satisfy, within the round
     |u^T w' - k (u^T D w - s (u^T D a) (u^T w) + u^T D c)| <= eps |w'|    (the post-condition)
     |w' - k D (w - s a (u^T w) + c)| <= (1 + feedback) eps |w'|           (and nothing else)
 
+Of a writer that was healed the second has ``b a`` beside the edit of ``w``, and the first stays as it is: what healing
+adds must hold nothing along ``u``.
+
 The first says that nothing is left along ``u`` where the edit removes.  ``eps`` is the unit roundoff: what rounding
 each element to nearest can do to a column at most.  ``feedback`` allows for the rows that take up the leak of all
 others: ``FEEDBACK_ROWS`` of them may each move by a few units in their last place, which matters in narrow matrices
@@ -65,6 +68,7 @@ class TensorProof:
     removes: bool = True
     kept_along: float = 0.0
     keeps_rows: bool = False
+    healed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -174,6 +178,7 @@ class Prover:
             removes=self._removes,
             kept_along=after / before if before else 0.0,
             keeps_rows=self.edit.keeps_rows,
+            healed=self.edit.added is not None,
         )
 
     def _judge(
@@ -219,6 +224,8 @@ class ColumnProver:
         self._turned = torch.zeros_like(self._c) if prover._row_scale is not None else self._c
         self._along, self._base = torch.zeros(k, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         self._scale: Tensor | None = None
+        added = prover.edit.added
+        self._added = None if added is None else added.to(torch.float64)
         self._gathered = False
 
     def gather(self, old: Tensor, row: int) -> None:
@@ -247,6 +254,8 @@ class ColumnProver:
             if self._prover.edit.constant is not None:
                 exact = exact + self._rows_of(self._prover.edit.constant[:, None], place, before)
             exact = exact if self._scale is None else exact * self._scale
+            if self._added is not None:
+                exact = exact + self._rows_of(self._added.b, place, before) @ self._added.a
             if self._prover._row_scale is not None:
                 exact = exact * self._rows_of(self._prover._row_scale[:, None], place, before)
                 row = place - self._first_row

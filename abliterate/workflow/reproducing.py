@@ -71,10 +71,12 @@ def reproduce(
     """
     finished = FinishedEdit.open(folder).with_changes({"trust_remote_code": trust_remote_code})
     document, recipe = finished.document, finished.recipe
-    if measure and document["edit"].get("given"):
+    why = "its edit was given, and not made of the direction" if document["edit"].get("given") else ""
+    why = "it was healed, by a training that is not done again" if document.get("healing") else why
+    if measure and why:
         raise UsageError(
-            f"{folder}: its edit was given, and not made of the direction, so measuring again does not make it again",
-            "leave out --measure: the edit is then read from its file",
+            f"{folder}: {why}, so measuring again does not make it again",
+            "leave out --measure: what was done is then read from its files",
         )
     session = open_session(base or finished.base_name, recipe, revision=finished.revision_of(base), on_event=on_event)
     directions, made = _measured(session) if measure else (finished.directions, finished.plan(session.checkpoint))

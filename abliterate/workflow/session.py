@@ -39,7 +39,8 @@ class Session:
     """``checkpoint`` under ``recipe``; ``on_event`` hears what functions do that take the session.
 
     The model is loaded when first asked for, and dropped with the session.  ``pads``: what is known of padding (see
-    ``ChatFormat``); None: it is tried.  ``scratch`` is a folder for what may wait on disk.
+    ``ChatFormat``); None: it is tried.  ``scratch`` is a folder for what may wait on disk.  ``most_prompts``: of every
+    part of the prompts the first so many; None: all.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +48,7 @@ class Session:
     on_event: OnEvent = ignore
     pads: bool | None = None
     scratch: Path | None = None
+    most_prompts: int | None = None
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -168,7 +170,7 @@ class Session:
         if most > max(FAR_LONGER * typical, LONG):
             said = f"{prompts.source}: the longest prompt has {most:,} tokens, half of them at most {typical:,.0f}: "
             self.on_event(Noted(text=f"{said}its batch takes as much longer"))
-        return replace(prompts, prompts=tuple(kept), too_long=left_out)
+        return replace(prompts, prompts=tuple(kept)[: self.most_prompts], too_long=left_out)
 
 
 def open_session(

@@ -14,9 +14,8 @@ from abliterate.evaluate.observing import HARMFUL, HARMLESS, LOOK_ALIKE, Materia
 from abliterate.events import Noted
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import project_out
-from abliterate.method.stream_edit import StreamEdit
 from abliterate.model import equivalence
-from abliterate.model.interventions import edited, without
+from abliterate.model.interventions import as_planned, without
 from abliterate.model.lockstep import share
 from abliterate.model.prompts import load_prompts
 from abliterate.model.words import WordList
@@ -38,13 +37,14 @@ def side_by_side(
     with_replies: bool = True,
     words: WordList | None = None,
     third: Checkpoint | None = None,
+    proven: int = 0,
 ) -> tuple[Behaviour | None, EvalReport | None]:
     """Run the base and then each of ``others`` (name, checkpoint) on the test prompts, and on the recipe's tasks.
 
-    With ``proof``, the plan it came from, the first of them is compared with the base under hooks; ``with_replies``
-    evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls`` adds the base with
-    others ablated that should change nothing (``control_candidates``); these are spared the tasks.  ``words`` are asked
-    of all models, and of ``third``, which is asked nothing else.
+    With ``proof``, the plan it came from, number ``proven`` of them is compared with the base under hooks;
+    ``with_replies`` evaluates replies. ``directions`` tells how far prompts reach along the chosen one; ``controls``
+    adds the base with others ablated that should change nothing (``control_candidates``); these are spared the tasks.
+    ``words`` are asked of all models, and of ``third``, which is asked nothing else.
     """
     recipe, prompts = session.recipe, held_out_prompts(session)
     bench = None
@@ -57,18 +57,18 @@ def side_by_side(
         View(name=name, its=session, hooks=partial(without, session.loaded, control), is_control=True)
         for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed)
     ]
-    draft = None if proof is None or bench is None else _draft(session, proof, others)
+    draft = None if proof is None or bench is None else _draft(session, proof, others[proven:])
     hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
     pads = session.chat.pads if proof is not None else None  # an edit leaves that as it is
     session.release()
     compared = None
     for place, (name, checkpoint) in enumerate(others):
-        same = pads if place == 0 else None
+        same = pads if place == proven else None
         result = Session(
             checkpoint=checkpoint, recipe=recipe, on_event=session.on_event, pads=same, scratch=session.scratch
         )  # fmt: skip
-        view = View(name=name, its=result, drafts=_drafts_of(draft) if place == 0 else {})
-        its = _try_other(view, bench, spoken, proof if place == 0 else None, hooked, prompts)
+        view = View(name=name, its=result, drafts=_drafts_of(draft) if place == proven else {})
+        its = _try_other(view, bench, spoken, proof if place == proven else None, hooked, prompts)
         compared = compared or its
         result.release()
     if bench is not None and third is not None:
@@ -85,7 +85,7 @@ def _draft(session: Session, proof: EditPlan, others: Sequence[tuple[str, Checkp
     if session.loaded.offload is None:
         return None
     name = f"{others[0][0]}, by hooks"
-    return View(name=name, its=session, hooks=partial(edited, session.loaded, proof.stream), is_control=True)
+    return View(name=name, its=session, hooks=partial(as_planned, session.loaded, proof), is_control=True)
 
 
 def _drafts_of(draft: View | None) -> dict[str, Mapping[str, Sequence[list[int]]]]:
@@ -106,13 +106,13 @@ def _try_base(
     """
     found: dict[str, equivalence.HookedBase] = {}
 
-    def under_hooks(stream: StreamEdit) -> None:
+    def under_hooks(plan: EditPlan) -> None:
         found["hooked"] = equivalence.hooked_base(
-            session.loaded, session.chat, stream, prompts, batch_size=session.recipe.model.batch_size,
+            session.loaded, session.chat, plan, prompts, batch_size=session.recipe.model.batch_size,
             on_event=session.on_event,
         )  # fmt: skip
 
-    stages = [partial(under_hooks, proof.stream)] if proof is not None and proof.stream is not None else []
+    stages = [partial(under_hooks, proof)] if proof is not None and proof.stream is not None else []
     every = views if draft is None else [*views, draft]
     stages += [stage for view in every if bench is not None for stage in bench.writing(view)]
     if stages:

@@ -86,11 +86,7 @@ def export(
         raise OutputError(f"{out}: exists already", "choose another --out, or move it away")
     finished = FinishedEdit.open(edited)
     made = finished.plan(finished.open_base(base))
-    if any(edit.keeps_rows for edit in made.distinct_edits):
-        raise PlanRefusedError(
-            f"{edited}: rows of its writers keep their lengths, and a patch holds no such edit",
-            "hand on the checkpoint itself, or its direction and recipe",
-        )
+    _check_expressible(made, edited)
     result = open_folder(edited, name=str(edited))
     writer, counts = PatchWriter(out), Counts()
     exporter = Exporter(
@@ -123,6 +119,24 @@ def export(
         lost=counts.lost,
         parts=parts,
     )
+
+
+def _check_expressible(made: EditPlan, edited: Path) -> None:
+    """Check that a patch can hold the edit.
+
+    Raises:
+        PlanRefusedError: rows keep their lengths, or it was healed.
+    """
+    if any(edit.keeps_rows for edit in made.distinct_edits):
+        raise PlanRefusedError(
+            f"{edited}: rows of its writers keep their lengths, and a patch holds no such edit",
+            "hand on the checkpoint itself, or its direction and recipe",
+        )
+    if made.healed:
+        raise PlanRefusedError(
+            f"{edited}: was healed, and a patch holds the edit alone",
+            "hand on the checkpoint itself, or its adapter (abliterate lora export), or patch the edit before healing",
+        )
 
 
 @dataclass(kw_only=True)
