@@ -8,10 +8,12 @@ import torch
 
 from abliterate.evaluate.audit_page import render_audit
 from abliterate.evaluate.audit_report import Audit, Tried, side_by_side
+from abliterate.evaluate.edit_found import EditFound
 from abliterate.method.separation import Separation, principal, separations
 from abliterate.method.statistics import Rate
 from abliterate.model.prompts import load_bundled
 from abliterate.recipe import Recipe
+from abliterate.verification.comparison import ChangedTensor, Diff
 from abliterate.workflow import auditing
 from tests.edge_tools import run
 
@@ -96,6 +98,55 @@ def audit_of(*left, late=0):
             *(tried("directions", f"d{k}", hits, k=k, kl=k / 10) for k, hits in enumerate(left, 1)),
         ),
     )  # fmt: skip
+
+
+def changed(name, *, cosine=1.0, left=0.0, rank_one=1.0, layer=0):
+    return ChangedTensor(
+        name=name, role="MLP out", change=0.1, rank_one=rank_one, cosine=cosine, left=left, layer=layer
+    )  # fmt: skip
+
+
+def diff_of(*tensors, writers=2, identical=3):
+    return Diff(
+        changed=tensors, identical=identical, added=(), removed=(), reshaped=(), changed_files=(), identical_files=1,
+        writers=writers, head=None, direction=(1.0, 0.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "says"),
+    [
+        (diff_of(), "unchanged", ["not edited: all 3 tensors are those of b"]),
+        (
+            diff_of(changed("x"), changed("y", layer=4, left=0.002)), "ablated",
+            ["abliterated: of 2 of the 2 writers of b, in blocks 0 to 4, a direction was removed; no more than 0.2 % of"
+             " it is left in any", "that is the one found on b today (c): |cosine| 0.99"],
+        ),
+        (
+            diff_of(changed("x", cosine=0.4), changed("z", rank_one=0.2)), "in part",
+            ["abliterated: of 1 of the 2 writers of b, in blocks 0 to 0, a direction was removed; no more than 0.0 % of"
+             " it is left in any", "not completely: 1 writers still write what they wrote",
+             "not everywhere the same direction: the least |cosine| with what they share is 0.40",
+             "that is the one found on b today (c): |cosine| 0.99", "1 other tensors were changed, z the first"],
+        ),
+        (
+            diff_of(changed("z", rank_one=0.2)), "other",
+            ["1 of 4 tensors differ from b, and of none one direction was removed: that is training, or another edit"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_weights_say_of_an_edit(found, kind, says):
+    edit = EditFound.of_diff(found, "b", today=torch.tensor([0.99, -0.14]), candidate="c")
+    assert edit.kind == kind
+    assert edit.in_words() == says
+    assert edit.to_json()["summary"] == says
+    assert says[0] in render_audit([], edit)
+    assert says[0] in render_audit([audit_of(3)], edit)
+
+
+def test_another_direction_than_the_one_of_today_is_said():
+    edit = EditFound.of_diff(diff_of(changed("x"), changed("y")), "b", today=torch.tensor([0.1, 2.0]), candidate="c")
+    assert edit.in_words()[-1] == "it is not the one found on b today (c): |cosine| 0.05"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +253,50 @@ def test_the_dose_decides(audited):
     assert its["0.25 of it added"]["refused"]["rate"] >= its["as it is"]["refused"]["rate"]
     assert "Refusal against over-refusal" in audited[1]
     assert any(line.startswith("with 0.125, 0.25, 0.5, 1 of it added, ") for line in audited[0]["summary"])
+
+
+def test_attention_brings_it_and_the_parts_add_up(audited):
+    """What writes before the block where the direction is read."""
+    found, page = audited
+    assert 0 < sum(its["share"] for its in found["writes"]) < 1.5
+    heads = [its["name"] for its in found["writes"] if its["name"].startswith("head ")]
+    assert all(int(name.split()[1].split(".")[0]) < found["layer"] for name in heads)
+    assert [its["share"] for its in found["writes"]] == sorted((its["share"] for its in found["writes"]), reverse=True)
+    assert any(line.startswith(f"what brings the direction to block {found['layer']}") for line in found["summary"])
+    assert "what brings the direction" in page
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edited")
+    (folder / "few.toml").write_text(FEW.to_toml())
+    done = run("run", "tiny-chat", "--recipe", folder / "few.toml", "--no-eval", "--out", folder / "out")
+    assert done.exit_code == 0, done.stderr
+    return folder / "out"
+
+
+def test_an_edited_checkpoint_is_found_out(tmp_path, edited):
+    (tmp_path / "few.toml").write_text(FEW.to_toml())
+    options = ("--recipe", tmp_path / "few.toml", "--prompts", "16", "--json")
+    done = run("audit", edited, "--base", "tiny-chat", *options)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["audits"] == []
+    assert "is not audited" in done.stderr
+    edit = found["edit"]
+    assert (edit["kind"], edit["projected"]) == ("ablated", edit["writers"])
+    assert edit["one_direction"] > 0.99
+    assert edit["today"] > 0.9
+    assert edit["besides"] == []
+
+
+def test_a_checkpoint_that_is_its_base_is_not_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(auditing, "audit", lambda *_, **__: audit_of(3))
+    done = run("audit", "tiny-chat", "--base", "tiny-chat")
+    assert done.exit_code == 0
+    assert "tiny-chat: not edited: all " in done.stdout
+    done = run("audit", "tiny-chat", "--base", tmp_path / "nothing")
+    assert done.exit_code == 5
 
 
 def test_a_model_that_declines_nothing_has_no_refusal_to_audit(tmp_path):

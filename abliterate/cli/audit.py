@@ -9,10 +9,14 @@ from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, out, progress, show_json
 from abliterate.cli.evaluate import check_report
 from abliterate.cli.recipe_options import takes
+from abliterate.errors import PromptError, TooFewPromptsError
+from abliterate.events import Noted
 from abliterate.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterate.evaluate.audit_report import Audit
+    from abliterate.evaluate.edit_found import EditFound
+    from abliterate.workflow.session import Session
 
 TOKENS = 48
 """Of a reply, unless said otherwise: there are thirty models to try."""
@@ -27,6 +31,10 @@ def audit(
     against: Annotated[
         str | None, typer.Option(help="Another model to audit beside it: a folder, or a Hub name.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint that MODEL may have been made from: was it abliterated, where, along what?"),
+    ] = None,
     recipe: Recipe,
     revision: opt.Revision = None,
     report: opt.FiguresFile = None,
@@ -38,7 +46,7 @@ def audit(
     """
     from abliterate.model.load import quiet_transformers
     from abliterate.workflow import pipeline
-    from abliterate.workflow.auditing import audit as audit_model
+    from abliterate.workflow.auditing import edit_of
     from abliterate.workflow.session import open_session
 
     check_report(report)
@@ -46,25 +54,45 @@ def audit(
     if recipe.evaluate.max_new_tokens == Recipe().evaluate.max_new_tokens:
         recipe = recipe.with_changes({"max_new_tokens": TOKENS})
     quiet_transformers()
-    found = []
+    edit, found = None, []
+    if base is not None:
+        with progress() as listen:
+            session = open_session(base, recipe, on_event=listen)
+            edit = edit_of(session, model, revision=revision)
+            session.release()
     for name, its in ((model, revision), (against, None)):
         if name is None:
             continue
         with progress() as listen:
             session = open_session(name, recipe, revision=its, on_event=listen)
-            found.append(audit_model(session, n_prompts=prompts))
+            found += _audited(session, prompts, edit)
             session.release()
     if report is not None:
         from abliterate.evaluate.audit_page import write_audit
 
-        write_audit(report, found)
+        write_audit(report, found, edit)
     if json:
-        show_json({"audits": [one.to_json() for one in found]})
+        show_json({"audits": [one.to_json() for one in found], **({} if edit is None else {"edit": edit.to_json()})})
         return
+    for sentence in () if edit is None else edit.in_words():
+        out.print(f"{model}: {sentence}", markup=False, soft_wrap=True)
     for one in found:
         _show(one)
     if report is not None:
         out.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _audited(session: "Session", prompts: int, edit: "EditFound | None") -> "list[Audit]":
+    """The audit of a model; none of one that was edited until no refusal was left."""
+    from abliterate.workflow.auditing import audit as audit_model
+
+    try:
+        return [audit_model(session, n_prompts=prompts)]
+    except (PromptError, TooFewPromptsError) as error:
+        if edit is None or edit.kind == "unchanged":
+            raise
+        session.on_event(Noted(text=f"{error.message}: what is left of its refusal is not audited"))
+        return []
 
 
 def _show(found: "Audit") -> None:
@@ -86,5 +114,10 @@ def _show(found: "Audit") -> None:
         cells = (str(its.k) if its.k else "", rate(its.refused), rate(its.over_refused), rate(its.broken))
         shown.add_row(escape(its.name), *cells, f"{its.kl_nats:.3f}")
     out.print(shown)
+    if found.writes:
+        brings = table(f"what brings {escape(found.candidate)} to block {found.layer}", "", "share", right=(1,))
+        for its in found.writes:
+            brings.add_row(its.name, f"{100 * its.share:.1f} %")
+        out.print(brings)
     for sentence in found.in_words():
         out.print(sentence, markup=False, soft_wrap=True)

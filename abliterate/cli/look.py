@@ -159,7 +159,9 @@ def diff(
         found = api.diff(base, edited, revision=revision, on_event=listen)
     if json:
         groups = [asdict(group) for group in found.groups]
-        show_json({**asdict(found), "groups": groups, "only_writers": found.only_writers})
+        document = asdict(found)
+        document.pop("direction")  # as wide as the stream
+        show_json({**document, "groups": groups, "only_writers": found.only_writers})
     else:
         show_diff(found, top=top)
 

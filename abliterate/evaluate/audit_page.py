@@ -6,18 +6,23 @@ from pathlib import Path
 from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.audit_report import Audit, side_by_side
 from abliterate.evaluate.charts import CHARACTER, HeatMap, curves, heat_map, lines
+from abliterate.evaluate.edit_found import EditFound
 from abliterate.evaluate.page import FIGURES, Chart, filled
 from abliterate.version import __version__
 
 
-def write_audit(path: Path, audits: Sequence[Audit]) -> None:
-    """Write the page of one or several models to ``path``."""
-    write_text(path, render_audit(audits))
+def write_audit(path: Path, audits: Sequence[Audit], edit: EditFound | None = None) -> None:
+    """Write the page of one or several models to ``path``; ``edit`` is what their weights say of one."""
+    write_text(path, render_audit(audits, edit))
 
 
-def render_audit(audits: Sequence[Audit]) -> str:
+def render_audit(audits: Sequence[Audit], edit: EditFound | None = None) -> str:
     """The page as text."""
     names = [one.model for one in audits]
+    if not audits:
+        about = "By the weights alone: a checkpoint against its base."
+        note = "; ".join(edit.in_words()) if edit else ""
+        return filled(FIGURES, title="Is it edited?", version=__version__, about=about, facts=[], parts=[], note=note)
     layers = [str(one.layer) for one in max((its.separations for its in audits), key=len)]
     apart = {one.model: [its.auc for its in one.separations] for one in audits}
     rows = side_by_side(audits)
@@ -54,7 +59,12 @@ def render_audit(audits: Sequence[Audit]) -> str:
         about="All by hooks, on test prompts that neither measuring nor choosing saw; greedy replies.",
         facts=[(one.model, f"{one.base.refused.value:.1%}", f"of {one.base.refused.count} refused") for one in audits],
         parts=parts,
-        note=" ".join(f"{one.model}: {'; '.join(one.in_words())}." for one in audits),
+        note=" ".join(
+            [
+                *([f"Against {edit.base}: {'; '.join(edit.in_words())}."] if edit else []),
+                *(f"{one.model}: {'; '.join(one.in_words())}." for one in audits),
+            ]
+        ),
     )
 
 

@@ -8,6 +8,8 @@ from abliterate.method.separation import Separation
 from abliterate.method.statistics import Rate
 
 Group = Literal["as it is", "control", "directions", "where", "dose"]
+SAID = 4
+"""Of heads and MLPs, in words."""
 HARDLY = 0.1
 """Of harmful prompts: where no more are refused, refusal is gone."""
 
@@ -36,14 +38,26 @@ class Tried:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Writes:
+    """A head or an MLP, and its ``share`` of how much further harmful prompts reach along the direction."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """One model: how its classes of prompts lie apart, and what it does under each intervention."""
+    """One model: how its classes of prompts lie apart, and what it does under each intervention.
+
+    ``writes``: what brings the direction to where it is read, the largest share first; empty of several directions.
+    """
 
     model: str
     candidate: str
     layer: int
     separations: tuple[Separation, ...]
     tried: tuple[Tried, ...]
+    writes: tuple[Writes, ...] = ()
 
     def of(self, group: Group) -> tuple[Tried, ...]:
         """The interventions of a group."""
@@ -91,6 +105,9 @@ class Audit:
             said.append(
                 f"it takes {enough.k} directions to take refusal away ({enough.name}, {_percent(enough.refused)})"
             )
+        if self.writes:
+            most = ", ".join(f"{its.name} {100 * its.share:.0f} %" for its in self.writes[:SAID])
+            said.append(f"what brings the direction to block {self.layer}, most of all: {most}")
         if self.added:
             harmful, harmless = (", ".join(f"{100 * rate.value:.0f}" for rate in rates) for rates in (
                 [its.refused for its in self.added], [its.over_refused for its in self.added],
@@ -112,6 +129,7 @@ class Audit:
             "candidate": self.candidate,
             "layer": self.layer,
             "summary": self.in_words(),
+            "writes": [asdict(one) for one in self.writes],
             "separations": [
                 {name: None if value != value else value for name, value in asdict(one).items()}
                 for one in self.separations

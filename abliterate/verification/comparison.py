@@ -38,7 +38,7 @@ class ChangedTensor:
     |cosine| of that direction with the one shared by all changed tensors.  ``left`` is how much of what was there along
     its own direction ``v`` is there still, ``|v^T W'| / |v^T W|``: 0 where it was projected out, 1 where it was not.
     ``planned`` is the share of the squared change that lies along what the plan of the edit takes out or adds; None
-    where there is no plan, or columns were scaled.
+    where there is no plan, or columns were scaled.  ``layer`` is the block it lies in.
     """
 
     name: str
@@ -48,6 +48,7 @@ class ChangedTensor:
     cosine: float | None
     left: float | None
     planned: float | None = None
+    layer: int | None = None
 
     @property
     def projected(self) -> bool:
@@ -73,7 +74,11 @@ class RoleGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diff:
-    """Two checkpoints compared byte by byte.  ``head`` names the one tensor that an edit may add."""
+    """Two checkpoints compared byte by byte.
+
+    ``head`` names the one tensor that an edit may add.  ``direction`` is what the changes of writers share, a unit
+    vector of the residual stream; empty where there is none.
+    """
 
     changed: tuple[ChangedTensor, ...]
     identical: int
@@ -84,6 +89,7 @@ class Diff:
     identical_files: int
     writers: int
     head: str | None
+    direction: tuple[float, ...] = ()
 
     @property
     def groups(self) -> tuple[RoleGroup, ...]:
@@ -133,8 +139,10 @@ def diff(
         on_event(Advanced(task=TASK, amount=tensor.size_bytes))
     on_event(Finished(task=TASK))
     changed_files, identical_files = _compare_files(old, new)
+    changed, direction = _describe(old, new, differing, writers, planned or {})
     return Diff(
-        changed=tuple(_describe(old, new, differing, writers, planned or {})),
+        changed=tuple(changed),
+        direction=direction,
         identical=identical,
         added=tuple(name for name in new.tensors if name not in old.tensors),
         removed=tuple(name for name in old.tensors if name not in new.tensors),
@@ -171,7 +179,7 @@ def _describe(
     differing: list[tuple[TensorInfo, TensorInfo]],
     writers: Mapping[str, Writer],
     planned: Mapping[str, WeightEdit],
-) -> list[ChangedTensor]:
+) -> tuple[list[ChangedTensor], tuple[float, ...]]:
     found: list[tuple[TensorInfo, float, float | None, Tensor | None, float | None]] = []
     explained: dict[str, float] = {}
     for tensor, ours in differing:
@@ -194,9 +202,10 @@ def _describe(
         left = float((along + columns.T @ direction.to(torch.float32)).norm() / along.norm().clamp_min(1e-30))
         found.append((tensor, size, share, direction, left))
     shared = _shared_direction([direction for *_, direction, _ in found if direction is not None])
-    return [
+    changed = [
         ChangedTensor(
             name=tensor.name,
+            layer=writers[tensor.name].layer if tensor.name in writers else None,
             role=writers[tensor.name].role if tensor.name in writers else "not a writer",
             change=size,
             rank_one=share,
@@ -206,6 +215,7 @@ def _describe(
         )
         for tensor, size, share, direction, left in found
     ]
+    return changed, () if shared is None else tuple(shared.tolist())
 
 
 def _share_along(change: Float[Tensor, "d n"], edit: WeightEdit) -> float:

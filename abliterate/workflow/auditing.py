@@ -8,9 +8,12 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from abliterate.arch.registry import family_of
 from abliterate.errors import PromptError
-from abliterate.evaluate.audit_report import Audit, Group, Tried
+from abliterate.evaluate.audit_report import Audit, Group, Tried, Writes
+from abliterate.evaluate.edit_found import EditFound
 from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass, classes_of
 from abliterate.evaluate.reply_text import open_thinking
 from abliterate.events import working
@@ -20,11 +23,13 @@ from abliterate.method.places import IN_BLOCKS
 from abliterate.method.scope import Scope
 from abliterate.method.separation import principal, separations
 from abliterate.method.statistics import Rate, exact_kl_nats
+from abliterate.model.attribution import attribute
 from abliterate.model.changed import Intervention, replies_under
 from abliterate.model.forward import last_log_probs
 from abliterate.model.interventions import added, without
 from abliterate.model.lockstep import share
 from abliterate.model.thinking import prompt_ending
+from abliterate.verification.comparison import diff
 from abliterate.workflow.finding import read_and_measure, select
 from abliterate.workflow.reading import Read
 from abliterate.workflow.session import Session
@@ -37,6 +42,8 @@ DOSES = (0.25, 0.5, 0.75)
 """Of the direction, how much is removed; all of it is among the directions."""
 STRENGTHS = (0.125, 0.25, 0.5, 1.0)
 """Of what is added, in lengths of the difference of means."""
+MOST_WRITES = 8
+"""Heads and MLPs in the report."""
 FEWEST_REFUSALS = 8
 """Of the test prompts, or a quarter of them where they are fewer than four times as many."""
 TASK = "reply under each intervention"
@@ -71,7 +78,28 @@ def audit(session: Session, *, n_prompts: int = 32, steps: Steps | None = None) 
         layer=directions.chosen.layer,
         separations=separations(samples["harmful"], samples["harmless"], seed=find.seed),
         tried=tuple(tried),
+        writes=_writes(session, directions, n_prompts),
     )
+
+
+def edit_of(session: Session, edited: str, *, revision: str | None = None, steps: Steps | None = None) -> EditFound:
+    """Whether the base of ``session`` was abliterated in the checkpoint ``edited``, where, along what, how completely.
+
+    By the weights alone; the direction that is found on the base today is held against what was removed.
+
+    Raises:
+        SourceError: one of the two cannot be read.
+        PromptError: no direction is found on the base.
+    """
+    steps = steps or Steps()
+    found = diff(session.checkpoint.folder, edited, revision=revision, on_event=session.on_event)
+    base = session.checkpoint.name
+    if not any(its.projected for its in found.changed):
+        return EditFound.of_diff(found, base)
+    _, measured = read_and_measure(session, needs_of(session.recipe.find.estimators), steps, ahead=True)
+    chosen = select(session, measured, steps=steps).chosen
+    today = chosen.vector if chosen.is_vector else None
+    return EditFound.of_diff(found, base, today=today, candidate=chosen.id)
 
 
 def _tried(session: Session, directions: DirectionSet, read: Read, n_prompts: int) -> list[Tried]:
@@ -107,6 +135,36 @@ def _tried(session: Session, directions: DirectionSet, read: Read, n_prompts: in
             )
         )  # fmt: skip
     return found
+
+
+def _writes(session: Session, directions: DirectionSet, n_prompts: int) -> tuple[Writes, ...]:
+    """Which heads and MLPs write the chosen direction before it is read, by the means of both classes.
+
+    A head's share is what it adds more on harmful prompts, of what enters the block more (Arditi et al. 2024, sec. 5).
+    """
+    chosen = directions.chosen
+    if not chosen.is_vector:
+        return ()
+    harmful = session.contrast.harmful_test.texts[:n_prompts]
+    asked = [*harmful, *session.contrast.harmless_test.texts[:n_prompts]]
+    with working(session.on_event, "what writes the direction", len(asked), "prompts") as advance:
+        batches = session.chat.batches(asked, session.recipe.model.batch_size)
+        family = family_of(session.checkpoint.config, where=session.checkpoint.name)
+        found = attribute(session.loaded, family, batches, directions.direction)
+        advance(len(asked))
+
+    def more(values: Tensor) -> Tensor:
+        return values[: len(harmful)].mean(0) - values[len(harmful) :].mean(0)
+
+    whole, heads = float(more(found.stream)[chosen.layer]), more(found.heads)
+    shares = {f"MLP {layer}": its / whole for layer, its in enumerate(more(found.mlp)[: chosen.layer].tolist())}
+    for layer, its in enumerate(more(found.attention)[: chosen.layer].tolist()):
+        if heads[layer].isnan().any():
+            shares[f"attention {layer}"] = its / whole
+        else:
+            shares |= {f"head {layer}.{head}": value / whole for head, value in enumerate(heads[layer].tolist())}
+    most = sorted(shares, key=lambda name: -abs(shares[name]))[:MOST_WRITES]
+    return tuple(Writes(name=name, share=shares[name]) for name in most)
 
 
 def _rate(classes: Sequence[ReplyClass], wanted: Sequence[ReplyClass]) -> Rate:
