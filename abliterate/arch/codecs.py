@@ -288,13 +288,41 @@ def decoded(
     ``read`` gives the bytes at a place of its shard, so many of them; a piece takes up to ``piece_bytes`` there, or a
     whole matrix where that is None.
     """
+    for piece in pieces_of(packed, piece_bytes):
+        yield piece.matrix, piece.first, decode_piece(piece, codec, read(piece.start, piece.size_bytes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPiece:
+    """Rows of a quantised tensor as they are stored: ``count`` of a ``matrix`` from ``first`` on.
+
+    The first is the ``row``-th of all; ``start`` and ``size_bytes`` are their place in the shard.
+    """
+
+    matrix: int
+    first: int
+    count: int
+    row: int
+    start: int
+    size_bytes: int
+
+
+def pieces_of(packed: Packed, piece_bytes: int | None) -> Iterator[RowPiece]:
+    """All rows of a quantised tensor, up to ``piece_bytes`` at a time, or a whole matrix where that is None."""
     rows, row_bytes = packed.stored_rows, packed.row_bytes
     at_once = rows if piece_bytes is None else max(1, piece_bytes // max(1, row_bytes))
     for matrix in range(math.prod(packed.shape[:-2])):
         for first in range(0, rows, at_once):
             count, row = min(at_once, rows - first), matrix * rows + first
-            raw = read(packed.values.start + row * row_bytes, count * row_bytes)
-            yield matrix, first, codec.decode(raw.view(codec.stored).view(count, -1), row, torch.float32)
+            start = packed.values.start + row * row_bytes
+            yield RowPiece(
+                matrix=matrix, first=first, count=count, row=row, start=start, size_bytes=count * row_bytes
+            )  # fmt: skip
+
+
+def decode_piece(piece: RowPiece, codec: Codec, raw: UInt8[Tensor, " bytes"]) -> Float[Tensor, "rows n"]:
+    """The values of a piece, whose bytes are ``raw``, in float32."""
+    return codec.decode(raw.view(codec.stored).view(piece.count, -1), piece.row, torch.float32)
 
 
 def fp8_codec(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.events import OnEvent, WeightsRead, ignore
+from abliterate.model.carrying import carrier_to
 from abliterate.model.guessing import Guesses
 from abliterate.model.malloc import keep_no_holes
 from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
@@ -81,6 +82,7 @@ class Offloaded:
         self.reserved: list[tuple[int, int]] = []
         self.guesses = Guesses()
         self._spare = Spare()
+        self._carrier = carrier_to(device)
         self._memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder
@@ -190,7 +192,7 @@ class Offloaded:
             if not unit.is_read_as_stored:
                 self._spare.decline()  # what is converted takes other memory
             for conversion in unit.conversions:
-                made = make(conversion, self._model, self._folder, self.device, self._spare.room)
+                made = make(conversion, self._model, self._folder, self.device, self._spare.room, self._carrier)
                 values |= {name: value for name, value in made.items() if name in unit.places}
         return values
 

@@ -7,19 +7,22 @@ refuses blocks that reach beyond a matrix (DeepSeek).
 """
 
 import mmap
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from abliterate.arch.codecs import HeldScales, decoded, packed_codec
+from abliterate.arch.codecs import HeldScales, decode_piece, packed_codec, pieces_of
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import Packed, packed_tensors, quantisation
 from abliterate.checkpoint.directio import PAGE, read_into
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError
+from abliterate.model.carrying import Carrier
 
 STORED = {
     **DTYPES, "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -29,6 +32,8 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 PIECE_BYTES = 2**22
 DECODED_BYTES = 2**16
 """Stored bytes decoded at a time: less than a MiB in float32, beyond which malloc takes fresh pages for each piece."""
+DECODERS = max(1, min(4, (os.cpu_count() or 1)))
+"""Threads that decode pieces of a tensor."""
 PIECE_COST = 16
 """Bytes that decoding a byte takes at most: itself, its place in a table, its values and their scales."""
 SMALL_BYTES = 2**16
@@ -92,7 +97,7 @@ def decoding_bytes(tensor: Stored) -> int:
     if not isinstance(tensor, Packed):
         return 0
     wide = 0 if tensor.kind == "mxfp4" else tensor.scales.numel * torch.float32.itemsize
-    return tensor.scales.size_bytes + wide + PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
+    return tensor.scales.size_bytes + wide + DECODERS * PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
 
 
 def read_tensor(
@@ -101,21 +106,27 @@ def read_tensor(
     dtype: torch.dtype,
     device: torch.device,
     room: Callable[[int, torch.dtype], Tensor] | None = None,
+    carrier: Carrier | None = None,
 ) -> Tensor:
     """A stored tensor in ``dtype``, in pieces where it must be cast or decoded.
 
-    ``room`` gives memory for so many elements of a dtype, on the host (by default, ``empty``).
+    ``room`` gives memory for so many elements of a dtype, on the host (by default, ``empty``).  ``carrier`` brings it
+    to ``device``, where that is no host.
 
     Raises:
         CheckpointError: the shard ends too early.
     """
+    if carrier is not None:
+        room = carrier.room
     if isinstance(tensor, Packed):
-        return _read_packed(folder, tensor, dtype, room or empty).to(device)
+        values = _read_packed(folder, tensor, dtype, room or empty)
+        return values.to(device) if carrier is None else carrier.carry(values, dtype)
     stored, room = STORED[tensor.dtype], room or empty
     if device.type != "cpu" or stored == dtype:
         whole = room(tensor.numel, stored)
         read_into(folder / tensor.shard, tensor.start, whole.view(torch.uint8))
-        return whole.reshape(tensor.shape).to(device).to(dtype)
+        whole = whole.reshape(tensor.shape)
+        return whole.to(device).to(dtype) if carrier is None else carrier.carry(whole, dtype)
     out = room(tensor.numel, dtype)
     width = stored.itemsize
     piece = empty(min(PIECE_BYTES // width, tensor.numel), stored)  # no large malloc: that one keeps what it got
@@ -133,15 +144,21 @@ def _read_packed(
     matrices = out.view(-1, *packed.shape[-2:])
     if packed.transposed:
         matrices = matrices.mT
-    path = folder / packed.values.shard
-    piece = empty(max(DECODED_BYTES, packed.row_bytes), torch.uint8)
+    path, codec = folder / packed.values.shard, packed_codec(folder, packed, HeldScales())
+    pieces = list(pieces_of(packed, DECODED_BYTES))
+    at_once = min(DECODERS, len(pieces))
 
-    def read(start: int, size: int) -> Tensor:
-        read_into(path, start, piece[:size])
-        return piece[:size]
+    def decode(number: int) -> None:
+        piece = empty(max(DECODED_BYTES, packed.row_bytes), torch.uint8)
+        for place in pieces[number::at_once]:
+            raw = piece[: place.size_bytes]
+            read_into(path, place.start, raw)
+            matrices[place.matrix, place.first : place.first + place.count] = decode_piece(place, codec, raw)
 
-    for matrix, first, values in decoded(packed, packed_codec(folder, packed, HeldScales()), read, DECODED_BYTES):
-        matrices[matrix, first : first + len(values)] = values
+    if at_once == 0:
+        return out
+    with ThreadPoolExecutor(at_once, thread_name_prefix="decoder") as pool:
+        list(pool.map(decode, range(at_once)))  # what one of them raises is raised here
     return out
 
 

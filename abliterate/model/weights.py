@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abliterate.arch.packed import Packed
+from abliterate.model.carrying import Carrier
 from abliterate.model.malloc import give_back
 from abliterate.model.stored import Stored, decoding_bytes, dtype_of, empty, read_tensor, without_data
 
@@ -113,20 +114,23 @@ def make(
     folder: Path,
     device: torch.device,
     room: Callable[[int, torch.dtype], Tensor] | None = None,
+    carrier: Carrier | None = None,
 ) -> dict[str, Tensor]:
     """The parameters of ``conversion`` on ``device``; ``room`` as for ``read_tensor``, where nothing is converted.
+
+    ``carrier`` brings stored tensors to the device.
 
     Raises:
         CheckpointError: a shard ends too early.
     """
     if conversion.transform is None:
         ((_, tensor),) = conversion.sources
-        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device, room)}
+        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device, room, carrier)}
     first, transform = conversion.targets[0], conversion.transform
 
     def converted(sources: Sources) -> dict[str, Tensor]:
         dtype = conversion.read_dtype
-        read = ((pattern, read_tensor(folder, tensor, dtype, device)) for pattern, tensor in sources)
+        read = ((pattern, read_tensor(folder, tensor, dtype, device, carrier=carrier)) for pattern, tensor in sources)
         return _convert(model, first, transform, read)
 
     if conversion.parts:
