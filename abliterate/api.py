@@ -29,10 +29,12 @@ from abliterate.exports.patches.use import apply as _apply_patch
 from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.exports.projection import Projection
 from abliterate.method.directions import DirectionSet
+from abliterate.method.hardening import Hardening
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits
+from abliterate.publishing.hardened import Hardened
 from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.verification.comparison import Diff
@@ -40,6 +42,7 @@ from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import inspecting, pipeline
 from abliterate.workflow.chatting import chat, reply
+from abliterate.workflow.hardening import harden as _harden
 from abliterate.workflow.pipeline import RunResult
 from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.reproducing import reproduce as _reproduce
@@ -49,8 +52,8 @@ from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
     "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
-    "export_control_vector", "export_lora", "export_patch", "export_projection", "import_gguf", "inspect",
-    "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
+    "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "import_gguf",
+    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
     "stream", "verify",
 ]  # fmt: skip
 
@@ -155,6 +158,25 @@ def dequantize(model: str | Path, out: str | Path, *, revision: str | None = Non
     """
     checkpoint = fetch(open_model(model, revision=revision))
     return dequantise(checkpoint, Path(out), on_event=on_event)
+
+
+def harden(
+    model: str | Path | None,
+    out: str | Path,
+    options: Hardening | None = None,
+    *,
+    recipe: Recipe | None = None,
+    refusals: str | Path | None = None,
+    n_prompts: int = 32,
+    revision: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Hardened:
+    """Train ``model`` to refuse where its refusal direction is gone, and write it to ``out``; see ``hardening``."""
+    recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
+    session = open_session(model, recipe, revision=revision, on_event=on_event)
+    given = None if refusals is None else Path(refusals)
+    return _harden(session, Path(out), options or Hardening(), refusals=given, n_prompts=n_prompts)
 
 
 def import_gguf(
