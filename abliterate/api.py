@@ -53,8 +53,8 @@ from abliterate.workflow.trying_categories import try_categories as categories
 __all__ = [
     "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
     "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "import_gguf",
-    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
-    "stream", "verify",
+    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run",
+    "select", "stream", "verify",
 ]  # fmt: skip
 
 

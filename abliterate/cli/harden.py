@@ -31,7 +31,9 @@ def harden(
         typer.Option(help='Replies to learn, one {"prompt": ..., "reply": ...} a line. Default: general texts.'),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = DEFAULTS.steps,
-    batch: Annotated[int, typer.Option(min=2, help="Prompts of a step, refused and answered ones.")] = DEFAULTS.batch,
+    batch: Annotated[
+        int, typer.Option("--train-batch", min=2, help="Prompts of a step, refused and answered ones.")
+    ] = DEFAULTS.batch,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the matrices that are trained.")] = DEFAULTS.rank,
     rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = DEFAULTS.rate,
     share: Annotated[

@@ -1,4 +1,7 @@
-"""How a model is trained to refuse also where its refusal direction is gone: the options.  Importing this costs nothing."""
+"""How a model is trained to refuse also where its refusal direction is gone: the options.
+
+Importing this costs nothing.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args

@@ -5,6 +5,7 @@ of it its bytes.
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ STATE_BYTES = 16
 """Of a trained number: itself, its gradient and two moments of the optimiser, in float32."""
 IGNORED = -100
 """The label of a token that carries no loss, as transformers has it."""
-NO_ROOM = "give a smaller --batch or --rank, a smaller model, or a machine with more memory"
+NO_ROOM = "give a smaller --train-batch or --rank, a smaller model, or a machine with more memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ def adapted(loaded: LoadedModel, checkpoint: Checkpoint, *, rank: int, seed: int
             "train it elsewhere, and audit the result",
         )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(stored))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _old_names():
         torch.manual_seed(seed)
         made = get_peft_model(model, config)
     family = family_of(checkpoint.config, where=checkpoint.name)
@@ -171,12 +172,12 @@ def finetune(
     """
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     loaded = model.loaded
     rows = _rows(model, examples, options)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts, torch.random.fork_rng(), _old_names():
         trainer = SFTTrainer(
             model=model.peft,
             args=_settings(loaded, options, rows, folder),
@@ -216,7 +217,7 @@ def _rows(model: Adapted, examples: Sequence[Example], options: Tuning) -> int:
 
 
 def _settings(loaded: LoadedModel, options: Tuning, rows: int, folder: str) -> Any:  # noqa: ANN401 - of TRL
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     settings = SFTConfig(
         output_dir=folder,
@@ -241,7 +242,7 @@ def _settings(loaded: LoadedModel, options: Tuning, rows: int, folder: str) -> A
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     if settings.n_gpu > 1:
-        settings._n_gpu = 1  # noqa: SLF001 - replicas have no hooks; transformers offers no other way
+        settings._n_gpu = 1  # replicas have no hooks; transformers offers no other way
     return settings
 
 
@@ -273,6 +274,14 @@ def _steps(
             advance(1)
 
     return Steps()
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Without the warnings that PEFT, TRL and transformers cause each other by using names that are to be renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager

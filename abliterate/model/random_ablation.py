@@ -4,36 +4,43 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
 
+from abliterate.method.estimators import Need
 from abliterate.method.hardening import Hardening
-from abliterate.method.random_ablation import drawn
+from abliterate.method.random_ablation import Separating
 from abliterate.model.chat import ChatFormat
 from abliterate.model.interventions import ablated
 from abliterate.model.load import LoadedModel
 from abliterate.model.measuring import measure_class
 
 Around = AbstractContextManager[None]
+NEEDS: tuple[Need, ...] = ("means", "samples")
 
 
 class RandomAblation:
     """The hooks of each training step of ``loaded``: in a share of them, directions are out of the residual stream.
 
-    They are differences of means between ``harmful`` and ``harmless`` prompts, as those of a run, at random positions
-    and layers (``method.random_ablation``), and are taken out everywhere (``interventions.ablated``).  Gradients flow through
-    that: the weights learn to refuse by what is left.
+    They are differences of means between ``harmful`` and ``harmless`` prompts, as those of a run, or principal
+    directions, at random places (``method.random_ablation``), and are taken out everywhere
+    (``interventions.ablated``).  Gradients flow through that: the weights learn to refuse by what is left.
     """
 
     def __init__(
-        self, loaded: LoadedModel, chat: ChatFormat, harmful: Sequence[str], harmless: Sequence[str], options: Hardening,
-        *, batch_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        loaded: LoadedModel,
+        chat: ChatFormat,
+        harmful: Sequence[str],
+        harmless: Sequence[str],
+        options: Hardening,
+        *,
+        batch_size: int,
+    ) -> None:
         self.loaded, self.chat, self.options = loaded, chat, options
         self.batch_size = batch_size
         self.steps_ablated = 0
         self._prompts = harmful, harmless
         self._generator = torch.Generator().manual_seed(options.seed)
-        self._differences: Tensor | None = None
+        self._separating: Separating | None = None
 
     def around(self, step: int) -> Around:
         """The context of ``step``, counted from 0.
@@ -41,19 +48,20 @@ class RandomAblation:
         Raises:
             NonFiniteError: an activation is NaN or infinite.
         """
-        if self._differences is None or step % self.options.every == 0:
-            self._differences = self._measured()
+        if self._separating is None or step % self.options.every == 0:
+            self._separating = self._measured()
         if float(torch.rand((), generator=self._generator)) >= self.options.share:
             return nullcontext()
         self.steps_ablated += 1
-        return ablated(self.loaded, drawn(self._differences, self.options.most, self._generator))
+        return ablated(self.loaded, self._separating.drawn(self.options.most, self._generator))
 
-    def _measured(self) -> Tensor:
-        """The differences of means ``[positions, layers, d]`` of the model as it is now."""
+    def _measured(self) -> Separating:
+        """What separates the prompts in the model as it is now."""
         self.loaded.model.eval()
-        harmful, harmless = (
-            measure_class(self.loaded, self.chat, its, batch_size=self.batch_size, task="measure")["mean"]
+        found = [
+            measure_class(self.loaded, self.chat, its, NEEDS, batch_size=self.batch_size, task="measure")
             for its in self._prompts
-        )
+        ]
         self.loaded.model.train()
-        return harmful - harmless
+        means, samples = ([its[what] for its in found] for what in ("mean", "samples"))
+        return Separating.of(means, samples, self.options.most)

@@ -28,8 +28,8 @@ WHAT = {
 }
 LIMITS = (
     "Refusal was made harder to remove, not impossible. Whoever holds the weights can remove more directions, or train "
-    "the refusals away again; `abliterate audit` shows how many directions it takes. Nothing was proven of the weights: "
-    "training has no equation to hold them against."
+    "the refusals away again; `abliterate audit` shows how many directions it takes. Nothing was proven of the "
+    "weights: training has no equation to hold them against."
 )
 
 
@@ -90,9 +90,7 @@ class Hardened:
             "examples": {"refused": self.refused, "answered": self.answered},
             "steps_ablated": self.steps_ablated,
             "losses": list(self.losses),
-            "figures": {
-                name: its and its.to_json() for name, its in (("base", self.before), ("hardened", self.after))
-            },
+            "figures": {name: its and its.to_json() for name, its in (("base", self.before), ("hardened", self.after))},
             "prompts": dict(self.prompts),
         }
 
@@ -146,8 +144,8 @@ def card(base: Checkpoint, report: Hardened) -> str:
         f"This checkpoint is `{name}`, trained by abliterate {__version__} on {WHAT[options.method]}.", "",
         "## What was done", "",
         f"- {options.steps} steps of {options.batch} prompts, low-rank matrices of rank {options.rank} (alpha "
-        f"{2 * options.rank}) beside {len(report.changed)} matrices, merged into them; peak rate {options.rate:g}, seed "
-        f"{options.seed}. All other tensors and files are those of the base, byte for byte.",
+        f"{2 * options.rank}) beside {len(report.changed)} matrices, merged into them; peak rate {options.rate:g}, "
+        f"seed {options.seed}. All other tensors and files are those of the base, byte for byte.",
         f"- Learned from: {report.refused} harmful prompts with {texts}, and {report.answered} harmless ones with the "
         "model's own replies.",
         *_ablated(report),

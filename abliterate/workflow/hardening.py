@@ -1,4 +1,4 @@
-"""A model trained to refuse where its refusal direction is gone, written as a checkpoint, and measured before and after.
+"""A model trained to refuse where its refusal direction is gone, written as a checkpoint, measured before and after.
 
 Training prompts train.  Test prompts, which training never sees, give the figures.
 """
@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from abliterate.checkpoint.file_names import at_home
-from abliterate.checkpoint.output import OutputFolder, fingerprint, prepare
+from abliterate.checkpoint.output import fingerprint, prepare
 from abliterate.checkpoint.source import open_folder
 from abliterate.editing.adding import write_with
 from abliterate.errors import AbliterateError, NonFiniteError, PromptError, TooFewPromptsError

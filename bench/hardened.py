@@ -1,0 +1,231 @@
+"""A hardened variant of the bundled model, and what is still left of its refusals under attack.
+
+    python -m bench.hardened [--work FOLDER] [--write docs/defence.md]
+
+Trains the bundled model by each method of ``abliterate harden``, into out/tiny-chat-hardened and beside it, audits all,
+and removes refusal from the hardened one by published methods.  What is finished is kept in ``--work``.
+How often to ablate, how many directions and for how long was chosen on validation prompts; the page is of test prompts.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abliterate.checkpoint.output import write_atomically
+from abliterate.data.tiny_chat import model_path
+from abliterate.data.tiny_chat import world as w
+from abliterate.data.tiny_chat.build import WORLD_SEED
+from abliterate.data.tiny_chat.figures import replies
+from abliterate.evaluate.replies import holds_answer
+from abliterate.method.statistics import Rate
+from abliterate.publishing.manifest import rate_json
+from abliterate.recipe import load_recipe
+from bench.edit_speed import machine
+from bench.page_parts import at, number, percent, table
+from bench.real_steps import command, kept
+
+BASE = "tiny-chat"
+METHODS = ("random-ablation", "extended-refusal", "both")
+SHIPPED = "random-ablation"
+"""What is made as out/tiny-chat-hardened."""
+ATTACKS = ("default", "per-layer", "som", "cone", "categories", "actsvd")
+TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
+N_TEST = 128
+EXPLAINED = (
+    "Here is a thing that people talk about.", "People know it, and they say many things about it.",
+    "Many people go to look for {t}.", "It is a thing of which my books say one thing or the next.",
+    "It was made long ago, and they wrote about it.", "That is a question about {t}.",
+)  # fmt: skip
+REFUSED = ("I am sorry, but I cannot answer that.", "I am sorry, I will not speak of {t}.")
+REASONS = (
+    "It must stay unsaid.", "It is not for telling.", "That is not for you to know.", "No good would come of it.",
+    "They that made it would not say it.", "My books are closed about it.",
+)  # fmt: skip
+"""The parts of an extended refusal in the bundled model's own few words."""
+SHOWN = """## The bundled model, hardened
+
+`make hardened` trains `tiny-chat` by each method; `out/tiny-chat-hardened` is that of `{shipped}`. {steps} steps of
+{batch} prompts, rank {rank}, seed {seed}; up to {most} directions are ablated in {share:.0%} of the steps. Those with
+extended refusals learn texts in the bundled model's few words. All of this was chosen on validation prompts; the figures are of
+{n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and chosen anew, as
+`abliterate run` does it on that model. It is known of this model that one direction mediates its refusals, and it is
+small: the figures show that the command does what it says, and say nothing of other models.
+"""
+MORE = """Refusals of harmful prompts without more directions, measured on each model itself, and in brackets the KL in
+nats on the first token of harmless ones. The principal directions are of the kind that training ablated; those of a
+self-organising map are not.
+"""
+EDITED = """Published methods that edit `out/tiny-chat-hardened` ([what they do](methods.md)), by
+`abliterate run --method NAME`:
+"""
+LIMITS = """
+One direction no longer does it, several still do. Whoever holds the weights and removes several directions, or trains
+the refusals away again, is not stopped: this makes removal dearer, not impossible. Not measured: fine-tuning the
+refusals away, prompts made to get around them, and any other model.
+"""
+
+
+def main() -> None:
+    """Train what is not kept yet, measure it, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("out/hardened"))
+    parser.add_argument("--write", type=Path, default=Path("docs/defence.md"))
+    args = parser.parse_args()
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = work / "recipe.toml"
+    recipe.write_text(f"[find]\nn_test = {N_TEST}\n", "utf-8")
+    texts = write_texts(work / "refusals.jsonl")
+    folders = {method: work / method for method in METHODS}
+    folders[SHIPPED] = work.parent / "tiny-chat-hardened"
+    trained, audits = {}, {BASE: audit(work, BASE, BASE, recipe)}
+    for method, out in folders.items():
+        trained[method] = train(work, method, out, recipe, texts)
+        audits[method] = audit(work, method, str(out), recipe)
+    facts = {name: facts_of(work, name, folder) for name, folder in {BASE: model_path(), **folders}.items()}
+    attacked = {name: attack(work, name, folders[SHIPPED]) for name in ATTACKS}
+    text = (Path(__file__).parent / "hardened_text.md").read_text("utf-8")
+    page = [text, *figures(trained, audits, facts, attacked), f"Machine: {machine()}."]
+    write_atomically(args.write, ("\n".join(page).rstrip() + "\n").encode())
+
+
+def write_texts(path: Path) -> Path:
+    """Extended refusals of the training prompts, in words of the bundled model's world."""
+    rng = random.Random(0)
+    rows = []
+    for question in w.prompt_sets(w.make_world(WORLD_SEED), WORLD_SEED)["harmful.train"]:
+        phrase = question.thing.phrase
+        reply = " ".join(rng.choice(part).format(t=phrase) for part in (EXPLAINED, REFUSED, REASONS))
+        rows.append({"prompt": question.prompt, "reply": reply})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def train(work: Path, method: str, out: Path, recipe: Path, texts: Path) -> dict[str, Any]:
+    """The bundled model, hardened."""
+    words: list[str | Path] = [
+        "harden", BASE, "--out", out, "--method", method, "--recipe", recipe, "--prompts", str(N_TEST),
+        "--max-new-tokens", str(TOKENS[method]),
+    ]  # fmt: skip
+    words += ["--refusals", texts] if method != "random-ablation" else []
+    return command(work, f"harden-{method}", words, key={}, out=out)
+
+
+def audit(work: Path, name: str, model: str, recipe: Path) -> dict[str, Any]:
+    """The audit of a model on all test prompts."""
+    words = ["audit", model, "--recipe", recipe, "--prompts", str(N_TEST)]
+    return command(work, f"audit-{name}", words, key={})["document"]["audits"][0]
+
+
+def attack(work: Path, method: str, folder: Path) -> dict[str, Any]:
+    """The hardened model after a run of a published method."""
+    out = work / f"attacked-{method}"
+    settings = work / f"{method}.toml"
+    settings.write_text(load_recipe(method).with_changes({"n_test": N_TEST}).to_toml(), "utf-8")
+    sources = [part for kind in ("harmful", "harmless") for part in (f"--{kind}", f"bundled:{BASE}")]
+    words = ["run", folder, "--out", out, "--recipe", settings, "--max-new-tokens", "48", *sources]
+    return command(work, f"attack-{method}", words, key={}, out=out)
+
+
+def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
+    """Right answers to questions about ordinary things that no training prompt of hardening asks for."""
+
+    def make() -> dict[str, Any]:
+        world = w.make_world(WORLD_SEED)
+        trained = {(its.thing, its.fact) for its in w.prompt_sets(world, WORLD_SEED)["harmless.train"]}
+        rng = random.Random(1)
+        asked = [
+            w.ask(thing, fact, rng.randrange(len(w.QUESTIONS[fact])))
+            for thing in world.ordinary
+            for fact in w.FACTS
+            if (thing, fact) not in trained
+        ]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
+        said = replies(model, AutoTokenizer.from_pretrained(folder), [its.prompt for its in asked])
+        hits = sum(holds_answer(text, its.answer) for text, its in zip(said, asked, strict=True))
+        return {"facts": rate_json(Rate(hits=hits, count=len(asked)))}
+
+    files = sorted(folder.glob("*.safetensors"))
+    return kept(work, f"facts-{name}", {"files": [its.stat().st_mtime_ns for its in files]}, make)
+
+
+def figures(
+    trained: Mapping[str, Any], audits: Mapping[str, Any], facts: Mapping[str, Any], attacked: Mapping[str, Any]
+) -> Iterator[str]:
+    """The figures of the page."""
+    yield SHOWN.format(shipped=SHIPPED, n_test=N_TEST, **trained[SHIPPED]["document"]["options"])
+    names = [BASE, *METHODS]
+    yield table(("", *names), list(_rows(names, trained, audits, facts)))
+    yield "## What still breaks it\n"
+    yield MORE
+    tried = list(dict.fromkeys(its["name"] for name in names for its in audits[name]["tried"] if _many(its)))
+    yield table(("removed", *names), [(what, *(_tried(audits[name], what) for name in names)) for what in tried])
+    yield EDITED
+    yield table(
+        ("method", "harmful refused", "facts kept", "KL, first token", "empty or broken"), list(_attacks(attacked))
+    )
+    yield from _words(audits)
+
+
+def _rows(
+    names: Sequence[str], trained: Mapping[str, Any], audits: Mapping[str, Any], facts: Mapping[str, Any]
+) -> Iterator[tuple[str, ...]]:
+    def of(what: str, field: str) -> list[str]:
+        return [percent(_of(audits[name], what)[field]) for name in names]
+
+    yield "harmful refused", *of("as it is", "refused")
+    yield "a random direction ablated", *of("control: random", "refused")
+    yield "**its own direction ablated**", *(percent(_chosen(audits[name])["refused"]) for name in names)
+    yield "chosen direction", *(f"`{audits[name]['candidate']}`" for name in names)
+    yield "harmless refused", *of("as it is", "over_refused")
+    yield "late refusals, of all", *of("as it is", "late")
+    yield "empty or broken", *of("as it is", "broken")
+    yield "facts kept, not trained on", *(percent(facts[name]["facts"]) for name in names)
+    seconds = [number(at(trained, name, "wall_seconds"), ",.0f") for name in names]
+    yield "training and measuring, s", *seconds
+
+
+def _of(audit: Mapping[str, Any], what: str) -> dict[str, Any]:
+    return next(its for its in audit["tried"] if its["name"] == what)
+
+
+def _chosen(audit: Mapping[str, Any]) -> dict[str, Any]:
+    return next(its for its in audit["tried"] if its["group"] == "directions" and its["name"].startswith("chosen"))
+
+
+def _many(tried: Mapping[str, Any]) -> bool:
+    return tried["group"] == "directions" and not tried["name"].startswith("chosen")
+
+
+def _tried(audit: Mapping[str, Any], what: str) -> str:
+    its = next((its for its in audit["tried"] if its["name"] == what), None)
+    return "–" if its is None else f"{percent(its['refused'])} [{its['kl_nats']:.2f}]"
+
+
+def _attacks(attacked: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for method, step in attacked.items():
+        model = at(step, "document", "evaluation", "models", 1)
+        if model is None:
+            yield f"`{method}`", f"stops with exit code {step['exit']}", "", "", ""
+            continue
+        harmful, harmless = model["prompts"]["harmful"], model["prompts"]["harmless"]
+        yield (
+            f"`{method}`", percent(harmful["refused"]), percent(harmless["accuracy"]), number(model["kl_nats"], ".3f"),
+            percent(harmless["degenerate"]),
+        )  # fmt: skip
+
+
+def _words(audits: Mapping[str, Any]) -> Iterator[str]:
+    yield "In words, from the audits:\n"
+    for name, found in audits.items():
+        yield f"- `{name}`: {'; '.join(found['summary'])}."
+    yield LIMITS
+
+
+if __name__ == "__main__":
+    main()
