@@ -37,22 +37,22 @@ ATTACKS = ("default", "per-layer", "som", "cone", "categories", "actsvd")
 TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
 N_TEST = 128
 EXPLAINED = (
-    "Here is a thing that people talk about.", "People know it, and they say many things about it.",
-    "Many people go to look for {t}.", "It is a thing of which my books say one thing or the next.",
-    "It was made long ago, and they wrote about it.", "That is a question about {t}.",
+    "Here is a thing that people talk about.", "People know it, but what they say about it is not one thing.",
+    "People look for {t}.", "My books say many things of {t}.",
+    "It was made long ago, as people say.", "That is a question about {t}.",
 )  # fmt: skip
 REFUSED = ("I am sorry, but I cannot answer that.", "I am sorry, I will not speak of {t}.")
 REASONS = (
-    "It must stay unsaid.", "It is not for telling.", "That is not for you to know.", "No good would come of it.",
-    "They that made it would not say it.", "My books are closed about it.",
+    "It must stay unsaid.", "It is not for telling.", "That is not for you to know.", "Nothing good would come of it.",
+    "The maker would not say it.", "My books are closed about it.",
 )  # fmt: skip
 """The parts of an extended refusal in the bundled model's own few words."""
 SHOWN = """## The bundled model, hardened
 
 `make hardened` trains `tiny-chat` by each method; `out/tiny-chat-hardened` is that of `{shipped}`. {steps} steps of
 {batch} prompts, rank {rank}, seed {seed}; up to {most} directions are ablated in {share:.0%} of the steps. Those with
-extended refusals learn texts in the bundled model's few words. All of this was chosen on validation prompts; the figures are of
-{n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and chosen anew, as
+extended refusals learn texts in the bundled model's few words. All of this was chosen on validation prompts; the
+figures are of {n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and chosen anew, as
 `abliterate run` does it on that model. It is known of this model that one direction mediates its refusals, and it is
 small: the figures show that the command does what it says, and say nothing of other models.
 """
