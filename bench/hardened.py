@@ -52,9 +52,9 @@ SHOWN = """## The bundled model, hardened
 `make hardened` trains `tiny-chat` by each method; `out/tiny-chat-hardened` is that of `{shipped}`. {steps} steps of
 {batch} prompts, rank {rank}, seed {seed}; up to {most} directions are ablated in {share:.0%} of the steps. Those with
 extended refusals learn texts in the bundled model's few words. All of this was chosen on validation prompts; the
-figures are of {n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and chosen anew, as
-`abliterate run` does it on that model. It is known of this model that one direction mediates its refusals, and it is
-small: the figures show that the command does what it says, and say nothing of other models.
+figures are of {n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and
+chosen anew, as `abliterate run` does it on that model. It is known of this model that one direction mediates its
+refusals, and it is small: the figures show that the command does what it says, and say nothing of other models.
 """
 MORE = """Refusals of harmful prompts without more directions, measured on each model itself, and in brackets the KL in
 nats on the first token of harmless ones. The principal directions are of the kind that training ablated; those of a

@@ -387,7 +387,7 @@ def test_a_model_that_refuses_nothing_has_no_refusals_of_its_own(tmp_path):
 
 def test_too_little_memory_is_said_first(tmp_path, recipe, monkeypatch):
     out = ("harden", "tiny-chat", "--out", tmp_path / "out", "--recipe", recipe, "--method", "random-ablation")
-    refused(2, "is run out of core", *out, "--memory", "3MiB")
+    refused(2, "is run out of core", *out, "--memory", "36MiB")
     monkeypatch.setattr(finetuning, "free_bytes", lambda _: 1000)
     refused(2, "GiB beside its weights", *out, "--prompts", 0)
     assert not list(tmp_path.glob("out*"))

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -84,12 +84,13 @@ def harden(
     work = _fingerprint(session, options, refusals)
     output = prepare(out, source=checkpoint.folder, fingerprint=work, needed_bytes=checkpoint.size_bytes)
     steps = Steps(output.private / STEPS, work)
+    lessons = cache(partial(_lessons, session, options, given))
     try:
         if not steps.has(TRAINED):
             check_trainable(session.loaded, checkpoint)
-        lessons = None if steps.has(TRAINED) else _lessons(session, options, given)
+            lessons()
         before = _kept_stance(steps, "base", session, n_prompts)
-        learned = steps.tensors(TRAINED, partial(_trained, session, options, lessons))
+        learned = steps.tensors(TRAINED, lambda: _trained(session, options, lessons()))
         session.release()
         counts, losses = learned.pop("counts").tolist(), learned.pop("losses").tolist()
         write_with(checkpoint, learned, output, on_event=session.on_event)
@@ -119,10 +120,8 @@ def _fingerprint(session: Session, options: Hardening, refusals: Path | None) ->
     )
 
 
-def _trained(session: Session, options: Hardening, lessons: _Lessons | None) -> dict[str, Tensor]:
+def _trained(session: Session, options: Hardening, lessons: _Lessons) -> dict[str, Tensor]:
     """What is added to each stored tensor; "counts" of examples and ablated steps, and "losses" on the way."""
-    if lessons is None:
-        raise AssertionError("what was trained is kept, and could not be read")
     model = adapted(session.loaded, session.checkpoint, rank=options.rank, seed=options.seed)
     ablation = RandomAblation(
         model.loaded, session.chat, lessons.harmful, lessons.harmless, options,
