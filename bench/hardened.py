@@ -11,9 +11,11 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.checkpoint.output import write_atomically
@@ -21,10 +23,16 @@ from abliterate.data.tiny_chat import model_path
 from abliterate.data.tiny_chat import world as w
 from abliterate.data.tiny_chat.build import WORLD_SEED
 from abliterate.data.tiny_chat.figures import replies
-from abliterate.evaluate.replies import holds_answer
+from abliterate.evaluate.replies import REFUSALS, classify, holds_answer
+from abliterate.method.separation import principal
 from abliterate.method.statistics import Rate
+from abliterate.model.changed import replies_under
+from abliterate.model.interventions import ablated
 from abliterate.publishing.manifest import rate_json
-from abliterate.recipe import load_recipe
+from abliterate.recipe import Recipe, load_recipe
+from abliterate.workflow.reading import read_training
+from abliterate.workflow.session import open_session
+from abliterate.workflow.steps import Steps
 from bench.edit_speed import machine
 from bench.page_parts import at, number, percent, table
 from bench.real_steps import command, kept
@@ -33,8 +41,10 @@ BASE = "tiny-chat"
 METHODS = ("random-ablation", "extended-refusal", "both")
 SHIPPED = "random-ablation"
 """What is made as out/tiny-chat-hardened."""
-ATTACKS = ("default", "per-layer", "som", "cone", "categories", "actsvd")
+ATTACKS = ("default", "per-layer", "som", "cone")
 TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
+STEPS = {"random-ablation": 500, "extended-refusal": 200, "both": 500}
+LAYER_PROMPTS, MANY = 64, (1, 2, 4, 8)
 N_TEST = 128
 EXPLAINED = (
     "Here is a thing that people talk about.", "People know it, but what they say about it is not one thing.",
@@ -59,6 +69,10 @@ refusals, and it is small: the figures show that the command does what it says, 
 MORE = """Refusals of harmful prompts without more directions, measured on each model itself, and in brackets the KL in
 nats on the first token of harmless ones. The principal directions are of the kind that training ablated; those of a
 self-organising map are not.
+"""
+LAYERS = """The audit removes several directions where the chosen one lies. Whoever attacks may take any layer: refusals
+of {prompts} harmful prompts without the difference of means of the last position, or principal directions of it, of each
+layer; in brackets the share of harmless prompts that are then refused or whose replies are broken.
 """
 EDITED = """Published methods that edit `out/tiny-chat-hardened` ([what they do](methods.md)), by
 `abliterate run --method NAME`:
@@ -88,9 +102,10 @@ def main() -> None:
         trained[method] = train(work, method, out, recipe, texts)
         audits[method] = audit(work, method, str(out), recipe)
     facts = {name: facts_of(work, name, folder) for name, folder in {BASE: model_path(), **folders}.items()}
+    layers = {name: by_layer(work, name, str(its)) for name, its in ((BASE, BASE), (SHIPPED, folders[SHIPPED]))}
     attacked = {name: attack(work, name, folders[SHIPPED]) for name in ATTACKS}
     text = (Path(__file__).parent / "hardened_text.md").read_text("utf-8")
-    page = [text, *figures(trained, audits, facts, attacked), f"Machine: {machine()}."]
+    page = [text, *figures(trained, audits, facts, layers, attacked), f"Machine: {machine()}."]
     write_atomically(args.write, ("\n".join(page).rstrip() + "\n").encode())
 
 
@@ -110,7 +125,7 @@ def train(work: Path, method: str, out: Path, recipe: Path, texts: Path) -> dict
     """The bundled model, hardened."""
     words: list[str | Path] = [
         "harden", BASE, "--out", out, "--method", method, "--recipe", recipe, "--prompts", str(N_TEST),
-        "--max-new-tokens", str(TOKENS[method]),
+        "--max-new-tokens", str(TOKENS[method]), "--steps", str(STEPS[method]),
     ]  # fmt: skip
     words += ["--refusals", texts] if method != "random-ablation" else []
     return command(work, f"harden-{method}", words, key={}, out=out)
@@ -130,6 +145,42 @@ def attack(work: Path, method: str, folder: Path) -> dict[str, Any]:
     sources = [part for kind in ("harmful", "harmless") for part in (f"--{kind}", f"bundled:{BASE}")]
     words = ["run", folder, "--out", out, "--recipe", settings, "--max-new-tokens", "48", *sources]
     return command(work, f"attack-{method}", words, key={}, out=out)
+
+
+def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
+    """Refusals of test prompts without directions of each layer at the last position."""
+
+    def make() -> dict[str, Any]:
+        source = f"bundled:{BASE}"
+        session = open_session(model, Recipe(harmful=source, harmless=source))
+        read = read_training(session, frozenset({"means", "samples"}), Steps())
+        ours, theirs = (read.stats.samples[kind].double() for kind in ("harmful", "harmless"))
+        sets: dict[str, torch.Tensor] = {}
+        for layer in range(1, session.loaded.n_layers):
+            found = principal(ours[:, layer], theirs[:, layer].mean(0), max(MANY))
+            sets[f"{layer}/difference"] = (ours[:, layer].mean(0) - theirs[:, layer].mean(0))[:, None]
+            sets |= {f"{layer}/{k}": found[:, :k] for k in MANY}
+        asked = [its.texts[:LAYER_PROMPTS] for its in (session.contrast.harmful_test, session.contrast.harmless_test)]
+        hooks = [partial(ablated, session.loaded, its) for its in sets.values()]
+        said = replies_under(
+            session.loaded, session.chat, [*asked[0], *asked[1]], hooks, max_new_tokens=TOKENS[SHIPPED], batch_size=32
+        )
+        rows = {}
+        for what, texts in zip(sets, said, strict=True):
+            classes = [classify("", text) for text in texts]
+            refused = sum(its in REFUSALS for its in classes[:LAYER_PROMPTS])
+            lost = sum(its != "complied" for its in classes[LAYER_PROMPTS:])
+            rows[what] = [refused / LAYER_PROMPTS, lost / LAYER_PROMPTS]
+        return rows
+
+    files = [] if model == BASE else [its.stat().st_mtime_ns for its in sorted(Path(model).glob("*.safetensors"))]
+    return kept(work, f"layers-{name}", {"files": files}, make)
+
+
+def _by_layer(name: str, found: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, ...]]:
+    for layer in dict.fromkeys(what.partition("/")[0] for what in found):
+        cells = [found[f"{layer}/{what}"] for what in ("difference", *MANY)]
+        yield layer, name, *(f"{refused:.0%} [{lost:.0%}]" for refused, lost in cells)
 
 
 def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
@@ -155,7 +206,11 @@ def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
 
 
 def figures(
-    trained: Mapping[str, Any], audits: Mapping[str, Any], facts: Mapping[str, Any], attacked: Mapping[str, Any]
+    trained: Mapping[str, Any],
+    audits: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    attacked: Mapping[str, Any],
 ) -> Iterator[str]:
     """The figures of the page."""
     yield SHOWN.format(shipped=SHIPPED, n_test=N_TEST, **trained[SHIPPED]["document"]["options"])
@@ -165,6 +220,9 @@ def figures(
     yield MORE
     tried = list(dict.fromkeys(its["name"] for name in names for its in audits[name]["tried"] if _many(its)))
     yield table(("removed", *names), [(what, *(_tried(audits[name], what) for name in names)) for what in tried])
+    yield LAYERS.format(prompts=LAYER_PROMPTS)
+    head = ("entering block", "model", "difference of means", *(f"principal {k}" for k in MANY))
+    yield table(head, [row for name, its in layers.items() for row in _by_layer(name, its)], left=2)
     yield EDITED
     yield table(
         ("method", "harmful refused", "facts kept", "KL, first token", "empty or broken"), list(_attacks(attacked))

@@ -37,7 +37,7 @@ FEW = Recipe(
     harmful=SOURCE, harmless=SOURCE, n_train=16, n_val=4, n_test=8, estimators=("difference-of-means",),
     max_new_tokens=12,
 )  # fmt: skip
-SHORT = Hardening(method="random-ablation", steps=3, batch=8, rank=2, every=2, share=1.0)
+SHORT = Hardening(method="random-ablation", steps=3, batch=8, rank=2, every=2, share=1.0, most=1)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def apart(*, hidden=0.0, n=40, d=24):
 def test_only_what_separates_the_classes_is_drawn():
     means, samples = apart()
     separating = Separating.of(means, samples, 3)
-    assert len(separating.differences) == len(separating.principal) == 1
+    assert len(separating.differences) == len(separating.last) == len(separating.principal) == 1
     seen = set()
     for seed in range(40):
         found = separating.drawn(3, torch.Generator().manual_seed(seed))
@@ -151,7 +151,8 @@ def model_of(base, rank=4):
 
 def examples(count=8):
     ids = factories.token_ids(batch=count, length=9, seed=3).tolist()
-    return [Example(its[: 7 + n % 3], 2 + n % 3) for n, its in enumerate(ids)]
+    found = [Example(its[: 7 + n % 3], 2 + n % 3) for n, its in enumerate(ids)]
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 TUNING = Tuning(steps=12, batch=4, rank=4, rate=1e-2, seed=0)
@@ -217,7 +218,7 @@ def test_directions_are_ablated_in_their_share_of_the_steps_and_measured_again()
     loaded, chat = session.loaded, session.chat
     harmful, harmless = (its.texts[:8] for its in (session.contrast.harmful_train, session.contrast.harmless_train))
 
-    ones = Separating(differences=torch.ones(1, 128), principal=())
+    ones = Separating(differences=torch.ones(1, 128), last=torch.ones(1, 128), principal=())
 
     def tried(share, steps=6):
         ablation = RandomAblation(loaded, chat, harmful, harmless, replace(SHORT, share=share, every=4), batch_size=8)
@@ -226,9 +227,10 @@ def test_directions_are_ablated_in_their_share_of_the_steps_and_measured_again()
         for step in range(steps):
             seen = {}
             with ablation.around(step), observed(loaded, seen.__setitem__):
-                loaded.model(torch.tensor([chat.encode(harmful[0])]))
-            left = seen[4][0, -1].sum().abs() / seen[4][0, -1].norm()
-            assert (left < 1e-5) == (share == 1.0)
+                loaded.model(torch.tensor(2 * [chat.encode(harmful[0])]))
+            refused, answered = (its[-1].sum().abs() / its[-1].norm() for its in seen[4])
+            assert (refused < 1e-5) == (share == 1.0)
+            assert answered > 1e-3
         assert not any(its._forward_hooks or its._forward_pre_hooks for its in loaded.model.modules())
         return ablation.steps_ablated, len(measured)
 

@@ -32,7 +32,8 @@ def harden(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = DEFAULTS.steps,
     batch: Annotated[
-        int, typer.Option("--train-batch", min=2, help="Prompts of a step, refused and answered ones.")
+        int,
+        typer.Option("--train-batch", min=2, help="Prompts of a step, half refused and half answered; an even number."),
     ] = DEFAULTS.batch,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the matrices that are trained.")] = DEFAULTS.rank,
     rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = DEFAULTS.rate,
@@ -56,6 +57,8 @@ def harden(
     """
     if how not in METHODS:
         raise UsageError(f"--method {how}: no way to harden", f"choose one of: {', '.join(METHODS)}")
+    if batch % 2:
+        raise UsageError(f"--train-batch {batch}: is odd", "half of it are refused prompts, and half answered ones")
     from abliterate import api
     from abliterate.model.load import quiet_transformers
 

@@ -18,7 +18,7 @@ class Hardening:
         method: what is trained: refusals while directions are ablated at random (in the manner of DeepRefusal, arXiv
             2509.15202), extended refusals, which explain before and after declining (arXiv 2505.19056), or both.
         steps: of the optimiser.
-        batch: prompts of a step, refused and answered ones.
+        batch: prompts of a step, half refused and half answered.
         rank: of the low-rank matrices that are trained beside the weights, and added to them at the end.
         rate: peak learning rate of AdamW.
         share: of the steps, those with directions ablated.
@@ -28,12 +28,12 @@ class Hardening:
     """
 
     method: HardeningMethod = "both"
-    steps: int = 300
+    steps: int = 500
     batch: int = 32
     rank: int = 16
     rate: float = 1e-3
-    share: float = 0.5
-    most: int = 1
+    share: float = 0.8
+    most: int = 2
     every: int = 25
     seed: int = 42
 

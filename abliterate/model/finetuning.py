@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,7 +37,7 @@ NO_ROOM = "give a smaller --train-batch or --rank, a smaller model, or a machine
 class Tuning:
     """``steps`` of AdamW with ``batch`` examples each, at a peak learning rate ``rate`` that falls as a cosine.
 
-    ``rank`` is that of the matrices that are trained.
+    ``batch`` is even.  ``rank`` is that of the matrices that are trained.
     """
 
     steps: int
@@ -155,13 +155,15 @@ def _linear_layers(loaded: LoadedModel, checkpoint: Checkpoint) -> dict[str, str
 
 def finetune(
     model: Adapted,
-    examples: Sequence[Example],
+    examples: Sequence[tuple[Example, Example]],
     options: Tuning,
     *,
     around: Callable[[int], AbstractContextManager[None]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, ...]:
-    """Train ``model`` on the replies of ``examples``; gives the loss in nats per token, some ten times on the way.
+    """Train ``model`` on the replies of pairs of examples; gives the loss in nats per token, some ten times on the way.
+
+    The first examples of all pairs are the first half of a batch, their second ones the second half.
 
     ``around(step)`` is the context in which a step is taken, its forward and its backward pass.  The same seed gives
     the same numbers on the same machine.
@@ -175,13 +177,13 @@ def finetune(
     from trl.trainer.sft_trainer import SFTTrainer
 
     loaded = model.loaded
-    rows = _rows(model, examples, options)
+    pairs = _pairs(model, examples, options)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts, torch.random.fork_rng(), _old_names():
         trainer = SFTTrainer(
             model=model.peft,
-            args=_settings(loaded, options, rows, folder),
-            train_dataset=Dataset.from_list([{"ids": its.ids, "length": its.length} for its in examples]),
+            args=_settings(loaded, options, pairs, folder),
+            train_dataset=Dataset.from_list([{"pair": [asdict(its) for its in pair]} for pair in examples]),
             processing_class=loaded.tokenizer,
             data_collator=lambda its: _collated(its, pad_id),
             callbacks=[_steps(around, contexts, advance)],
@@ -196,8 +198,8 @@ def finetune(
     return losses
 
 
-def _rows(model: Adapted, examples: Sequence[Example], options: Tuning) -> int:
-    """Rows of a pass, a divisor of the batch; the rest of it is accumulated.
+def _pairs(model: Adapted, examples: Sequence[tuple[Example, Example]], options: Tuning) -> int:
+    """Pairs of a pass, a divisor of those of a batch; the rest of it is accumulated.
 
     Raises:
         UsageError: there is no memory for what is trained.
@@ -211,19 +213,19 @@ def _rows(model: Adapted, examples: Sequence[Example], options: Tuning) -> int:
             f"{free / 2**30:,.2f}",
             NO_ROOM,
         )
-    longest = max(len(its.ids) for its in examples)
-    most = gradient_rows(loaded, options.batch, longest, longest)
-    return next(rows for rows in range(most, 0, -1) if options.batch % rows == 0)
+    longest = max(len(its.ids) for pair in examples for its in pair)
+    most = max(1, gradient_rows(loaded, options.batch, longest, longest) // 2)
+    return next(pairs for pairs in range(most, 0, -1) if options.batch // 2 % pairs == 0)
 
 
-def _settings(loaded: LoadedModel, options: Tuning, rows: int, folder: str) -> Any:  # noqa: ANN401 - of TRL
+def _settings(loaded: LoadedModel, options: Tuning, pairs: int, folder: str) -> Any:  # noqa: ANN401 - of TRL
     from trl.trainer.sft_config import SFTConfig
 
     settings = SFTConfig(
         output_dir=folder,
         max_steps=options.steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=options.batch // rows,
+        per_device_train_batch_size=pairs,
+        gradient_accumulation_steps=options.batch // 2 // pairs,
         gradient_checkpointing=False,
         learning_rate=options.rate,
         lr_scheduler_type="cosine",
@@ -246,8 +248,9 @@ def _settings(loaded: LoadedModel, options: Tuning, rows: int, folder: str) -> A
     return settings
 
 
-def _collated(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+def _collated(pairs: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """A batch padded on the right, where no causal model sees it; only replies carry loss."""
+    rows = [its["pair"][half] for half in (0, 1) for its in pairs]
     width = max(len(row["ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

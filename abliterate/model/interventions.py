@@ -55,6 +55,23 @@ def ablated(loaded: LoadedModel, directions: Float[Tensor, "d k"]) -> Iterator[N
 
 
 @contextmanager
+def half_ablated(loaded: LoadedModel, directions: Float[Tensor, "d k"]) -> Iterator[None]:
+    """As ``ablated``, of the first half of the rows of each batch alone.
+
+    Every place must give ``[rows, tokens, d]`` or ``[rows * tokens, d]``; see ``rows_apart``.
+    """
+    basis = orthonormal_basis(directions)
+
+    def change(x: Tensor) -> Tensor:
+        first, second = x.reshape(2, -1, x.shape[-1])
+        wide = first.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.stack([project_out(wide, basis).to(x.dtype), second]).view(x.shape)
+
+    with everywhere(loaded, change):
+        yield
+
+
+@contextmanager
 def edited(loaded: LoadedModel, stream: StreamEdit) -> Iterator[None]:
     """Run as an edit of the weights would make the model: its operator on what every writer adds to the stream.
 

@@ -9,7 +9,7 @@ from abliterate.method.estimators import Need
 from abliterate.method.hardening import Hardening
 from abliterate.method.random_ablation import Separating
 from abliterate.model.chat import ChatFormat
-from abliterate.model.interventions import ablated
+from abliterate.model.interventions import half_ablated
 from abliterate.model.load import LoadedModel
 from abliterate.model.measuring import measure_class
 
@@ -19,6 +19,8 @@ NEEDS: tuple[Need, ...] = ("means", "samples")
 
 class RandomAblation:
     """The hooks of each training step of ``loaded``: in a share of them, directions are out of the residual stream.
+
+    Out of that of harmful prompts, the first half of a batch: refusing without them is learned, and answering is not.
 
     They are differences of means between ``harmful`` and ``harmless`` prompts, as those of a run, or principal
     directions, at random places (``method.random_ablation``), and are taken out everywhere
@@ -53,7 +55,7 @@ class RandomAblation:
         if float(torch.rand((), generator=self._generator)) >= self.options.share:
             return nullcontext()
         self.steps_ablated += 1
-        return ablated(self.loaded, self._separating.drawn(self.options.most, self._generator))
+        return half_ablated(self.loaded, self._separating.drawn(self.options.most, self._generator))
 
     def _measured(self) -> Separating:
         """What separates the prompts in the model as it is now."""

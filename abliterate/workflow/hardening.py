@@ -51,10 +51,12 @@ class _Lessons:
     harmless: tuple[str, ...]
 
     @property
-    def examples(self) -> list[Example]:
-        """As many of the one kind as of the other; the fewer take turns."""
+    def pairs(self) -> list[tuple[Example, Example]]:
+        """One of each kind together; the fewer take turns."""
         most = max(len(self.refused), len(self.answered))
-        return [its[place % len(its)] for place in range(most) for its in (self.refused, self.answered)]
+        kinds = self.refused, self.answered
+        first, second = ([its[place % len(its)] for place in range(most)] for its in kinds)
+        return list(zip(first, second, strict=True))
 
 
 def harden(
@@ -132,7 +134,7 @@ def _trained(session: Session, options: Hardening, lessons: _Lessons) -> dict[st
         steps=options.steps, batch=options.batch, rank=options.rank, rate=options.rate, seed=options.seed
     )  # fmt: skip
     with working(session.on_event, TASK, options.steps, "steps") as advance:
-        losses = finetune(model, lessons.examples, tuning, around=around, advance=advance)
+        losses = finetune(model, lessons.pairs, tuning, around=around, advance=advance)
     counts = [len(lessons.refused), len(lessons.answered), ablation.steps_ablated]
     return {**model.added(), "counts": torch.tensor(counts), "losses": torch.tensor(losses)}
 
