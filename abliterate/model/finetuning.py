@@ -164,7 +164,6 @@ def finetune(
     """Train ``model`` on the replies of pairs of examples; gives the loss in nats per token, some ten times on the way.
 
     The first examples of all pairs are the first half of a batch, their second ones the second half.
-
     ``around(step)`` is the context in which a step is taken, its forward and its backward pass.  The same seed gives
     the same numbers on the same machine.
 

@@ -20,7 +20,7 @@ from abliterate.checkpoint.source import open_folder
 from abliterate.editing.adding import write_with
 from abliterate.errors import AbliterateError, NonFiniteError, PromptError, TooFewPromptsError
 from abliterate.evaluate.labels import reader
-from abliterate.evaluate.replies import REFUSALS, SCORERS, classes_of, holds_answer
+from abliterate.evaluate.replies import SCORERS, holds_answer
 from abliterate.events import Noted, working
 from abliterate.method.hardening import Hardening
 from abliterate.method.statistics import Rate
@@ -218,8 +218,8 @@ def _stance(session: Session, n_prompts: int) -> Stance:
             session.loaded, session.chat, asked, hooks, max_new_tokens=recipe.evaluate.max_new_tokens,
             batch_size=recipe.model.batch_size, advance=advance,
         )  # fmt: skip
-    scorer = SCORERS[recipe.evaluate.scorer]
-    refused = [[one in REFUSALS for one in classes_of(asked, its, scorer)] for its in replies]
+    read = reader(SCORERS[recipe.evaluate.scorer], session.chat)
+    refused = [[read(*pair) == "refused" for pair in zip(asked, its, strict=True)] for its in replies]
     known = [(its.answer, reply) for its, reply in zip(harmless, replies[0][len(harmful) :], strict=True) if its.answer]
     return Stance(
         refused=_rate(refused[0][: len(harmful)]),
