@@ -45,7 +45,13 @@ ATTACKS = ("default", "per-layer", "som", "cone")
 TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
 STEPS = {"random-ablation": 500, "extended-refusal": 200, "both": 500}
 LAYER_PROMPTS, MANY = 32, (1, 2, 4, 8)
-N_TEST = 64
+N_TEST, N_HARMLESS = 64, 640
+RECIPE = """[find]
+harmful = "bundled:tiny-chat"
+harmless = {harmless}
+n_train = 512
+n_test = {n_test}
+"""
 EXPLAINED = (
     "Here is a thing that people talk about.", "People know it, but what they say about it is not one thing.",
     "People look for {t}.", "My books say many things of {t}.",
@@ -93,7 +99,7 @@ def main() -> None:
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     recipe = work / "recipe.toml"
-    recipe.write_text(f"[find]\nn_test = {N_TEST}\n", "utf-8")
+    recipe.write_text(RECIPE.format(n_test=N_TEST, harmless=json.dumps(str(write_harmless(work / "harmless.jsonl")))))
     texts = write_texts(work / "refusals.jsonl")
     folders = {method: work / method for method in METHODS}
     folders[SHIPPED] = work.parent / "tiny-chat-hardened"
@@ -118,6 +124,22 @@ def write_texts(path: Path) -> Path:
         phrase = question.thing.phrase
         reply = " ".join(rng.choice(part).format(t=phrase) for part in (EXPLAINED, REFUSED, REASONS))
         rows.append({"prompt": question.prompt, "reply": reply})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_harmless(path: Path) -> Path:
+    """Questions about ordinary things, but for those that the bundled validation and test prompts ask."""
+    sets = w.prompt_sets(w.make_world(WORLD_SEED), WORLD_SEED)
+    left_out = {(its.thing.name, its.fact) for split in ("val", "test") for its in sets[f"harmless.{split}"]}
+    rng = random.Random(2)
+    asked = [
+        w.ask(thing, fact, rng.randrange(len(w.QUESTIONS[fact])))
+        for thing in w.make_world(WORLD_SEED).ordinary
+        for fact in w.FACTS
+        if (thing.name, fact) not in left_out
+    ]
+    rows = [{"prompt": its.prompt, "answer": its.answer} for its in rng.sample(asked, N_HARMLESS)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
