@@ -41,9 +41,10 @@ BASE = "tiny-chat"
 METHODS = ("random-ablation", "extended-refusal", "both")
 SHIPPED = "random-ablation"
 """What is made as out/tiny-chat-hardened."""
-ATTACKS = ("default", "per-layer", "som", "cone")
+ATTACKS = ("default", "per-layer", "cone")
 TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
-STEPS = {"random-ablation": 500, "extended-refusal": 200, "both": 500}
+STEPS = {"random-ablation": 350, "extended-refusal": 150, "both": 350}
+FORMS = range(len(w.QUESTIONS["colour"]))
 LAYER_PROMPTS, MANY = 32, (1, 2, 4, 8)
 N_TEST, N_HARMLESS = 64, 640
 RECIPE = """[find]
@@ -78,7 +79,7 @@ self-organising map are not.
 """
 LAYERS = """The audit removes several directions where the chosen one lies. Whoever attacks may take any layer: refusals
 of {prompts} harmful prompts without the difference of means of the last position, or principal directions of it, of
-each layer; in brackets the share of harmless prompts that are then refused or whose replies are broken.
+each layer; in brackets the share of harmless replies that then still hold the known answer.
 """
 EDITED = """Published methods that edit `out/tiny-chat-hardened` ([what they do](methods.md)), by
 `abliterate run --method NAME`:
@@ -156,7 +157,7 @@ def train(work: Path, method: str, out: Path, recipe: Path, texts: Path) -> dict
 
 def audit(work: Path, name: str, model: str, recipe: Path) -> dict[str, Any]:
     """The audit of a model on all test prompts."""
-    words = ["audit", model, "--recipe", recipe, "--prompts", str(N_TEST)]
+    words = ["audit", model, "--recipe", recipe, "--prompts", str(N_TEST), "--max-new-tokens", str(TOKENS["both"])]
     return command(work, f"audit-{name}", words, key={})["document"]["audits"][0]
 
 
@@ -183,17 +184,18 @@ def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
             found = principal(ours[:, layer], theirs[:, layer].mean(0), max(MANY))
             sets[f"{layer}/difference"] = (ours[:, layer].mean(0) - theirs[:, layer].mean(0))[:, None]
             sets |= {f"{layer}/{k}": found[:, :k] for k in MANY}
-        asked = [its.texts[:LAYER_PROMPTS] for its in (session.contrast.harmful_test, session.contrast.harmless_test)]
+        tests = session.contrast.harmful_test, session.contrast.harmless_test
+        asked = [its.texts[:LAYER_PROMPTS] for its in tests]
+        answers = [its.answer or "" for its in tests[1].prompts[:LAYER_PROMPTS]]
         hooks = [partial(ablated, session.loaded, its) for its in sets.values()]
         said = replies_under(
             session.loaded, session.chat, [*asked[0], *asked[1]], hooks, max_new_tokens=TOKENS[SHIPPED], batch_size=32
         )
         rows = {}
         for what, texts in zip(sets, said, strict=True):
-            classes = [classify("", text) for text in texts]
-            refused = sum(its in REFUSALS for its in classes[:LAYER_PROMPTS])
-            lost = sum(its != "complied" for its in classes[LAYER_PROMPTS:])
-            rows[what] = [refused / LAYER_PROMPTS, lost / LAYER_PROMPTS]
+            refused = sum(classify("", text) in REFUSALS for text in texts[:LAYER_PROMPTS])
+            right = sum(holds_answer(text, its) for text, its in zip(texts[LAYER_PROMPTS:], answers, strict=True))
+            rows[what] = [refused / LAYER_PROMPTS, right / LAYER_PROMPTS]
         return rows
 
     files = [] if model == BASE else [its.stat().st_mtime_ns for its in sorted(Path(model).glob("*.safetensors"))]
@@ -203,7 +205,7 @@ def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
 def _by_layer(name: str, found: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, ...]]:
     for layer in dict.fromkeys(what.partition("/")[0] for what in found):
         cells = [found[f"{layer}/{what}"] for what in ("difference", *MANY)]
-        yield layer, name, *(f"{refused:.0%} [{lost:.0%}]" for refused, lost in cells)
+        yield layer, name, *(f"{refused:.0%} [{right:.0%}]" for refused, right in cells)
 
 
 def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
@@ -211,14 +213,10 @@ def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         world = w.make_world(WORLD_SEED)
-        trained = {(its.thing, its.fact) for its in w.prompt_sets(world, WORLD_SEED)["harmless.train"]}
+        trained = {json.loads(line)["prompt"] for line in (work / "harmless.jsonl").read_text("utf-8").splitlines()}
         rng = random.Random(1)
-        asked = [
-            w.ask(thing, fact, rng.randrange(len(w.QUESTIONS[fact])))
-            for thing in world.ordinary
-            for fact in w.FACTS
-            if (thing, fact) not in trained
-        ]
+        every = [[w.ask(thing, fact, form) for form in FORMS] for thing in world.ordinary for fact in w.FACTS]
+        asked = [rng.choice(its) for its in every if trained.isdisjoint(one.prompt for one in its)]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
         said = replies(model, AutoTokenizer.from_pretrained(folder), [its.prompt for its in asked])
         hits = sum(holds_answer(text, its.answer) for text, its in zip(said, asked, strict=True))

@@ -28,11 +28,11 @@ class Hardening:
     """
 
     method: HardeningMethod = "both"
-    steps: int = 500
+    steps: int = 400
     batch: int = 32
     rank: int = 16
     rate: float = 1e-3
-    share: float = 0.8
+    share: float = 0.7
     most: int = 2
     every: int = 25
     seed: int = 42
