@@ -85,9 +85,10 @@ EDITED = """Published methods that edit `out/tiny-chat-hardened` ([what they do]
 `abliterate run --method NAME`:
 """
 LIMITS = """
-One direction no longer does it, several still do. Whoever holds the weights and removes several directions, or trains
-the refusals away again, is not stopped: this makes removal dearer, not impossible. Not measured: fine-tuning the
-refusals away, prompts made to get around them, and any other model.
+So the direction that a run chooses no longer takes refusal away; others do, at a higher KL. Whoever holds the weights
+and looks at every layer, removes several directions, or trains the refusals away again, is not stopped: this makes
+removal dearer, not impossible. Not measured: fine-tuning the refusals away, prompts made to get around them, and any
+other model.
 """
 
 
@@ -202,6 +203,18 @@ def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
     return kept(work, f"layers-{name}", {"files": files}, make)
 
 
+def _strongest(found: Mapping[str, Sequence[float]]) -> str:
+    """Which single direction takes most away."""
+    alone = {what.partition("/")[0]: its for what, its in found.items() if what.endswith("/difference")}
+    layer, (left, right) = min(alone.items(), key=lambda its: its[1][0])
+    return (
+        f"The strongest of these single directions, that entering block {layer}, leaves {left:.0%} of the refusals of "
+        f"the hardened model, and {right:.0%} of the harmless answers stay right. A run does not choose it by the "
+        "published rule, which leaves out the last fifth of the blocks and directions that change harmless replies by "
+        "more than 0.1 nats; whoever looks beyond that rule finds it.\n"
+    )
+
+
 def _by_layer(name: str, found: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, ...]]:
     for layer in dict.fromkeys(what.partition("/")[0] for what in found):
         cells = [found[f"{layer}/{what}"] for what in ("difference", *MANY)]
@@ -244,6 +257,7 @@ def figures(
     yield LAYERS.format(prompts=LAYER_PROMPTS)
     head = ("entering block", "model", "difference of means", *(f"principal {k}" for k in MANY))
     yield table(head, [row for name, its in layers.items() for row in _by_layer(name, its)], left=2)
+    yield _strongest(layers[SHIPPED])
     yield EDITED
     yield table(
         ("method", "harmful refused", "facts kept", "KL, first token", "empty or broken"), list(_attacks(attacked))
