@@ -33,6 +33,7 @@ from abliterate.recipe import Recipe, load_recipe
 from abliterate.workflow.reading import read_training
 from abliterate.workflow.session import open_session
 from abliterate.workflow.steps import Steps
+from bench import methods_at
 from bench.edit_speed import machine
 from bench.page_parts import at, number, percent, table
 from bench.real_steps import command, kept
@@ -111,7 +112,7 @@ def main() -> None:
         audits[method] = audit(work, method, str(out), recipe)
     audits[BASE] = audit(work, BASE, BASE, recipe)
     facts = {name: facts_of(work, name, folder) for name, folder in {BASE: model_path(), **folders}.items()}
-    layers = {name: by_layer(work, name, str(its)) for name, its in ((BASE, BASE), (SHIPPED, folders[SHIPPED]))}
+    layers = {name: by_layer(work, name, str(its)) for name, its in {BASE: BASE, **folders}.items()}
     attacked = {name: attack(work, name, folders[SHIPPED]) for name in ATTACKS}
     text = (Path(__file__).parent / "hardened_text.md").read_text("utf-8")
     page = [text, *figures(trained, audits, facts, layers, attacked), f"Machine: {machine()}."]
@@ -304,7 +305,7 @@ def _attacks(attacked: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for method, step in attacked.items():
         model = at(step, "document", "evaluation", "models", 1)
         if model is None:
-            yield f"`{method}`", f"stops with exit code {step['exit']}", "", "", ""
+            yield f"`{method}`", f"stops: {methods_at.why(step)}", "", "", ""
             continue
         harmful, harmless = model["prompts"]["harmful"], model["prompts"]["harmless"]
         yield (
