@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-metrics bench-quarter bench-passes bench-disk bench-large bench-post-norm bench-quantised real methods
+  bench-selection bench-metrics bench-quarter bench-passes bench-disk bench-large bench-post-norm bench-quantised real methods hardened
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -101,6 +101,11 @@ bench-disk: $(VENV)/installed-dev
 # it was stopped.  Writes docs/real-models.md.
 real: $(VENV)/installed-dev
 	$(BIN)/python -m bench.real
+
+# A hardened variant of the bundled model, audited beside it: out/tiny-chat-hardened.  Writes docs/defence.md.
+hardened: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	$(BIN)/python -m bench.hardened
 
 # All published methods side by side, on the bundled model; a real one beside it: make methods
 # MODELS=qwen=/path/to/folder:--quick,--dtype,bfloat16.  Writes docs/methods.md.

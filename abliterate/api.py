@@ -23,37 +23,37 @@ from abliterate.exports.importing import Half, ImportReport
 from abliterate.exports.importing import import_gguf as _import_gguf
 from abliterate.exports.lora import AdapterReport
 from abliterate.exports.lora import export as _export_lora
+from abliterate.exports.patches import export as patch_writing
+from abliterate.exports.patches import use as patches
 from abliterate.exports.patches.export import PatchReport, Purpose
-from abliterate.exports.patches.export import export as _export_patch
-from abliterate.exports.patches.use import apply as _apply_patch
-from abliterate.exports.patches.use import revert as _revert_patch
 from abliterate.exports.projection import Projection
 from abliterate.method.directions import DirectionSet
+from abliterate.method.hardening import Hardening
 from abliterate.method.stream_edit import StreamEdit
 from abliterate.model.words import load_words
 from abliterate.publishing import manifest, relay
 from abliterate.publishing import push as publishing
 from abliterate.publishing.finished import FinishedEdit, planned_edits
+from abliterate.publishing.hardened import Hardened
 from abliterate.publishing.push import Published
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.verification.comparison import Diff
 from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
-from abliterate.workflow import inspecting, pipeline
+from abliterate.workflow import hardening, inspecting, pipeline, reproducing
 from abliterate.workflow.chatting import chat, reply
 from abliterate.workflow.healing import HealingOptions, heal
 from abliterate.workflow.pipeline import RunResult
 from abliterate.workflow.reproducing import Reproduction
-from abliterate.workflow.reproducing import reproduce as _reproduce
 from abliterate.workflow.session import open_session
 from abliterate.workflow.trials import EDITED
 from abliterate.workflow.trying_categories import try_categories as categories
 
 __all__ = [
     "HealingOptions", "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
-    "export_control_vector", "export_lora", "export_patch", "export_projection", "heal", "import_gguf", "inspect",
-    "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run", "select",
-    "stream", "verify",
+    "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "heal", "import_gguf",
+    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run",
+    "select", "stream", "verify",
 ]  # fmt: skip
 
 
@@ -159,6 +159,25 @@ def dequantize(model: str | Path, out: str | Path, *, revision: str | None = Non
     return dequantise(checkpoint, Path(out), on_event=on_event)
 
 
+def harden(
+    model: str | Path | None,
+    out: str | Path,
+    options: Hardening | None = None,
+    *,
+    recipe: Recipe | None = None,
+    refusals: str | Path | None = None,
+    n_prompts: int = 32,
+    revision: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Hardened:
+    """Train ``model`` to refuse where its refusal direction is gone, and write it to ``out``; see ``hardening``."""
+    recipe = recipe or Recipe()
+    pipeline.check_names(recipe)
+    session = open_session(model, recipe, revision=revision, on_event=on_event)
+    given = None if refusals is None else Path(refusals)
+    return hardening.harden(session, Path(out), options or Hardening(), refusals=given, n_prompts=n_prompts)
+
+
 def import_gguf(
     gguf: str | Path, out: str | Path, *, dtype: Half | None = None, on_event: OnEvent = ignore
 ) -> ImportReport:
@@ -221,12 +240,12 @@ def export_patch(
     ``edited`` is a folder that abliterate wrote, or its name on the Hub, at ``revision``.
     """
     folder = finished_folder(edited, revision=revision).path
-    return _export_patch(folder, base, Path(out), purposes=purposes, on_event=on_event)
+    return patch_writing.export(folder, base, Path(out), purposes=purposes, on_event=on_event)
 
 
 def apply_patch(base: str | Path, patch: str | Path, out: str | Path, *, on_event: OnEvent = ignore) -> Path:
     """Write ``base`` with the edit of a patch to ``out``; see ``patches.use``."""
-    return _apply_patch(base, Path(patch), Path(out), on_event=on_event)
+    return patches.apply(base, Path(patch), Path(out), on_event=on_event)
 
 
 def revert_patch(
@@ -238,7 +257,7 @@ def revert_patch(
     on_event: OnEvent = ignore,
 ) -> Path:
     """Write the base of ``edited`` to ``out``; see ``patches.use``."""
-    return _revert_patch(edited, Path(patch), Path(out), revision=revision, on_event=on_event)
+    return patches.revert(edited, Path(patch), Path(out), revision=revision, on_event=on_event)
 
 
 def reproduce(
@@ -256,7 +275,7 @@ def reproduce(
     """
     place = finished_folder(folder, revision=revision)
     beside = Path.cwd() if place.from_hub else None
-    return _reproduce(
+    return reproducing.reproduce(
         place.path, base=base, measure=measure, beside=beside, trust_remote_code=trust_remote_code, on_event=on_event
     )
 

@@ -13,6 +13,7 @@ from abliterate.cli.console import fail, silence
 from abliterate.cli.directions import directions
 from abliterate.cli.evaluate import compare, evaluate
 from abliterate.cli.export import export
+from abliterate.cli.harden import harden
 from abliterate.cli.heal import heal
 from abliterate.cli.importing import import_gguf
 from abliterate.cli.inspect import inspect
@@ -34,7 +35,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "audit": audit, "methods": methods, "recipes": recipes, "architectures": architectures,
     },
     "One stage at a time": {"measure": measure, "select": select, "edit": edit, "verify": verify, "eval": evaluate},
-    "After the edit": {"heal": heal},
+    "Train": {"heal": heal, "harden": harden},
     "Compare checkpoints": {"compare": compare, "diff": diff, "reproduce": reproduce},
     "Bring a model, hand on an edit": {
         "import": import_gguf, "dequantize": dequantize, "patch": patch, "lora": lora, "export": export, "push": push,
