@@ -173,9 +173,8 @@ def harden(
     """Train ``model`` to refuse where its refusal direction is gone, and write it to ``out``; see ``hardening``."""
     recipe = recipe or Recipe()
     pipeline.check_names(recipe)
-    session = open_session(model, recipe, revision=revision, on_event=on_event)
-    given = None if refusals is None else Path(refusals)
-    return hardening.harden(session, Path(out), options or Hardening(), refusals=given, n_prompts=n_prompts)
+    session, given = open_session(model, recipe, revision=revision, on_event=on_event), refusals and Path(refusals)
+    return hardening.harden(session, Path(out), options or Hardening(), refusals=given or None, n_prompts=n_prompts)
 
 
 def import_gguf(
