@@ -47,13 +47,14 @@ def audit(
     from abliterate.model.load import quiet_transformers
     from abliterate.workflow import pipeline
     from abliterate.workflow.auditing import edit_of
-    from abliterate.workflow.session import open_session
+    from abliterate.workflow.session import open_session, with_default_prompts
 
     check_report(report)
     pipeline.check_names(recipe)
     if recipe.evaluate.max_new_tokens == Recipe().evaluate.max_new_tokens:
         recipe = recipe.with_changes({"max_new_tokens": TOKENS})
     quiet_transformers()
+    recipe = with_default_prompts(base or model, recipe)  # all models are asked the same
     edit, found = None, []
     if base is not None:
         with progress() as listen:
@@ -115,7 +116,7 @@ def _show(found: "Audit") -> None:
         shown.add_row(escape(its.name), *cells, f"{its.kl_nats:.3f}")
     out.print(shown)
     if found.writes:
-        brings = table(f"what brings {escape(found.candidate)} to block {found.layer}", "", "share", right=(1,))
+        brings = table(f"what brings it to block {found.layer}", "head or MLP", "share of the difference", right=(1,))
         for its in found.writes:
             brings.add_row(its.name, f"{100 * its.share:.1f} %")
         out.print(brings)
