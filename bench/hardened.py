@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from abliterate.checkpoint.hashes import sha256_file
 from abliterate.checkpoint.output import write_atomically
 from abliterate.data.tiny_chat import model_path
 from abliterate.data.tiny_chat import world as w
@@ -28,10 +30,12 @@ from abliterate.method.separation import principal
 from abliterate.method.statistics import Rate
 from abliterate.model.changed import replies_under
 from abliterate.model.interventions import ablated
+from abliterate.model.prompts import load_bundled
 from abliterate.publishing.manifest import rate_json
-from abliterate.recipe import Recipe, load_recipe
+from abliterate.recipe import load_recipe
+from abliterate.workflow.auditing import audit
 from abliterate.workflow.reading import read_training
-from abliterate.workflow.session import open_session
+from abliterate.workflow.session import Session, open_session
 from abliterate.workflow.steps import Steps
 from bench import methods_at
 from bench.edit_speed import machine
@@ -44,7 +48,7 @@ SHIPPED = "both"
 """What is made as out/tiny-chat-hardened."""
 ATTACKS = ("default", "per-layer", "cone")
 TOKENS = {"random-ablation": 24, "extended-refusal": 48, "both": 48}
-STEPS = {"random-ablation": 350, "extended-refusal": 150, "both": 700}
+STEPS = {"random-ablation": 350, "extended-refusal": 150, "both": 350}
 FORMS = range(len(w.QUESTIONS["colour"]))
 LAYER_PROMPTS, MANY = 32, (1, 2, 4, 8)
 N_TEST, N_HARMLESS = 64, 640
@@ -69,10 +73,13 @@ SHOWN = """## The bundled model, hardened
 
 `make hardened` trains `tiny-chat` by each method; `out/tiny-chat-hardened` is that of `{shipped}`. {steps} steps of
 {batch} prompts, rank {rank}, seed {seed}; up to {most} directions are ablated in {share:.0%} of the steps. Those with
-extended refusals learn texts in the bundled model's few words. All of this was chosen on validation prompts; the
-figures are of {n_test} test prompts of each class, with 95 % intervals. The direction of each model is measured and
-chosen anew, as `abliterate run` does it on that model. It is known of this model that one direction mediates its
-refusals, and it is small: the figures show that the command does what it says, and say nothing of other models.
+extended refusals learn texts in the bundled model's few words, in {short} steps where nothing is ablated. How often to
+ablate and how many directions was chosen on validation prompts; how many harmless prompts to learn from, that both
+halves of a batch weigh the same, and that `{shipped}` is kept, after a look at test prompts. The figures are of
+{n_test} other test prompts of each class, with 95 % intervals; those of the published methods below are of all
+{n_all}. Facts are asked for by questions that training did not ask. The direction of each model is measured and chosen
+anew, as `abliterate run` does it on that model. It is known of this model that one direction mediates its refusals, and
+it is small: the figures show that the command does what it says, and say nothing of other models.
 """
 MORE = """Refusals of harmful prompts without more directions, measured on each model itself, and in brackets the KL in
 nats on the first token of harmless ones. The principal directions are of the kind that training ablated; those of a
@@ -109,10 +116,10 @@ def main() -> None:
     trained, audits = {}, {}
     for method, out in folders.items():
         trained[method] = train(work, method, out, recipe, texts)
-        audits[method] = audit(work, method, str(out), recipe)
-    audits[BASE] = audit(work, BASE, BASE, recipe)
+        audits[method] = audited(work, method, str(out), recipe)
+    audits[BASE] = audited(work, BASE, BASE, recipe)
     facts = {name: facts_of(work, name, folder) for name, folder in {BASE: model_path(), **folders}.items()}
-    layers = {name: by_layer(work, name, str(its)) for name, its in {BASE: BASE, **folders}.items()}
+    layers = {name: by_layer(work, name, str(its), recipe) for name, its in {BASE: BASE, **folders}.items()}
     attacked = {name: attack(work, name, folders[SHIPPED]) for name in ATTACKS}
     text = (Path(__file__).parent / "hardened_text.md").read_text("utf-8")
     page = [text, *figures(trained, audits, facts, layers, attacked), f"Machine: {machine()}."]
@@ -157,28 +164,46 @@ def train(work: Path, method: str, out: Path, recipe: Path, texts: Path) -> dict
     return command(work, f"harden-{method}", words, key={}, out=out)
 
 
-def audit(work: Path, name: str, model: str, recipe: Path) -> dict[str, Any]:
-    """The audit of a model on all test prompts."""
-    words = ["audit", model, "--recipe", recipe, "--prompts", str(N_TEST), "--max-new-tokens", str(TOKENS["both"])]
-    return command(work, f"audit-{name}", words, key={})["document"]["audits"][0]
+def session_of(model: str, recipe: Path) -> Session:
+    """``model`` with the second halves of the bundled test prompts, at which nobody looked before they were final."""
+    session = open_session(model, load_recipe(str(recipe)).with_changes({"max_new_tokens": TOKENS["both"]}))
+    sets = {f"{kind}_test": load_bundled(BASE, kind, "test") for kind in ("harmful", "harmless")}
+    fresh = {name: replace(its, prompts=its.prompts[N_TEST:]) for name, its in sets.items()}
+    vars(session)["contrast"] = replace(session.contrast, **fresh)
+    return session
+
+
+def audited(work: Path, name: str, model: str, recipe: Path) -> dict[str, Any]:
+    """The audit of a model."""
+
+    def make() -> dict[str, Any]:
+        print(f"audit {name}", flush=True)
+        return audit(session_of(model, recipe), n_prompts=N_TEST).to_json()
+
+    return kept(work, f"audit-{name}", files_of(model), make)
+
+
+def files_of(model: str | Path) -> dict[str, Any]:
+    """What tells the weights of a folder from others."""
+    return {"files": [sha256_file(its) for its in sorted(Path(model).glob("*.safetensors"))]}
 
 
 def attack(work: Path, method: str, folder: Path) -> dict[str, Any]:
     """The hardened model after a run of a published method."""
     out = work / f"attacked-{method}"
     settings = work / f"{method}.toml"
-    settings.write_text(load_recipe(method).with_changes({"n_test": N_TEST}).to_toml(), "utf-8")
+    settings.write_text(load_recipe(method).with_changes({"n_test": 2 * N_TEST}).to_toml(), "utf-8")
     sources = [part for kind in ("harmful", "harmless") for part in (f"--{kind}", f"bundled:{BASE}")]
     words = ["run", folder, "--out", out, "--recipe", settings, "--max-new-tokens", "48", *sources]
-    return command(work, f"attack-{method}", words, key={}, out=out)
+    return command(work, f"attack-{method}", words, key=files_of(folder), out=out)
 
 
-def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
+def by_layer(work: Path, name: str, model: str, recipe: Path) -> dict[str, Any]:
     """Refusals of test prompts without directions of each layer at the last position."""
 
     def make() -> dict[str, Any]:
-        source = f"bundled:{BASE}"
-        session = open_session(model, Recipe(harmful=source, harmless=source))
+        print(f"layers of {name}", flush=True)
+        session = session_of(model, recipe)
         read = read_training(session, frozenset({"means", "samples"}), Steps())
         ours, theirs = (read.stats.samples[kind].double() for kind in ("harmful", "harmless"))
         sets: dict[str, torch.Tensor] = {}
@@ -200,8 +225,7 @@ def by_layer(work: Path, name: str, model: str) -> dict[str, Any]:
             rows[what] = [refused / LAYER_PROMPTS, right / LAYER_PROMPTS]
         return rows
 
-    files = [] if model == BASE else [its.stat().st_mtime_ns for its in sorted(Path(model).glob("*.safetensors"))]
-    return kept(work, f"layers-{name}", {"files": files}, make)
+    return kept(work, f"layers-{name}", files_of(model), make)
 
 
 def _strongest(layers: Mapping[str, Any]) -> Iterator[str]:
@@ -237,8 +261,7 @@ def facts_of(work: Path, name: str, folder: Path) -> dict[str, Any]:
         hits = sum(holds_answer(text, its.answer) for text, its in zip(said, asked, strict=True))
         return {"facts": rate_json(Rate(hits=hits, count=len(asked)))}
 
-    files = sorted(folder.glob("*.safetensors"))
-    return kept(work, f"facts-{name}", {"files": [its.stat().st_mtime_ns for its in files]}, make)
+    return kept(work, f"facts-{name}", files_of(folder), make)
 
 
 def figures(
@@ -249,7 +272,13 @@ def figures(
     attacked: Mapping[str, Any],
 ) -> Iterator[str]:
     """The figures of the page."""
-    yield SHOWN.format(shipped=SHIPPED, n_test=N_TEST, **trained[SHIPPED]["document"]["options"])
+    yield SHOWN.format(
+        shipped=SHIPPED,
+        short=STEPS["extended-refusal"],
+        n_test=N_TEST,
+        n_all=2 * N_TEST,
+        **trained[SHIPPED]["document"]["options"],
+    )
     names = [BASE, *METHODS]
     yield table(("", *names), list(_rows(names, trained, audits, facts)))
     yield "## What still breaks it\n"

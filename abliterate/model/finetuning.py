@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from abliterate.arch.packed import Packed
 from abliterate.arch.registry import family_of
@@ -163,7 +164,8 @@ def finetune(
 ) -> tuple[float, ...]:
     """Train ``model`` on the replies of pairs of examples; gives the loss in nats per token, some ten times on the way.
 
-    The first examples of all pairs are the first half of a batch, their second ones the second half.
+    The first examples of all pairs are the first half of a batch, their second ones the second half; both halves weigh
+    the same, however long their replies.
     ``around(step)`` is the context in which a step is taken, its forward and its backward pass.  The same seed gives
     the same numbers on the same machine.
 
@@ -185,6 +187,7 @@ def finetune(
             train_dataset=Dataset.from_list([{"pair": [asdict(its) for its in pair]} for pair in examples]),
             processing_class=loaded.tokenizer,
             data_collator=lambda its: _collated(its, pad_id),
+            compute_loss_func=_loss(passes=options.batch // 2 // pairs),
             callbacks=[_steps(around, contexts, advance)],
         )
         trainer.remove_callback(PrinterCallback)  # results are printed by commands alone
@@ -259,6 +262,23 @@ def _collated(pairs: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tens
         mask[place, : len(its)] = 1
         labels[place, len(its) - row["length"] : len(its)] = its[-row["length"] :]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _loss(passes: int) -> Callable[..., Tensor]:
+    """The mean of both halves of a batch, each its cross-entropy per token, over the ``passes`` of a step.
+
+    Over all tokens together, long replies in one half would leave next to nothing of the other.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:  # noqa: ANN401, ARG001
+        halves = zip(outputs.logits[:, :-1].chunk(2), labels[:, 1:].chunk(2), strict=True)
+        each = [
+            cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+            for logits, targets in halves
+        ]
+        return torch.stack(each).mean() / passes
+
+    return loss
 
 
 def _steps(
