@@ -79,7 +79,7 @@ class EditFound:
         if self.kind == "other":
             return [
                 f"{self.changed} of {self.of} tensors differ from {self.base}, and of none one direction was removed: "
-                "that is training, or another edit"
+                "that is training, or an edit along several directions"
             ]
         where = f"blocks {self.layers[0]} to {self.layers[-1]}" if self.layers else "no block"
         said = [
