@@ -132,7 +132,8 @@ def diff_of(*tensors, writers=2, identical=3):
         ),
         (
             diff_of(changed("z", rank_one=0.2)), "other",
-            ["1 of 4 tensors differ from b, and of none one direction was removed: that is training, or an edit along several directions"],
+            ["1 of 4 tensors differ from b, and of none one direction was removed: that is training, or an edit along several "
+             "directions"],
         ),
     ],
 )  # fmt: skip
