@@ -107,10 +107,10 @@ def changed(name, *, cosine=1.0, left=0.0, rank_one=1.0, layer=0):
     )  # fmt: skip
 
 
-def diff_of(*tensors, writers=2, identical=3):
+def diff_of(*tensors, writers=2, identical=3, reshaped=()):
     return Diff(
-        changed=tensors, identical=identical, added=(), removed=(), reshaped=(), changed_files=(), identical_files=1,
-        writers=writers, head=None, direction=(1.0, 0.0),
+        changed=tensors, identical=identical, added=(), removed=(), reshaped=reshaped, changed_files=(),
+        identical_files=1, writers=writers, head=None, direction=(1.0, 0.0),
     )  # fmt: skip
 
 
@@ -119,6 +119,10 @@ def diff_of(*tensors, writers=2, identical=3):
     [
         (diff_of(), "unchanged", ["not edited: all 3 tensors are those of b"]),
         (
+            diff_of(identical=0, reshaped=("x", "y")), "unlike",
+            ["cannot be held against b: 2 tensors have other names, shapes or dtypes (a quantised or converted copy)"],
+        ),
+        (
             diff_of(changed("x"), changed("y", layer=4, left=0.002)), "ablated",
             ["abliterated: of 2 of the 2 writers of b, in blocks 0 to 4, a direction was removed; no more than 0.2 % of"
              " it is left in any", "that is the one found on b today (c): |cosine| 0.99"],
@@ -126,14 +130,14 @@ def diff_of(*tensors, writers=2, identical=3):
         (
             diff_of(changed("x", cosine=0.4), changed("z", rank_one=0.2)), "in part",
             ["abliterated: of 1 of the 2 writers of b, in blocks 0 to 0, a direction was removed; no more than 0.0 % of"
-             " it is left in any", "not completely: 1 writers still write what they wrote",
+             " it is left in any", "not completely: of 1 writers none was removed",
              "not everywhere the same direction: the least |cosine| with what they share is 0.40",
              "that is the one found on b today (c): |cosine| 0.99", "1 other tensors were changed, z the first"],
         ),
         (
             diff_of(changed("z", rank_one=0.2)), "other",
-            ["1 of 4 tensors differ from b, and of none one direction was removed: that is training, or an edit along several "
-             "directions"],
+            ["1 of 4 tensors differ from b, and of none one direction was removed: that is training, or an edit along "
+             "several directions"],
         ),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ def replies(ours, batches):
         return generate_ids(ours, stub(), one, NEW)
 
     before = max(block_loads(ours))
-    found = [tokens.tolist() for _, tokens in each_batch(ours, batches, work, new_tokens=NEW)]
+    found = [tokens.tolist() for _, tokens in each_batch(ours, batches, work, new_tokens=NEW, on_disk=True)]
     return found, max(block_loads(ours)) - before
 
 
@@ -119,3 +119,5 @@ def test_caches_stay_in_memory_where_the_disk_is_small(saved, tmp_path, monkeypa
     monkeypatch.setattr(lockstep.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 150}))
     assert not lockstep.wait_on_disk(ours.offload, 100, 80)
     assert lockstep.wait_on_disk(ours.offload, 100, 70)
+    with pytest.raises(NotEnoughDiskError, match=r"take 0\.0 GB more there"):
+        lockstep.wait_on_disk(ours.offload, 100, 90)

@@ -66,7 +66,7 @@ def audit(
             continue
         with progress() as listen:
             session = open_session(name, recipe, revision=its, on_event=listen)
-            found += _audited(session, prompts, edit)
+            found += _audited(session, prompts, edit if name == model else None)
             session.release()
     if report is not None:
         from abliterate.evaluate.audit_page import write_audit

@@ -10,7 +10,7 @@ from torch import Tensor
 from abliterate.method.linalg import unit
 from abliterate.verification.comparison import ChangedTensor, Diff
 
-Kind = Literal["unchanged", "ablated", "in part", "other"]
+Kind = Literal["unchanged", "ablated", "in part", "other", "unlike"]
 ONE_DIRECTION = 0.9
 """From this |cosine| on, what was removed of two tensors is called one direction."""
 SAME = 0.8
@@ -23,7 +23,8 @@ class EditFound:
 
     Attributes:
         kind: "ablated": of every writer one direction was removed; "in part": of some; "other": it was changed, but
-            not by removing a direction.
+            not by removing a direction; "unlike": tensors have other names, shapes or dtypes.
+        unlike: tensors that only one has, or of another shape or dtype.
         changed: tensors that differ, ``of`` how many that both have.
         projected: the writers of which one direction was removed, of ``writers``.
         layers: the blocks that these lie in.
@@ -37,6 +38,7 @@ class EditFound:
 
     kind: Kind
     base: str
+    unlike: int
     changed: int
     of: int
     writers: int
@@ -55,8 +57,9 @@ class EditFound:
         """From a comparison with ``base``, and the direction found on it."""
         projected = [its for its in found.changed if its.projected]
         kind: Kind = "other"
+        unlike = len(found.reshaped) + len(found.removed) + len([name for name in found.added if name != found.head])
         if not found.changed:
-            kind = "unchanged"
+            kind = "unlike" if unlike or not found.identical else "unchanged"
         elif projected:
             kind = "ablated" if len(projected) == found.writers else "in part"
         cosines = [its.cosine for its in projected if its.cosine is not None]
@@ -66,7 +69,7 @@ class EditFound:
         if today is not None and projected and shared.shape == today.shape:
             same = float((unit(shared) @ unit(today.double())).abs())
         return cls(
-            kind=kind, base=base, changed=len(found.changed), of=len(found.changed) + found.identical,
+            kind=kind, base=base, unlike=unlike, changed=len(found.changed), of=len(found.changed) + found.identical,
             writers=found.writers, projected=len(projected), layers=_layers(projected),
             one_direction=min(cosines, default=None), left=max(left, default=None),
             besides=tuple(its.name for its in found.changed if not its.projected), today=same, candidate=candidate,
@@ -76,6 +79,11 @@ class EditFound:
         """What a model card can quote."""
         if self.kind == "unchanged":
             return [f"not edited: all {self.of} tensors are those of {self.base}"]
+        if self.kind == "unlike":
+            return [
+                f"cannot be held against {self.base}: {self.unlike} tensors have other names, shapes or dtypes (a "
+                "quantised or converted copy)"
+            ]
         if self.kind == "other":
             return [
                 f"{self.changed} of {self.of} tensors differ from {self.base}, and of none one direction was removed: "
@@ -87,7 +95,7 @@ class EditFound:
             f"was removed; no more than {100 * (self.left or 0.0):.1f} % of it is left in any"
         ]
         if self.kind == "in part":
-            said.append(f"not completely: {self.writers - self.projected} writers still write what they wrote")
+            said.append(f"not completely: of {self.writers - self.projected} writers none was removed")
         least = self.one_direction or 0.0
         if least < ONE_DIRECTION:
             said.append(f"not everywhere the same direction: the least |cosine| with what they share is {least:.2f}")

@@ -104,6 +104,10 @@ class MappedLayer(DynamicLayer):
         self._files["values"].append(value_states)
         return self._files["keys"].held, self._files["values"].held
 
+    def reset(self) -> None:
+        """Let go of the files."""
+        self._files, self.is_initialized = {}, False
+
     def leave_memory(self) -> None:
         """Give the pages of its files back."""
         for file in self._files.values():

@@ -19,7 +19,16 @@ from abliterate.model.interventions import observed
 from abliterate.model.likelihood import LOGIT_BYTES, logit_row_bytes
 from abliterate.model.load import LoadedModel
 from abliterate.model.ranks import least
-from abliterate.model.replying import FIRST, Watching, ends_of, generate_ids, generate_tokens, settings_of, until_end
+from abliterate.model.replying import (
+    FIRST,
+    Watching,
+    ends_of,
+    generate_ids,
+    generate_tokens,
+    may_lie_on_disk,
+    settings_of,
+    until_end,
+)
 from abliterate.model.room import reply_rows
 
 NOTHING = -1
@@ -124,7 +133,8 @@ def _write_on(
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
     rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
-    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most):
+    on_disk = may_lie_on_disk(loaded, chat, max(map(len, begun), default=0) + most)
+    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most, on_disk=on_disk):
         for row, its in zip(batch.rows, tokens.tolist(), strict=True):
             found[row] = until_end(its, ends)[: needs[row]]
     return found

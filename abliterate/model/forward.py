@@ -67,14 +67,15 @@ def each_batch(
     told: Callable[[Batch, str, Tensor], None] = lambda *_: None,
     result_bytes: int = 0,
     new_tokens: int = 0,
+    on_disk: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with the result of ``work`` on it; out of core, as many batches in lockstep as memory allows.
 
     What ``work`` tells of what it sees, in tensors with names, comes to ``told``: at once or, where there are other
     processes, with the results, which all of them get (``ranks.spread``).  ``result_bytes`` is the size of one row's
-    result.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none.  ``advance`` is
-    called with the rows of each batch that is done.
+    result.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``on_disk`` says
+    that such a cache may lie on disk.  ``advance`` is called with the rows of each batch that is done.
     """
     every = list(batches)
     alone = count() == 1
@@ -90,8 +91,10 @@ def each_batch(
             partial(job, batch, partial(told, batch) if alone else lambda *its, to=its_own: to.append(its))
             for batch, its_own in zip(some, kept, strict=True)
         ]
-        for result, its in zip(_each(loaded, some, jobs, result_bytes, new_tokens), kept, strict=True):
+        results = _each(loaded, some, jobs, result_bytes, new_tokens, on_disk=on_disk)
+        for result, its in zip(results, kept, strict=True):
             yield {"": result, **{f"{number} {name}": value for number, (name, value) in enumerate(its)}}
+            its.clear()
 
     found = spread(every, run, by_others=lambda place: advance(len(every[place].rows)))
     for batch, its in zip(every, found, strict=True):
@@ -106,6 +109,8 @@ def _each(
     jobs: Sequence[Callable[[], Tensor]],
     result_bytes: int,
     new_tokens: int,
+    *,
+    on_disk: bool,
 ) -> Iterator[Tensor]:
     """The result of each job, one for each batch."""
     if loaded.offload is None:
@@ -113,18 +118,22 @@ def _each(
         return
     sizes = (batch.input_ids.shape for batch in batches)
     shapes = [(rows, width, new_tokens) for rows, width in sizes]
-    with closing(fitting(loaded, shapes, result_bytes=result_bytes)) as spans:
+    with closing(fitting(loaded, shapes, result_bytes=result_bytes, on_disk=on_disk)) as spans:
         for span in spans:
             yield from run_together(loaded, jobs[span.start : span.stop])
 
 
 def fitting(
-    loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0
+    loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0, on_disk: bool = False
 ) -> Generator[range, None, None]:
     """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
 
     All batches of a range wait, with their states in memory, while one of them runs.  That memory is reserved until
-    the next range is asked for; in a task, a range may wait until others have done with theirs.
+    the next range is asked for; in a task, a range may wait until others have done with theirs.  ``on_disk``: their
+    attention caches may lie on disk (``replying.may_lie_on_disk``).
+
+    Raises:
+        NotEnoughDiskError: they do, and there is no room for these any more.
     """
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
@@ -133,15 +142,17 @@ def fitting(
     for rows, width, new in shapes:
         logits = max(logit_bytes(loaded), guess_bytes(loaded, MOST_GUESSES + 1) if new else 0)
         most = max(most, rows * max(width * running_bytes(loaded), logits))
-    share = 1.0
-    if wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached)):
-        share = 1 / loaded.n_layers  # of each cache the layer that was used last is in memory
+    waits = on_disk and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
+    share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0
-    while first < len(sizes):
-        with room_for(loaded.offload, sizes[first:], most) as count:
-            yield range(first, first + count)
-        first += count
+    try:
+        while first < len(sizes):
+            with room_for(loaded.offload, sizes[first:], most) as count:
+                yield range(first, first + count)
+            first += count
+    finally:
+        loaded.offload.mapped_bytes -= sum(cached) if waits else 0
 
 
 def padding_is_harmless(loaded: LoadedModel, ids: list[int], pad_id: int) -> bool:
@@ -267,5 +278,8 @@ def see_residuals(
     def told(batch: Batch, layer: str, values: Tensor) -> None:
         see(batch.rows, int(layer), values)
 
-    for _ in each_batch(loaded, chat.batches(prompts, batch_size), run, told=told, advance=advance):
+    # with other processes what was seen waits for the results
+    waiting = loaded.n_layers * n_positions * loaded.d_model * torch.float32.itemsize if count() > 1 else 0
+    options = {"told": told, "advance": advance, "result_bytes": waiting}
+    for _ in each_batch(loaded, chat.batches(prompts, batch_size), run, **options):
         pass

@@ -6,7 +6,7 @@ prompts that are refused, harmless ones that are answered.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import Tell, check_finite, each_batch, log_probs_of
 from abliterate.model.load import LoadedModel
-from abliterate.model.replying import Watching, reply_and_see
+from abliterate.model.replying import Watching, may_lie_on_disk, reply_and_see
 
 Label = Literal["refused", "answered", "unclear"]
 LABELS: tuple[Label, ...] = ("refused", "answered", "unclear")
@@ -213,6 +213,8 @@ def _each(
         see=lambda rows, layer, values: kept.setdefault(tuple(rows), {}).update({layer: values}),
     )
     waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
-    options = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
+    widest = max((len(chat.encode(text)) for text in texts), default=0)
+    options["on_disk"] = may_lie_on_disk(loaded, chat, widest + max_new_tokens)
     for batch, tokens in each_batch(loaded, batches, work, **options):
         yield batch, tokens, kept.pop(batch.rows, {})

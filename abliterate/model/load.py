@@ -160,7 +160,8 @@ def _rooms(device: Device, place: torch.device, device_bytes: int | None) -> dic
     """Bytes that may be used of each GPU, by its number; of the one asked for or, with "auto", of all."""
     if place.type != "cuda":
         return {}
-    numbers = range(torch.cuda.device_count()) if device == "auto" else [place.index or 0]
+    every = device == "auto" and place.index is None  # else a process beside it takes another
+    numbers = range(torch.cuda.device_count()) if every else [place.index or 0]
     free = {number: free_on_gpu(number) for number in numbers}
     return {number: size if device_bytes is None else min(size, device_bytes) for number, size in free.items()}
 

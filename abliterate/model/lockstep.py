@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from greenlet import GreenletExit
 
+from abliterate.errors import NotEnoughDiskError
 from abliterate.events import Noted
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
@@ -102,19 +103,32 @@ def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[in
 
 
 def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bool:
-    """Whether keys and values wait on disk, as from now on all do: ``needed_bytes`` with them are too much.
+    """Whether ``cached_bytes`` of keys and values wait on disk, as from now on all do that can.
 
-    Only where there is a folder for that whose disk has room for ``cached_bytes``, and as much again.
+    They do where ``needed_bytes`` with them are too much, and there is a folder whose disk has room for them and as
+    much again.  What was promised is counted as ``mapped_bytes``, and is to be taken off in the end.
+
+    Raises:
+        NotEnoughDiskError: others wait there, and these have no room.
     """
-    if not weights.caches_on_disk and cached_bytes and weights.scratch is not None and weights.device.type == "cpu":
+    if weights.scratch is None or weights.device.type != "cpu" or not CAN_MAP or not cached_bytes:
+        return False
+    free = shutil.disk_usage(weights.scratch).free
+    if not weights.caches_on_disk:
         taken = sum(waits for waits, _ in weights.reserved)
-        if CAN_MAP and needed_bytes + taken > weights.working_bytes:
-            free = shutil.disk_usage(weights.scratch).free
-            weights.caches_on_disk = free > 2 * cached_bytes
-            text = f"keys and values wait on disk, in {weights.scratch}: all replies are written in the same passes"
-            if weights.caches_on_disk:
-                weights.on_event(Noted(text=text))
-    return weights.caches_on_disk
+        if needed_bytes + taken <= weights.working_bytes or free <= 2 * cached_bytes:
+            return False
+        weights.caches_on_disk = True
+        text = f"keys and values wait on disk, in {weights.scratch}: all replies are written in the same passes"
+        weights.on_event(Noted(text=text))
+    if free <= weights.mapped_bytes + cached_bytes:
+        raise NotEnoughDiskError(
+            f"{weights.scratch}: keys and values of replies take {cached_bytes / 1e9:.1f} GB more there, and "
+            f"{max(0, free - weights.mapped_bytes) / 1e9:.1f} are free",
+            "free some space and run the same command: it continues; or give more --memory",
+        )
+    weights.mapped_bytes += cached_bytes
+    return True
 
 
 def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:

@@ -52,7 +52,7 @@ class Offloaded:
     after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
     ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded
     (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is a folder for what may wait on
-    disk, ``caches_on_disk`` whether keys and values do, as they have found no room.
+    disk, ``caches_on_disk`` whether keys and values do, as they have found no room, and ``mapped_bytes`` how much.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -72,6 +72,7 @@ class Offloaded:
     ) -> None:
         self.scratch: Path | None = None
         self.caches_on_disk = False
+        self.mapped_bytes = 0
         self.device = device
         self.on_event = on_event
         self.loads: Counter[str] = Counter()

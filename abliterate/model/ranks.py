@@ -99,11 +99,11 @@ class Ranks:
         """The value that another rank gives; waits for it, and in a task lets others go on meanwhile.
 
         Raises:
-            AbliterateError: another rank was lost.
+            KeyboardInterrupt: another rank was lost; so what is kept of the work stays, and ``together`` says why.
         """
         while not self.ready(key):
             if self.lost is not None:
-                raise self.lost
+                raise KeyboardInterrupt
             task = current()
             if task is None:
                 time.sleep(POLL_S)
@@ -133,7 +133,7 @@ class Ranks:
             heard = self.store.add(f"alive/{other}", 0)
             if heard != beats:
                 self._heard[other] = heard, now
-            elif now - since > SILENT_S and not self.ready(f"ended/{other}"):
+            elif now - since > (SILENT_S if beats else CONNECT_S) and not self.ready(f"ended/{other}"):
                 text = f"process {other + 1} of {self.count} has not been heard of for {SILENT_S:.0f} s"
                 self.lost = InterruptedRunError(text, CONTINUE)
 
@@ -199,7 +199,7 @@ def spread(
     the one of ``here``.
 
     Raises:
-        AbliterateError: another process was lost.
+        KeyboardInterrupt: another process was lost (see ``Ranks.take``).
     """
     ranks = ranks or here()
     if ranks is None:

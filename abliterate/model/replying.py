@@ -78,7 +78,8 @@ def generate_tokens(
 
     replies: list[list[int]] = [[] for _ in prompts]
     batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
-    options = {"told": its.told, "new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"told": its.told, "new_tokens": max_new_tokens}
+    options["on_disk"] = may_lie_on_disk(loaded, chat, max_new_tokens + _longest(chat, prompts))
     options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))
     for batch, rows in each_batch(loaded, batches, reply, **options):
         for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
@@ -105,8 +106,22 @@ def rows_of_replies(
     loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], batch_size: int, max_new_tokens: int
 ) -> int:
     """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
-    longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
-    return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
+    return least(reply_rows(loaded, batch_size, _longest(chat, prompts) + max_new_tokens))
+
+
+def _longest(chat: ChatFormat, prompts: Sequence[str]) -> int:
+    return max((len(chat.encode(prompt)) for prompt in prompts), default=0)
+
+
+def may_lie_on_disk(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:
+    """Whether the caches of batches whose rows get ``tokens`` may: where replies are written by guessing."""
+    return loaded.offload is not None and chat.pads and _guesses(loaded, empty_cache(loaded), tokens)
+
+
+def _guesses(loaded: LoadedModel, cache: Any, tokens: int) -> bool:  # noqa: ANN401 - a cache of transformers
+    """Whether a model out of core may be asked ahead of what it said, in rows of ``tokens`` tokens."""
+    fits = can_take_back(cache, tokens + MOST_GUESSES) and can_go_back(loaded.model.config)
+    return fits and takes_likeliest(settings_of(loaded))
 
 
 def generate_ids(
@@ -126,13 +141,13 @@ def generate_ids(
     if loaded.other_embeddings and chat.context is not None:  # there is no position to go on at
         max_new_tokens = max(1, min(max_new_tokens, chat.context - batch.input_ids.shape[1] + 1))
     cache = empty_cache(loaded)
-    tokens = batch.input_ids.shape[1] + max_new_tokens + MOST_GUESSES
-    fits = can_take_back(cache, tokens) and can_go_back(loaded.model.config) and (chat.pads or len(batch.rows) == 1)
-    if loaded.offload is not None and fits and takes_likeliest(settings_of(loaded)):
+    tokens = batch.input_ids.shape[1] + max_new_tokens
+    alike = chat.pads or len(batch.rows) == 1
+    if loaded.offload is not None and alike and _guesses(loaded, cache, tokens):
         if loaded.offload.caches_on_disk and loaded.offload.scratch is not None:
             from abliterate.model.disk_cache import cache_on_disk
 
-            cache = cache_on_disk(cache, loaded.offload.scratch, tokens)
+            cache = cache_on_disk(cache, loaded.offload.scratch, tokens + MOST_GUESSES)
         return _guessed(loaded, chat, batch, max_new_tokens, cache, first)
     cache, stretch = (cache, STRETCH) if is_plain(cache) else (None, max_new_tokens)
     ids, mask, rows = batch.input_ids, batch.attention_mask, torch.arange(len(batch.rows))
@@ -169,6 +184,8 @@ def _guessed(
     replies = write_by_guessing(
         lambda each, keep: run_batch(loaded, each, keep=keep, cache=cache), writing, batch, first=first
     )
+    for layer in cache.layers:
+        layer.reset()  # now, not when somebody collects it: files may be behind it
     found = torch.full((len(replies), max(map(len, replies))), chat.pad_id, dtype=torch.long)
     for row, tokens in zip(found, replies, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)

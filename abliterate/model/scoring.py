@@ -109,7 +109,7 @@ class CandidateScorer:
         def whole(mine: Sequence[Job]) -> list[dict[str, Tensor]]:
             parts: list[Tensor] = []
             self._run(mine, lambda _, figures: parts.append(figures))
-            rows = iter(torch.cat(parts)) if parts else iter(())
+            rows = iter([row for part in parts for row in part])
             return [{"": torch.stack([next(rows) for _ in job.candidates])} for job in mine]
 
         for job, its in zip(jobs, spread(jobs, whole), strict=True):

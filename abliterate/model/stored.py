@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abliterate.arch.codecs import HeldScales, decode_piece, packed_codec, pieces_of
+from abliterate.arch.codecs import HeldScales, Mxfp4, decode_piece, packed_codec, pieces_of
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import Packed, packed_tensors, quantisation
 from abliterate.checkpoint.directio import PAGE, read_into
@@ -157,6 +157,8 @@ def _read_packed(
 
     if at_once == 0:
         return out
+    if isinstance(codec, Mxfp4):
+        codec.scales()  # read once, and not by all threads
     with ThreadPoolExecutor(at_once, thread_name_prefix="decoder") as pool:
         list(pool.map(decode, range(at_once)))  # what one of them raises is raised here
     return out

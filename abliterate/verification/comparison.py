@@ -35,7 +35,7 @@ class ChangedTensor:
 
     ``change`` is ``|W' - W| / |W|`` (Frobenius).  ``rank_one`` is the share of the squared change along its leading
     direction of the residual axis (1: exactly one direction; None where the axis is unknown), and ``cosine`` the
-    |cosine| of that direction with the one shared by all changed tensors.  ``left`` is how much of what was there along
+    |cosine| of that direction with the one they share.  ``left`` is how much of what was there along
     its own direction ``v`` is there still, ``|v^T W'| / |v^T W|``: 0 where it was projected out, 1 where it was not.
     ``planned`` is the share of the squared change that lies along what the plan of the edit takes out or adds; None
     where there is no plan, or columns were scaled.  ``layer`` is the block it lies in.
@@ -53,7 +53,7 @@ class ChangedTensor:
     @property
     def projected(self) -> bool:
         """Whether the change is the removal of one direction, to what rounding in half precision leaves."""
-        return self.rank_one is not None and self.left is not None and self.rank_one > RANK_ONE and self.left < LEFT
+        return _is_projected(self.rank_one, self.left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +76,8 @@ class RoleGroup:
 class Diff:
     """Two checkpoints compared byte by byte.
 
-    ``head`` names the one tensor that an edit may add.  ``direction`` is what the changes of writers share, a unit
-    vector of the residual stream; empty where there is none.
+    ``head`` names the one tensor that an edit may add.  ``direction`` is what the changes of writers share, those of
+    which one direction was removed where there are any: a unit vector of the stream; empty where there is none.
     """
 
     changed: tuple[ChangedTensor, ...]
@@ -201,7 +201,8 @@ def _describe(
         along = _as_columns(before, writer).T @ direction.to(torch.float32)
         left = float((along + columns.T @ direction.to(torch.float32)).norm() / along.norm().clamp_min(1e-30))
         found.append((tensor, size, share, direction, left))
-    shared = _shared_direction([direction for *_, direction, _ in found if direction is not None])
+    removed = [its for *_, share, its, left in found if its is not None and _is_projected(share, left)]
+    shared = _shared_direction(removed or [its for *_, its, _ in found if its is not None])
     changed = [
         ChangedTensor(
             name=tensor.name,
@@ -255,6 +256,10 @@ def _values(checkpoint: Checkpoint, tensor: TensorInfo, writer: Writer | None) -
     raw = read_stretch(checkpoint.folder / tensor.shard, tensor.start, tensor.size_bytes)
     rows = raw.view(codec.stored).view(-1, writer.row_elements)
     return codec.decode(rows, 0, torch.float32).view(*tensor.shape[: writer.axis + 1], -1)
+
+
+def _is_projected(share: float | None, left: float | None) -> bool:
+    return share is not None and left is not None and share > RANK_ONE and left < LEFT
 
 
 def _shared_direction(directions: list[Tensor]) -> Tensor | None:

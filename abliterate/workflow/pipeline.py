@@ -230,6 +230,7 @@ def _run(
     )
     verification = VerifyReport(bytes=on_bytes.bytes, behaviour=behaviour)
     require_verified(verification, output)
+    ranks.meet()  # nobody reads the folder under its unfinished name any more
     if output.keeps:
         document = manifest.build(
             edit_plan,

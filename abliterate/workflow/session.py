@@ -13,7 +13,7 @@ from abliterate.arch.packed import text_config
 from abliterate.checkpoint.hub import fetch
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.data.bundled import BUNDLED_NAME, is_bundled, open_model
-from abliterate.errors import PromptError
+from abliterate.errors import PromptError, UsageError
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.estimators import needs_of
 from abliterate.model.chat import ChatFormat, context_of
@@ -64,6 +64,11 @@ class Session:
         )
         if loaded.offload is not None:
             loaded.offload.scratch = self.scratch
+        if len(set(everyone(loaded.offload is None))) > 1:
+            raise UsageError(
+                f"{self.checkpoint.name}: fits into the memory of some processes, and not of others",
+                "give all of them the same --memory or --device-memory",
+            )
         return loaded
 
     @cached_property

@@ -64,7 +64,8 @@ class Steps:
         made = dict(make())
         if is_first():
             write_atomically(path, json.dumps(made).encode())
-        return made
+        meet()
+        return made if is_first() else dict(json.loads(path.read_bytes()))
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The kept tensors ``name``; the first time, what ``make`` gives.  They are kept as safetensors."""
@@ -79,7 +80,8 @@ class Steps:
             temporary = path.with_suffix(".tmp")
             save_file(made, temporary)
             temporary.replace(path)
-        return made
+        meet()
+        return made if is_first() else load_file(path)  # all go on with what the first has, to the bit
 
     def has(self, name: str) -> bool:
         """Whether tensors ``name`` are kept."""

@@ -17,6 +17,7 @@ from abliterate.checkpoint.output import write_atomically
 from abliterate.errors import UsageError
 from abliterate.method.kernel import PER_LAYER
 from abliterate.method.search import Trial, trial_of
+from abliterate.model.ranks import is_first, meet
 
 EI_CANDIDATES = 128
 """Points that are compared for each suggestion, heretic's number."""
@@ -73,14 +74,15 @@ class Study:
     def __init__(self, path: Path | None, key: str, known: Sequence[Trial] = ()) -> None:
         self.path, self.key = path, key
         self.trials = max(list(known), self._read(), key=len)
-        if path is not None:
+        meet()  # all have read what there was
+        if path is not None and is_first():
             lines = [_line({"study": key}), *(_line(trial.to_json()) for trial in self.trials)]
             write_atomically(path, b"".join(lines))
 
     def add(self, trial: Trial) -> None:
         """Keep one more trial."""
         self.trials.append(trial)
-        if self.path is not None:
+        if self.path is not None and is_first():
             with self.path.open("ab") as file:
                 file.write(_line(trial.to_json()))
                 file.flush()
