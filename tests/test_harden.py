@@ -5,6 +5,7 @@ import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,18 @@ def test_the_loss_falls_every_step_has_its_context_and_the_seed_decides(base):
     other = model_of(base)
     finetune(other, examples(), replace(TUNING, seed=1), around=lambda _: nullcontext())
     assert not all(torch.equal(its, found[name]) for name, its in other.added().items())
+
+
+def test_both_halves_of_a_batch_weigh_the_same_however_long_their_replies():
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((2, 6), finetuning.IGNORED)
+    labels[0, 1:], labels[1, 5] = torch.tensor([1, 2, 3, 4, 0]), 2
+    first, second = (
+        torch.nn.functional.cross_entropy(its[:-1], of[1:], ignore_index=finetuning.IGNORED)
+        for its, of in zip(logits, labels, strict=True)
+    )
+    found = finetuning._loss(passes=2)(SimpleNamespace(logits=logits), labels)
+    torch.testing.assert_close(found, (first + second) / 4)
 
 
 def test_what_is_learned_is_what_was_run(base):
