@@ -56,6 +56,14 @@ def test_a_layer_on_disk_holds_what_one_in_memory_holds(tmp_path):
     assert list(tmp_path.iterdir()) == []  # the files have no names: nothing stays behind
 
 
+def test_more_tokens_than_thought_take_a_larger_file(tmp_path):
+    plain, ours = DynamicLayer(), MappedLayer(tmp_path, 3, lambda: None)
+    for layer in (plain, ours):
+        layer.update(*states(2, 3, 0))
+        layer.update(*states(2, 5, 1))
+    assert same(plain, ours)
+
+
 def replies(ours, batches):
     def work(one, _):
         return generate_ids(ours, stub(), one, NEW)

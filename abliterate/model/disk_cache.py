@@ -27,14 +27,18 @@ class Mapped:
     """
 
     def __init__(self, folder: Path, like: Tensor, most: int) -> None:
+        self._folder = folder
+        self._reserve(like, most)
+        self.tokens = 0
+
+    def _reserve(self, like: Tensor, most: int) -> None:
         rows, heads, _, d = like.shape
         self.most = most
         size = rows * heads * most * d * like.element_size()
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=self._folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)
             self._map = mmap.mmap(file.fileno(), size)
         self._room = torch.frombuffer(self._map, dtype=like.dtype).view(rows, heads, most, d)
-        self.tokens = 0
 
     @property
     def held(self) -> Tensor:
@@ -42,8 +46,12 @@ class Mapped:
         return self._room[:, :, : self.tokens]
 
     def append(self, states: Tensor) -> None:
-        """Add tokens to every row."""
+        """Add tokens to every row; where they are more than was thought, a larger file takes the place of this one."""
         end = self.tokens + states.shape[2]
+        if end > self.most:
+            held = self.held
+            self._reserve(states, 2 * end)
+            self._room[:, :, : self.tokens] = held
         self._room[:, :, self.tokens : end] = states
         self.tokens = end
 
