@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from abliterate.data.tiny_chat import model_path
 from abliterate.evaluate.audit_page import render_audit
 from abliterate.evaluate.audit_report import Audit, Tried, side_by_side
 from abliterate.method.separation import Separation, principal, separations
@@ -194,9 +195,11 @@ def test_a_model_that_declines_nothing_has_no_refusal_to_audit(tmp_path):
 def test_models_are_shown_one_after_the_other(monkeypatch):
     """With the harmful rates of each, and words of its own."""
     made = iter([audit_of(3), replace(audit_of(60, 5), model="other")])
-    monkeypatch.setattr(auditing, "audit", lambda *_, **__: next(made))
-    done = run("audit", "tiny-chat", "--against", "tiny-chat")
+    asked = []
+    monkeypatch.setattr(auditing, "audit", lambda its, **_: asked.append(its.recipe.find.harmful) or next(made))
+    done = run("audit", "tiny-chat", "--against", model_path())  # of a folder the default prompts are others
     assert done.exit_code == 0
+    assert asked == 2 * ["bundled:tiny-chat"]
     first, second = done.stdout.split("other: declined and answered")
     assert "refusal hangs on one direction" in first
     assert "it takes 2 directions to take refusal away (d2, 5 %)" in second

@@ -39,12 +39,13 @@ def audit(
     from abliterate.model.load import quiet_transformers
     from abliterate.workflow import pipeline
     from abliterate.workflow.auditing import audit as audit_model
-    from abliterate.workflow.session import open_session
+    from abliterate.workflow.session import open_session, with_default_prompts
 
     check_report(report)
     pipeline.check_names(recipe)
     if recipe.evaluate.max_new_tokens == Recipe().evaluate.max_new_tokens:
         recipe = recipe.with_changes({"max_new_tokens": TOKENS})
+    recipe = with_default_prompts(model, recipe)  # the other model is asked the same, not what is its own default
     quiet_transformers()
     found = []
     for name, its in ((model, revision), (against, None)):
