@@ -1,5 +1,7 @@
 """Replies written by guessing ahead are the greedy ones, whatever the guesses are; good ones spare weight passes."""
 
+import random
+
 import pytest
 import torch
 
@@ -153,3 +155,41 @@ def test_a_repository_that_wants_other_tokens_gets_them(saved):
     assert not takes_likeliest(ours.model.generation_config)
     (after,) = run_together(ours, [lambda: generate_ids(ours, stub(), batch(), 4)])
     assert before[0, 0] not in after
+
+
+class Plain:
+    """A cache that is not looked at."""
+
+    layers = ()
+
+    def batch_select_indices(self, indices):
+        pass
+
+
+def test_a_cache_is_never_wider_than_prompt_reply_and_guesses(monkeypatch):
+    """Also where a row that was guessed badly outlives those that were ahead of it."""
+    monkeypatch.setattr(guessing, "_device_of", lambda _: torch.device("cpu"))
+    for seed in range(1000):
+        drawn = random.Random(seed)
+        rows, width, new = drawn.randint(1, 6), 12, drawn.randint(2, 40)
+        mask = torch.ones(rows, width, dtype=torch.long)
+        for row in range(1, rows):
+            mask[row, : drawn.randint(0, 8)] = 0
+        asked = Batch(rows=tuple(range(rows)), input_ids=torch.full((rows, width), 9), attention_mask=mask)
+        widest = []
+
+        class Luck(Guesses):
+            def after(self, tokens, most, drawn=drawn):
+                return [drawn.randint(5, 7) for _ in range(drawn.randint(0, max(0, most)))]
+
+        def run(batch, _, drawn=drawn, widest=widest):
+            widest.append(batch.attention_mask.shape[1])
+            logits = torch.zeros(*batch.input_ids.shape, 30)
+            logits[..., 5:8] = torch.rand(
+                *batch.input_ids.shape, 3, generator=torch.Generator().manual_seed(drawn.randint(0, 10**6))
+            )
+            return logits
+
+        writing = guessing.Writing.of(asked, Plain(), Luck(), {drawn.choice([99, 6])}, new)
+        guessing.write_by_guessing(run, writing, asked)
+        assert max(widest) <= width + new + guessing.MOST_GUESSES

@@ -151,15 +151,18 @@ class Writing:
         return self.told[row][-1] in self.ends or len(self.told[row]) - self.begins[row] >= self.max_new_tokens
 
     def _keep(self, places: Sequence[int]) -> None:
-        """Let the other rows leave, and take back what was guessed wrong: the mask is dense on its right again."""
+        """Let the other rows leave, and take back what was guessed wrong: the mask is dense on its right again.
+
+        What is padding in every row goes as well: a row that lagged behind those that left would carry theirs along.
+        """
         if len(places) < len(self.rows):
             chosen = torch.tensor(places, dtype=torch.long)
             self.rows, self.mask = [self.rows[place] for place in places], self.mask[chosen]
             if places:
                 self.cache.batch_select_indices(chosen.to(_device_of(self.cache)))
-        if not places or not self._has_holes():
+        most = int(self.mask.sum(1).max()) if places else 0
+        if not places or (most == self.mask.shape[1] and not self._has_holes()):
             return
-        most = int(self.mask.sum(1).max())
         order = self.mask.argsort(dim=1, stable=True)[:, -most:]  # what is padded comes first
         self.mask = self.mask.gather(1, order)
         for layer in self.cache.layers:
