@@ -307,10 +307,11 @@ def test_the_same_seed_gives_the_same_bytes(result, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_stopped_while_it_trains_nothing_looks_finished(tmp_path, monkeypatch):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
+def stopped(*_, **__):
+    raise KeyboardInterrupt
 
+
+def test_stopped_while_it_trains_nothing_looks_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(hardening, "finetune", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -322,10 +323,6 @@ def test_stopped_while_it_trains_nothing_looks_finished(tmp_path, monkeypatch):
 
 def test_stopped_while_it_writes_the_same_command_goes_on_from_what_was_learned(result, tmp_path, monkeypatch):
     """It may not train again: on other hardware half of the shards would hold something else than the rest."""
-
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(hardening, "write_with", stopped)
         with pytest.raises(KeyboardInterrupt):

@@ -59,8 +59,7 @@ def precision(
     labels: Sequence[ReplyClass], found: Sequence[ReplyClass], wanted: Collection[ReplyClass] = REFUSALS
 ) -> Rate:
     """Of the replies that were found to be ``wanted``, those that are."""
-    right = [label in wanted for label, name in zip(labels, found, strict=True) if name in wanted]
-    return Rate(hits=sum(right), count=len(right))
+    return Rate.of(label in wanted for label, name in zip(labels, found, strict=True) if name in wanted)
 
 
 def recall(

@@ -1,7 +1,7 @@
 """Rates with intervals, and distances between distributions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,12 @@ class Rate:
 
     hits: int
     count: int
+
+    @classmethod
+    def of(cls, found: Iterable[bool]) -> "Rate":
+        """How many of them are true."""
+        each = list(found)
+        return cls(hits=sum(each), count=len(each))
 
     @property
     def value(self) -> float:

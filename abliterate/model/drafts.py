@@ -133,7 +133,7 @@ def _write_on(
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
     rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
-    on_disk = may_lie_on_disk(loaded, chat, max(map(len, begun), default=0) + most)
+    on_disk = partial(may_lie_on_disk, loaded, chat)
     for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most, on_disk=on_disk):
         for row, its in zip(batch.rows, tokens.tolist(), strict=True):
             found[row] = until_end(its, ends)[: needs[row]]

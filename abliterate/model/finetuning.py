@@ -5,9 +5,8 @@ of it its bytes.
 """
 
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -21,9 +20,10 @@ from abliterate.arch.registry import family_of
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import NonFiniteError, UnsupportedFormatError, UsageError
 from abliterate.model.load import LoadedModel, attach
-from abliterate.model.room import free_bytes, gradient_rows, is_out_of_memory
+from abliterate.model.room import check_held, free_bytes, gradient_rows, out_of_memory_is
 from abliterate.model.stored import stored_tensors
 from abliterate.model.targets import Example
+from abliterate.model.training_libraries import own_random_numbers, quiet_libraries
 from abliterate.model.weights import conversions_of
 
 LIBRARIES = ("peft", "trl", "datasets")
@@ -102,11 +102,7 @@ def check_trainable(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
         UsageError: they pass through memory, and gradients cannot flow.
         UnsupportedFormatError: they are quantised.
     """
-    if loaded.offload is not None:
-        raise UsageError(
-            f"{loaded.name} is run out of core, and training takes a model that is held in memory",
-            "give it more --memory or --device-memory, or a smaller model",
-        )
+    check_held(loaded, "training takes", "give it more --memory or --device-memory, or a smaller model")
     if any(isinstance(tensor, Packed) for tensor in stored_tensors(checkpoint).values()):
         raise UnsupportedFormatError(
             f"{checkpoint.name}: its weights are quantised, and what is learned cannot be added to them",
@@ -132,8 +128,7 @@ def adapted(loaded: LoadedModel, checkpoint: Checkpoint, *, rank: int, seed: int
             "train it elsewhere, and audit the result",
         )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(stored))
-    with torch.random.fork_rng(), _old_names():
-        torch.manual_seed(seed)
+    with own_random_numbers(seed), quiet_libraries():
         made = get_peft_model(model, config)
     family = family_of(checkpoint.config, where=checkpoint.name)
     return Adapted(loaded=attach(model, loaded.tokenizer, family, name=loaded.name), peft=made, stored=stored)
@@ -180,7 +175,12 @@ def finetune(
     loaded = model.loaded
     pairs = _pairs(model, examples, options)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts, torch.random.fork_rng(), _old_names():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ExitStack() as contexts,
+        own_random_numbers(options.seed),
+        quiet_libraries(),
+    ):
         trainer = SFTTrainer(
             model=model.peft,
             args=_settings(loaded, options, pairs, folder),
@@ -191,7 +191,7 @@ def finetune(
             callbacks=[_steps(around, contexts, advance)],
         )
         trainer.remove_callback(PrinterCallback)  # results are printed by commands alone
-        with _plain_failures(loaded):
+        with out_of_memory_is(UsageError(f"training {loaded.name} ran out of memory", NO_ROOM)):
             trainer.train()
     model.peft.eval()
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
@@ -296,26 +296,3 @@ def _steps(
             advance(1)
 
     return Steps()
-
-
-@contextmanager
-def _old_names() -> Iterator[None]:
-    """Without the warnings that PEFT, TRL and transformers cause each other by using names that are to be renamed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-@contextmanager
-def _plain_failures(loaded: LoadedModel) -> Iterator[None]:
-    """Memory that runs out, said in words.
-
-    Raises:
-        UsageError: it did.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UsageError(f"training {loaded.name} ran out of memory", NO_ROOM) from error

@@ -67,7 +67,7 @@ def each_batch(
     told: Callable[[Batch, str, Tensor], None] = lambda *_: None,
     result_bytes: int = 0,
     new_tokens: int = 0,
-    on_disk: bool = False,
+    on_disk: Callable[[int], bool] = lambda _: False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with the result of ``work`` on it; out of core, as many batches in lockstep as memory allows.
@@ -75,7 +75,8 @@ def each_batch(
     What ``work`` tells of what it sees, in tensors with names, comes to ``told``: at once or, where there are other
     processes, with the results, which all of them get (``ranks.spread``).  ``result_bytes`` is the size of one row's
     result.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``on_disk`` says
-    that such a cache may lie on disk.  ``advance`` is called with the rows of each batch that is done.
+    whether caches of so many tokens a row may lie on disk.  ``advance`` is called with the rows of each batch that is
+    done.
     """
     every = list(batches)
     alone = count() == 1
@@ -110,7 +111,7 @@ def _each(
     result_bytes: int,
     new_tokens: int,
     *,
-    on_disk: bool,
+    on_disk: Callable[[int], bool],
 ) -> Iterator[Tensor]:
     """The result of each job, one for each batch."""
     if loaded.offload is None:
@@ -124,13 +125,17 @@ def _each(
 
 
 def fitting(
-    loaded: LoadedModel, shapes: Sequence[tuple[int, int, int]], *, result_bytes: int = 0, on_disk: bool = False
+    loaded: LoadedModel,
+    shapes: Sequence[tuple[int, int, int]],
+    *,
+    result_bytes: int = 0,
+    on_disk: Callable[[int], bool] = lambda _: False,
 ) -> Generator[range, None, None]:
     """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
 
     All batches of a range wait, with their states in memory, while one of them runs.  That memory is reserved until
-    the next range is asked for; in a task, a range may wait until others have done with theirs.  ``on_disk``: their
-    attention caches may lie on disk (``replying.may_lie_on_disk``).
+    the next range is asked for; in a task, a range may wait until others have done with theirs.  ``on_disk``: whether
+    attention caches of so many tokens a row may lie on disk (``replying.may_lie_on_disk``).
 
     Raises:
         NotEnoughDiskError: they do, and there is no room for these any more.
@@ -142,7 +147,8 @@ def fitting(
     for rows, width, new in shapes:
         logits = max(logit_bytes(loaded), guess_bytes(loaded, MOST_GUESSES + 1) if new else 0)
         most = max(most, rows * max(width * running_bytes(loaded), logits))
-    waits = on_disk and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
+    longest = max((width + new for _, width, new in shapes), default=0)
+    waits = on_disk(longest) and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0

@@ -5,9 +5,7 @@ a mean over the tokens of replies.  After every step of the optimiser ``B`` lose
 reads (``B <- B - U U^T B``), so that at no time the adapter can write it.  Validation prompts say which step is kept.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +27,7 @@ from abliterate.model.likelihood import logit_row_bytes, predict, wide
 from abliterate.model.load import LoadedModel
 from abliterate.model.replying import generate_tokens
 from abliterate.model.room import free_bytes, gradient_rows
+from abliterate.model.training_libraries import own_random_numbers, quiet_libraries
 
 NAME = "default"
 """What PEFT calls an adapter that is given no name."""
@@ -176,22 +175,6 @@ class Adapter:
                 kept = project_out(kept, self._bases[name])
             found[name] = LowRank(b=kept.T.contiguous(), a=a.to(device="cpu", dtype=torch.float32, copy=True))
         return found
-
-
-@contextmanager
-def own_random_numbers(seed: int) -> Iterator[None]:
-    """Run with the random numbers of ``seed``, where a library draws them from torch's own generators."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Run without what training libraries say of each other's old names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def peft_library() -> Any:  # noqa: ANN401 - a module

@@ -20,12 +20,11 @@ from abliterate.model.healing import (
     Lesson,
     Schedule,
     Watch,
-    own_random_numbers,
     peft_library,
-    quiet_libraries,
 )
 from abliterate.model.load import LoadedModel
 from abliterate.model.replying import generate_tokens
+from abliterate.model.training_libraries import own_random_numbers, quiet_libraries
 
 BETA = 0.1
 """Weight of the reference, as published."""

@@ -6,6 +6,7 @@ prompts that are refused, harmless ones that are answered.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -214,7 +215,6 @@ def _each(
     )
     waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
     options: dict[str, Any] = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
-    widest = max((len(chat.encode(text)) for text in texts), default=0)
-    options["on_disk"] = may_lie_on_disk(loaded, chat, widest + max_new_tokens)
+    options["on_disk"] = partial(may_lie_on_disk, loaded, chat)
     for batch, tokens in each_batch(loaded, batches, work, **options):
         yield batch, tokens, kept.pop(batch.rows, {})

@@ -29,14 +29,13 @@ from abliterate.events import Noted
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
 from abliterate.model.offload import Offloaded, Values
+from abliterate.model.ranks import POLL_S
 from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
 from abliterate.model.units import Unit
 
 T = TypeVar("T")
 CAN_MAP = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")
 """Whether keys and values can wait on disk on this system."""
-POLL_S = 0.005
-"""Between two looks at what other processes have made, where nothing else is to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_S = 0.005
+"""Between two looks at what others have made, where nothing else is to do."""
 BEAT_S = 0.5
 SILENT_S = 10.0
 """A rank that was not heard of for so long is taken for dead."""

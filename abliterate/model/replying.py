@@ -79,7 +79,7 @@ def generate_tokens(
     replies: list[list[int]] = [[] for _ in prompts]
     batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
     options: dict[str, Any] = {"told": its.told, "new_tokens": max_new_tokens}
-    options["on_disk"] = may_lie_on_disk(loaded, chat, max_new_tokens + _longest(chat, prompts))
+    options["on_disk"] = partial(may_lie_on_disk, loaded, chat)
     options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))
     for batch, rows in each_batch(loaded, batches, reply, **options):
         for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
@@ -106,11 +106,8 @@ def rows_of_replies(
     loaded: LoadedModel, chat: ChatFormat, prompts: Sequence[str], batch_size: int, max_new_tokens: int
 ) -> int:
     """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
-    return least(reply_rows(loaded, batch_size, _longest(chat, prompts) + max_new_tokens))
-
-
-def _longest(chat: ChatFormat, prompts: Sequence[str]) -> int:
-    return max((len(chat.encode(prompt)) for prompt in prompts), default=0)
+    longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
+    return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
 
 
 def may_lie_on_disk(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:

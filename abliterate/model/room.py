@@ -1,8 +1,12 @@
 """How much of a forward pass fits into the memory that is free, and what it looks like when it does not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
 
+from abliterate.errors import UsageError
 from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes
 from abliterate.model.load import LoadedModel, free_on_gpu
 
@@ -56,6 +60,27 @@ def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int
     free = free if loaded.room_bytes is None else min(free, loaded.room_bytes)
     row = tokens * loaded.n_layers * running_bytes(loaded) + kept * logit_bytes(loaded)
     return max(1, min(most, free // 2 // row))
+
+
+def check_held(loaded: LoadedModel, what: str, hint: str) -> None:
+    """Check that the weights are held in memory, as gradients need them; ``what`` is to be done with such a model.
+
+    Raises:
+        UsageError: they pass through it; ``hint`` says what to do.
+    """
+    if loaded.offload is not None:
+        raise UsageError(f"{loaded.name} is run out of core, and {what} a model that is held in memory", hint)
+
+
+@contextmanager
+def out_of_memory_is(error: UsageError) -> Iterator[None]:
+    """Raise ``error`` in place of whatever says that memory ran out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as raised:
+        if not is_out_of_memory(raised):
+            raise
+        raise error from raised
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,10 +1,10 @@
 """The model card of an edited checkpoint: what it is, what was done, what was proven, what was measured."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from abliterate.checkpoint.source import Checkpoint
 from abliterate.method.measurement import chosen_by, measured_on, told_apart
 from abliterate.method.selection import WHY
 from abliterate.publishing import wording
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 EXACTNESS = {
     "A": "equal to inference-time ablation up to rounding",
@@ -40,27 +43,14 @@ CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 
 def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> Path:
     """Write ``README.md`` for an edited checkpoint; the base's licence, terms and language are carried over."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-    carried = base_metadata(base)
-    name = base.name if "/" in base.name and not Path(base.name).exists() else None
-    data = ModelCardData(
-        base_model=name,
-        base_model_relation="finetune" if name else None,
-        library_name="transformers",
-        pipeline_tag=carried.get("pipeline_tag", "text-generation"),
-        license=carried.get("license"),
-        license_name=carried.get("license_name"),
-        license_link=carried.get("license_link"),
-        language=carried.get("language"),
-        tags=["abliterate"] if wording.adds(manifest["edit"]) else ["abliterated", "abliterate"],
-        **{key: value for key, value in carried.items() if key.startswith(GATED)},
-    )
+    data = front_matter(base, ["abliterate"] if wording.adds(manifest["edit"]) else ["abliterated", "abliterate"])
     template = (files("abliterate.publishing") / "card.md.j2").read_text("utf-8")
     card = ModelCard.from_template(
         data,
         template_str=template,
-        base=base.name.rstrip("/").rsplit("/", 1)[-1] if name is None else base.name,
+        base=data.base_model or base.name.rstrip("/").rsplit("/", 1)[-1],
         m=manifest,
         exactness=worth(manifest["edit"]),
         measured=measured_on(manifest["direction"].get("measurement", {})),
@@ -83,6 +73,26 @@ def write_card(folder: Path, base: Checkpoint, manifest: Mapping[str, Any]) -> P
     )
     write_text(folder / "README.md", str(card))
     return folder / "README.md"
+
+
+def front_matter(base: Checkpoint, tags: Sequence[str]) -> "ModelCardData":
+    """The metadata of the card of what was made of ``base``, whose licence, terms and language are carried over."""
+    from huggingface_hub import ModelCardData
+
+    carried = base_metadata(base)
+    name = base.name if "/" in base.name and not Path(base.name).exists() else None
+    return ModelCardData(
+        base_model=name,
+        base_model_relation="finetune" if name else None,
+        library_name="transformers",
+        pipeline_tag=carried.get("pipeline_tag", "text-generation"),
+        license=carried.get("license"),
+        license_name=carried.get("license_name"),
+        license_link=carried.get("license_link"),
+        language=carried.get("language"),
+        tags=[*tags],
+        **{key: value for key, value in carried.items() if key.startswith(GATED)},
+    )
 
 
 def worth(edit: Mapping[str, Any]) -> str:

@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.hashes import sha256_file
-from abliterate.checkpoint.output import OutputFolder, copy_file, write_json, write_text
+from abliterate.checkpoint.output import OutputFolder, write_json, write_text
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.method.hardening import Hardening
 from abliterate.method.statistics import Rate
-from abliterate.publishing.card import GATED, base_metadata, percent
-from abliterate.publishing.manifest import FILE_NAME, OUR_FILES, files_of, finite, machine, rate_json, versions
+from abliterate.publishing.card import front_matter, percent
+from abliterate.publishing.keeping import keep_base
+from abliterate.publishing.manifest import (
+    FILE_NAME,
+    OUR_FILES,
+    files_of,
+    finite,
+    machine,
+    rate_json,
+    source_of,
+    versions,
+)
 from abliterate.recipe import Recipe
 from abliterate.version import __version__
 
 FORMAT = "abliterate-hardened-1"
-LIBRARIES, RECIPE_FILE = ("peft", "trl"), "recipe.toml"
+LIBRARIES = ("peft", "trl")
 WHAT = {
     "random-ablation": "refusing while its refusal direction, measured again and again, was ablated at random steps "
     "(in the manner of DeepRefusal, arXiv 2509.15202)",
@@ -97,10 +107,7 @@ class Hardened:
 
 def finish(output: OutputFolder, base: Checkpoint, report: Hardened, recipe: Recipe) -> None:
     """Write manifest and card into an output that is otherwise complete, and give it its name."""
-    for name in ("README.md", FILE_NAME):
-        if (base.folder / name).is_file():
-            copy_file(base.folder / name, output.private / f"base-{name}")
-    write_text(output.private / RECIPE_FILE, recipe.to_toml())
+    keep_base(base, recipe, output)
     shards = {shard.name for shard in base.shards}
     names = [name for name in files_of(output.path) if name not in OUR_FILES]
     document = {
@@ -108,9 +115,7 @@ def finish(output: OutputFolder, base: Checkpoint, report: Hardened, recipe: Rec
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions() | {name: metadata.version(name) for name in LIBRARIES},
         "machine": machine(),
-        "source": {
-            "name": base.name, "revision": base.revision, "shards": {its.name: its.size_bytes for its in base.shards},
-        },
+        "source": source_of(base),
         "hardening": report.to_json(),
         "changed_tensors": list(report.changed),
         "recipe": recipe.model_dump(mode="json"),
@@ -124,18 +129,7 @@ def finish(output: OutputFolder, base: Checkpoint, report: Hardened, recipe: Rec
 
 def card(base: Checkpoint, report: Hardened) -> str:
     """The model card; licence, terms and language of the base are carried over."""
-    from huggingface_hub import ModelCardData
-
-    carried = base_metadata(base)
-    on_hub = "/" in base.name and not Path(base.name).exists()
-    front = ModelCardData(
-        base_model=base.name if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
-        library_name="transformers",
-        pipeline_tag=carried.get("pipeline_tag", "text-generation"),
-        **{key: its for key, its in carried.items() if key in CARRIED or key.startswith(GATED)},
-        tags=["hardened", "abliterate"],
-    )
+    front = front_matter(base, ["hardened", "abliterate"])
     name, options = base.name.rstrip("/").rsplit("/", 1)[-1], report.options
     texts = f"the texts of `{report.refusals}`" if report.refusals else OWN_TEXTS[options.extends]
     lines = [
@@ -159,7 +153,6 @@ def card(base: Checkpoint, report: Hardened) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-CARRIED = ("license", "license_name", "license_link", "language")
 OWN_TEXTS = {True: "extended refusals put together from general texts", False: "the model's own refusals"}
 
 

@@ -4,6 +4,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.checkpoint import direction_file as direction_files
 from abliterate.checkpoint import edit_file
 from abliterate.checkpoint.output import OutputFolder, copy_file, write_text
+from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import VerificationError
 from abliterate.method.directions import DirectionSet
 from abliterate.publishing import manifest
@@ -17,10 +18,14 @@ RECIPE_FILE = "recipe.toml"
 
 def keep_origin(plan: EditPlan, directions: DirectionSet, recipe: Recipe, output: OutputFolder) -> None:
     """Put direction, edit, recipe, and what the base says of itself, into the private folder of ``output``."""
-    base = plan.checkpoint
     if plan.stream is not None:
         edit_file.save(plan.stream, output.private / EDIT_FILE)
     direction_files.save(directions, output.private / DIRECTION_FILE)
+    keep_base(plan.checkpoint, recipe, output)
+
+
+def keep_base(base: Checkpoint, recipe: Recipe, output: OutputFolder) -> None:
+    """Put the recipe, and what the base says of itself, into the private folder of ``output``."""
     write_text(output.private / RECIPE_FILE, recipe.to_toml())
     for name in ("README.md", manifest.FILE_NAME):
         if (base.folder / name).is_file():

@@ -85,11 +85,7 @@ def build(
         "versions": versions(),
         "machine": machine(),
         **({} if ranks.count() == 1 else {"processes": ranks.count()}),
-        "source": {
-            "name": checkpoint.name,
-            "revision": checkpoint.revision,
-            "shards": {shard.name: shard.size_bytes for shard in checkpoint.shards},
-        },
+        "source": source_of(checkpoint),
         "edit": {
             **{key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},
             "file": "abliterate/edit.safetensors",
@@ -114,6 +110,12 @@ def build(
         "evaluation": None if evaluation is None else evaluation_json(evaluation),
     }
     return finite(document)
+
+
+def source_of(base: Checkpoint) -> dict[str, Any]:
+    """Which checkpoint was the base, as plain data."""
+    shards = {shard.name: shard.size_bytes for shard in base.shards}
+    return {"name": base.name, "revision": base.revision, "shards": shards}
 
 
 def verification_json(report: VerifyReport) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _writes(session: Session, directions: DirectionSet, n_prompts: int) -> tuple
 
 
 def _rate(classes: Sequence[ReplyClass], wanted: Sequence[ReplyClass]) -> Rate:
-    return Rate(hits=sum(one in wanted for one in classes), count=len(classes))
+    return Rate.of(one in wanted for one in classes)
 
 
 def _interventions(session: Session, directions: DirectionSet, read: Read) -> Iterator[tuple[_What, Intervention]]:

@@ -32,8 +32,7 @@ from abliterate.model.refusal_texts import Pair, check_enough, example_of, exten
 from abliterate.model.replying import generate_tokens
 from abliterate.model.targets import Example
 from abliterate.publishing.hardened import Hardened, Stance, finish
-from abliterate.recipe import NOT_IN_NUMBERS
-from abliterate.workflow.finding import measure, select
+from abliterate.workflow.finding import measure, select, work_fingerprint
 from abliterate.workflow.session import Session
 from abliterate.workflow.steps import Steps
 
@@ -116,10 +115,7 @@ def harden(
 
 def _fingerprint(session: Session, options: Hardening, refusals: Path | None) -> str:
     digest = None if refusals is None else hashlib.sha256(at_home(refusals).read_bytes()).hexdigest()
-    recipe = session.recipe.flat(without=NOT_IN_NUMBERS)
-    return fingerprint(
-        {**session.checkpoint.identity(), "recipe": recipe, "harden": asdict(options), "refusals": digest}
-    )
+    return fingerprint({"work": work_fingerprint(session), "harden": asdict(options), "refusals": digest})
 
 
 def _trained(session: Session, options: Hardening, lessons: _Lessons) -> dict[str, Tensor]:
@@ -222,13 +218,9 @@ def _stance(session: Session, n_prompts: int) -> Stance:
     refused = [[read(*pair) == "refused" for pair in zip(asked, its, strict=True)] for its in replies]
     known = [(its.answer, reply) for its, reply in zip(harmless, replies[0][len(harmful) :], strict=True) if its.answer]
     return Stance(
-        refused=_rate(refused[0][: len(harmful)]),
-        over_refused=_rate(refused[0][len(harmful) :]),
-        facts=_rate([holds_answer(reply, answer) for answer, reply in known]),
-        without_one=None if directions is None else _rate(refused[1][: len(harmful)]),
+        refused=Rate.of(refused[0][: len(harmful)]),
+        over_refused=Rate.of(refused[0][len(harmful) :]),
+        facts=Rate.of([holds_answer(reply, answer) for answer, reply in known]),
+        without_one=None if directions is None else Rate.of(refused[1][: len(harmful)]),
         direction=why_none if directions is None else directions.chosen.id,
     )
-
-
-def _rate(hits: Sequence[bool]) -> Rate:
-    return Rate(hits=sum(hits), count=len(hits))

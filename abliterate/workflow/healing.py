@@ -1,6 +1,7 @@
 """Healing an edited checkpoint: taught by its base, merged shard by shard from the base's bytes, and proven again."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from abliterate.events import Noted, OnEvent, ignore, working
 from abliterate.method.statistics import Difference, paired_difference
 from abliterate.model.healing import Adapter, Classroom, Healed, Schedule, lessons, peft_library, train
 from abliterate.model.healing_dpo import pairs_of, train_by_preference, trl_library
-from abliterate.model.room import is_out_of_memory
+from abliterate.model.room import check_held, out_of_memory_is
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
 from abliterate.publishing.keeping import require_verified
@@ -197,7 +198,12 @@ def _train(session: Session, source: Checkpoint, made: EditPlan, options: Healin
     pads = session.chat.pads
     session.release()
     edited = _held(Session(checkpoint=source, recipe=recipe, on_event=on_event, pads=pads))
-    try:
+    said = UsageError(
+        f"{source.name}: memory ran out while it was healed",
+        "give a smaller --max-new-tokens, --dtype bfloat16, or take a machine with more memory",
+    )
+    with out_of_memory_is(said), ExitStack() as afterwards:
+        afterwards.callback(edited.release)
         loaded, chat, schedule = edited.loaded, edited.chat, options.schedule
         pairs = None
         if options.method == "dpo":
@@ -212,15 +218,6 @@ def _train(session: Session, source: Checkpoint, made: EditPlan, options: Healin
             else:
                 found = train_by_preference(room, adapter, pairs, schedule, seed=recipe.find.seed, advance=advance)
             advance(schedule.most_steps - found.steps)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UsageError(
-            f"{source.name}: memory ran out while it was healed",
-            "give a smaller --max-new-tokens, --dtype bfloat16, or take a machine with more memory",
-        ) from error
-    finally:
-        edited.release()
     return found, None if pairs is None else len(pairs)
 
 
@@ -230,11 +227,8 @@ def _held(session: Session) -> Session:
     Raises:
         UsageError: it runs out of core, where gradients cannot flow.
     """
-    if session.loaded.offload is not None:
-        raise UsageError(
-            f"{session.checkpoint.name} is run out of core, and healing trains a model that is held in memory",
-            "give it more --memory or --device-memory, or take a machine with more",
-        )
+    hint = "give it more --memory or --device-memory, or take a machine with more"
+    check_held(session.loaded, "healing trains", hint)
     return session
 
 

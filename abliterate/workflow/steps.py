@@ -58,30 +58,26 @@ class Steps:
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.json"
-        kept = _kept(lambda: dict(json.loads(path.read_bytes())))
-        if kept is not None:
-            return kept
-        made = dict(make())
-        if is_first():
-            write_atomically(path, json.dumps(made).encode())
-        meet()
-        return made if is_first() else dict(json.loads(path.read_bytes()))
+        return _once(
+            lambda: dict(json.loads(path.read_bytes())),
+            lambda: dict(make()),
+            lambda made: write_atomically(path, json.dumps(made).encode()),
+        )
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The kept tensors ``name``; the first time, what ``make`` gives.  They are kept as safetensors."""
         if self.folder is None:
             return dict(make())
         path = self.folder / f"{name}.safetensors"
-        kept = _kept(lambda: load_file(path))
-        if kept is not None:
-            return kept
-        made = {key: value.contiguous() for key, value in make().items()}
-        if is_first():
+
+        def write(made: dict[str, Tensor]) -> None:
             temporary = path.with_suffix(".tmp")
             save_file(made, temporary)
             temporary.replace(path)
-        meet()
-        return made if is_first() else load_file(path)  # all go on with what the first has, to the bit
+
+        return _once(
+            lambda: load_file(path), lambda: {key: value.contiguous() for key, value in make().items()}, write
+        )  # fmt: skip
 
     def has(self, name: str) -> bool:
         """Whether tensors ``name`` are kept."""
@@ -98,14 +94,20 @@ class Steps:
             shutil.rmtree(self.folder)
 
 
-def _kept(read: Callable[[], T]) -> T | None:
-    """What ``read`` finds; None where the first of the processes, who keeps the files, finds nothing."""
-    found = None
+def _once(read: Callable[[], T], make: Callable[[], T], write: Callable[[T], None]) -> T:
+    """What ``read`` finds; where that is nothing, what all processes ``make``.
+
+    The first of them looks, and writes; all go on with what it has, to the bit.
+    """
+    kept = None
     if is_first():
         try:
-            found = read()
+            kept = read()
         except (OSError, ValueError, SafetensorError):
-            found = None
-    if not first(lambda: found is not None):
-        return None
-    return read() if found is None else found
+            kept = None
+    if not first(lambda: kept is not None):
+        kept = make()
+        if is_first():
+            write(kept)
+        meet()
+    return kept if kept is not None and is_first() else read()

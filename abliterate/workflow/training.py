@@ -36,7 +36,7 @@ from abliterate.method.scope import Scope
 from abliterate.model.direction_losses import Losses
 from abliterate.model.direction_training import Examples, Objective, Trained, train
 from abliterate.model.measuring import Filtered
-from abliterate.model.room import gradient_rows
+from abliterate.model.room import check_held, gradient_rows
 from abliterate.model.targets import Writing, targets_of
 from abliterate.recipe import Recipe
 from abliterate.workflow.session import Session
@@ -72,11 +72,7 @@ def check_trainable(session: Session) -> None:
         UsageError: it runs out of core, where gradients cannot flow; or the cone has more directions than the stream.
     """
     loaded, find = session.loaded, session.recipe.find
-    if loaded.offload is not None:
-        raise UsageError(
-            f"{loaded.name} is run out of core, and a direction is trained through a model that is held in memory",
-            f"give it more --memory or --device-memory, or {NOT_TRAINED}",
-        )
+    check_held(loaded, "a direction is trained through", f"give it more --memory or --device-memory, or {NOT_TRAINED}")
     if find.trained == CONE and find.cone_size > loaded.d_model:
         raise UsageError(
             f"a cone of {find.cone_size} directions does not fit into a residual stream of width {loaded.d_model}",

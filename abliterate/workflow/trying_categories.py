@@ -63,7 +63,7 @@ def try_categories(
             Tried(
                 change=change, category=category, strength=strength,
                 refused=_refused(harmful, classes), over_refused=_refused(harmless, classes[-_count(harmless) :]),
-                broken=Rate(hits=sum(one in ("degenerate", "empty") for one in classes), count=len(classes)),
+                broken=Rate.of(one in ("degenerate", "empty") for one in classes),
             )
         )  # fmt: skip
     vectors = directions.chosen.everywhere.vectors.T
@@ -146,9 +146,7 @@ def _say_if_measured(session: Session, directions: DirectionSet, contrast: Contr
 def _refused(prompts: Mapping[str, Sequence[str]], classes: Sequence[ReplyClass]) -> dict[str, Rate]:
     """How many prompts of each kind are refused; the first of ``classes`` belong to them, in order."""
     rest = iter(classes)
-    return {
-        kind: Rate(hits=sum(next(rest) in REFUSALS for _ in texts), count=len(texts)) for kind, texts in prompts.items()
-    }
+    return {kind: Rate.of(next(rest) in REFUSALS for _ in texts) for kind, texts in prompts.items()}
 
 
 def _count(prompts: Mapping[str, Sequence[str]]) -> int:

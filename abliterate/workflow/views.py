@@ -211,8 +211,7 @@ def judged_replies(session: Session, material: Material, models: Sequence[Observ
         replies = [said(model.opening + reply) for reply in model.replies[HARMFUL]]
         with working(session.on_event, f"judge replies of {model.name}", len(replies), "replies"):
             verdicts = judge.judge(list(zip(texts, replies, strict=True)))
-        answers = [verdict.positive for verdict in verdicts if verdict.positive is not None]
-        found[model.name] = Rate(hits=sum(answers), count=len(answers))
+        found[model.name] = Rate.of(verdict.positive for verdict in verdicts if verdict.positive is not None)
     return f"{name}: {judge.spec.about or judge.spec.repo}", found
 
 
