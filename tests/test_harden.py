@@ -301,6 +301,13 @@ def test_a_hardened_folder_has_the_layout_of_its_base_and_says_what_was_done(res
     assert "abliterate/base-README.md" in names
 
 
+@pytest.mark.parametrize("command", [("verify",), ("push", "me/hardened")])
+def test_what_was_trained_is_not_called_proven(result, command):
+    name, *rest = command
+    says = "was hardened by training, and there is no equation that its weights could be proven by"
+    assert "`abliterate audit` measures what it is worth" in refused(5, says, name, result[1], *rest)
+
+
 def test_the_same_seed_gives_the_same_bytes(result, tmp_path):
     hardened(tmp_path / "again", n_prompts=0)
     for path in result[1].glob("*.safetensors"):

@@ -16,6 +16,7 @@ from abliterate.publishing.card import front_matter, percent
 from abliterate.publishing.keeping import keep_base
 from abliterate.publishing.manifest import (
     FILE_NAME,
+    HARDENED,
     OUR_FILES,
     files_of,
     finite,
@@ -27,7 +28,7 @@ from abliterate.publishing.manifest import (
 from abliterate.recipe import Recipe
 from abliterate.version import __version__
 
-FORMAT = "abliterate-hardened-1"
+NUMBER = 1
 LIBRARIES = ("peft", "trl")
 WHAT = {
     "random-ablation": "refusing while its refusal direction, measured again and again, was ablated at random steps "
@@ -111,7 +112,7 @@ def finish(output: OutputFolder, base: Checkpoint, report: Hardened, recipe: Rec
     shards = {shard.name for shard in base.shards}
     names = [name for name in files_of(output.path) if name not in OUR_FILES]
     document = {
-        "format": FORMAT,
+        "format": f"{HARDENED}{NUMBER}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions() | {name: metadata.version(name) for name in LIBRARIES},
         "machine": machine(),

@@ -32,6 +32,8 @@ from abliterate.version import __version__
 
 FILE_NAME = "abliterate.json"
 FORMAT, FORMAT_NUMBER = "abliterate-manifest-", 2
+HARDENED = "abliterate-hardened-"
+"""The format of the manifest of a hardened checkpoint, which holds another one (``hardened``)."""
 """Manifests of version 1, which name a direction and no edit, are still read."""
 OUR_FILES = {FILE_NAME, "README.md"}
 """Files the manifest has no hash of: itself, and the card, which may be edited by hand."""
@@ -212,12 +214,17 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``.
 
     Raises:
-        CheckpointError: there is none, or not one of ours, or it is damaged.
+        CheckpointError: there is none, or not one of ours, or it is damaged; or of what was trained, and not edited.
     """
     if not (folder / FILE_NAME).is_file():
         raise CheckpointError(f"{folder}: has no {FILE_NAME}", "give a folder that abliterate wrote (and finished)")
     where = folder / FILE_NAME
     document = read_json(where)
+    if str(document.get("format")).startswith(HARDENED):
+        raise CheckpointError(
+            f"{folder}: was hardened by training, and there is no equation that its weights could be proven by",
+            "`abliterate audit` measures what it is worth, and `hf upload` publishes it, with its card",
+        )
     number = check_format(document.get("format"), FORMAT, FORMAT_NUMBER, where=where)
     keys = Manifest1 if number == 1 else Manifest
     return check_document(document, keys, where=where, hint="fetch this file again, or edit the base again")

@@ -37,6 +37,8 @@ from abliterate.workflow.steps import Steps
 from abliterate.workflow.trials import control_candidates
 
 MOST_DIRECTIONS = 8
+MOST_BLOCKS = 8
+"""Of which the difference of means is tried, whichever a run chooses."""
 THIRDS = ("first", "second", "last")
 DOSES = (0.25, 0.5, 0.75)
 """Of the direction, how much is removed; all of it is among the directions."""
@@ -54,7 +56,8 @@ _What = tuple[Group, str, int]
 def audit(session: Session, *, n_prompts: int = 32, steps: Steps | None = None) -> Audit:
     """Audit the model of ``session`` on at most ``n_prompts`` test prompts of each class.
 
-    The direction is measured and chosen as a run does it.  Directions of other kinds are taken where it lies.
+    The direction is measured and chosen as a run does it.  Directions of other kinds are taken where it lies, and the
+    differences of means of other blocks, which the rules of a run may leave out.
 
     Raises:
         PromptError: the prompts are unusable, or the model refuses too few of the test prompts for anything to fall.
@@ -180,6 +183,8 @@ def _interventions(session: Session, directions: DirectionSet, read: Read) -> It
     for k, name, candidate in _directions(directions, read):
         yield ("directions", name, k), partial(without, loaded, candidate)
     everywhere = frozenset(range(loaded.n_layers))
+    for name, candidate in _of_blocks(loaded.n_layers, read):
+        yield ("blocks", name, 1), partial(without, loaded, candidate)
     for place, third in enumerate(THIRDS):
         first, end = place * loaded.n_layers // 3, (place + 1) * loaded.n_layers // 3
         scope = Scope(kinds=frozenset(IN_BLOCKS), left_out=everywhere - set(range(first, end)))
@@ -207,3 +212,17 @@ def _directions(directions: DirectionSet, read: Read) -> Iterator[tuple[int, str
         subspace = Subspace(vectors=vectors[:, :k].contiguous())
         candidate = Candidate(id=f"principal/{k}/{chosen.layer}", subspace=subspace, layer=chosen.layer, provenance={})
         yield k, f"principal {k}", candidate
+
+
+def _of_blocks(n_layers: int, read: Read) -> Iterator[tuple[str, Candidate]]:
+    """The difference of means at the last token, of what enters some of the blocks, evenly among all but the first."""
+    count = min(MOST_BLOCKS, n_layers - 1)
+    samples = read.stats.samples
+    for layer in (1 + (2 * place + 1) * (n_layers - 1) // (2 * count) for place in range(count)):
+        means = [samples[kind][:, layer].double().mean(0) for kind in ("harmful", "harmless")]
+        subspace = Subspace(vectors=(means[0] - means[1]).float()[:, None])
+        if subspace.usable:
+            yield (
+                f"difference of block {layer}",
+                Candidate(id=f"difference-of-means/-1/{layer}", subspace=subspace, layer=layer, provenance={}),
+            )
