@@ -28,6 +28,7 @@ from abliterate.model.load import LoadedModel, attach, empty_model
 from abliterate.model.lockstep import run_together
 from abliterate.model.offload import Offloaded
 from abliterate.recipe import Recipe
+from abliterate.workflow.estimate import FEW_SCORES, Counts, amounts
 from abliterate.workflow.passes import passes_of
 
 NAME = "llama-3-70b"
@@ -38,8 +39,16 @@ NVME_BYTES_PER_SECOND = 3.0e9
 """What a current NVMe disk reads; assumed, not measured here."""
 GPU_FLOPS_PER_SECOND = 6e13
 """What a 24 GB card does in bfloat16; assumed, not measured here."""
+CACHED_BYTES = 80 * 2 * 8 * 128 * 2
+"""Keys and values of a token of Llama-3-70B: layers, both, heads, width, bytes."""
 REPLY_TOKENS = 128
 MEASURED_PROMPTS = 256
+CARD = "a 24 GB card at 60 TFLOP/s and an NVMe disk at 3 GB/s"
+
+
+STAGES = {
+    "measure": "labels, means", "select": "choice", "replies": f"replies of {REPLY_TOKENS} tokens, proof by behaviour",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +126,47 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
+def whole_run(recipe: Recipe, size: float) -> list[str]:
+    """What a default run of ``size`` bytes takes, stage by stage, on one machine and on two, with disk and card each.
+
+    A weight pass reads everything on each of them, and two share its arithmetic; they share the shards.  Keys and
+    values of all replies wait on disk, and are read in each pass, on the mean half as many as in the end.
+    """
+    find, test = recipe.find, dict.fromkeys(("harmful", "harmless", "look-alikes"), recipe.find.n_test)
+    layers = KNOWN[NAME].layers
+    positions = 5  # of Llama 3: what its template puts after an instruction
+    counts = Counts(
+        prompt_tokens=TOKENS, own_tokens=TOKENS / 2, batch_size=1, train=2 * find.n_train, probed=0, filtered=True,
+        label_tokens=find.reply_tokens, harmful_val=find.n_val, harmless_val=find.n_val, scored=FEW_SCORES,
+        candidates=positions * (layers - int(layers * find.prune_layers)) * len(find.estimators),
+        held_out=2 * find.n_val, test=test, models=2, reply_tokens=recipe.evaluate.max_new_tokens,
+    )  # fmt: skip
+    passes = passes_of(recipe)
+    validated = 2 * find.n_val
+    cached = {
+        "measure": (counts.train + validated) * (TOKENS + find.reply_tokens / 2),
+        "replies": counts.models * sum(test.values()) * (TOKENS + counts.reply_tokens / 2),
+    }
+    rows, total = [], [0.0, 0.0]
+    for stage, its in amounts(counts, ("measure", "select", "replies")).items():
+        reading = passes[stage] * (size + CACHED_BYTES * cached.get(stage, 0)) / NVME_BYTES_PER_SECOND
+        running = 2 * (size / 2) * (its.prompt_tokens + its.steps) / GPU_FLOPS_PER_SECOND
+        rows.append((STAGES[stage], f"{passes[stage]} passes", reading, running))
+    rows += [
+        ("edit: read and write", "", 2 * size / NVME_BYTES_PER_SECOND, 0.0),
+        ("proof on the bytes: read both", "", 2 * size / NVME_BYTES_PER_SECOND, 0.0),
+    ]
+    lines = [
+        f"| computed: a default run, {CARD} (assumed) | | reading | arithmetic | one machine | two such machines |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, count, reading, running in rows:
+        one, two = max(reading, running), max(reading if count else reading / 2, running / 2)
+        total = [total[0] + one, total[1] + two]
+        lines.append(f"| {name} | {count} | {hours(reading)} | {hours(running)} | {hours(one)} | {hours(two)} |")
+    return [*lines, f"| all | | | | {hours(total[0])} | {hours(total[1])} |"]
+
+
 def main() -> None:
     """Measure, compute, print."""
     parser = argparse.ArgumentParser(description="A 70B model rehearsed out of core.")
@@ -165,6 +215,7 @@ def main() -> None:
         f"| arithmetic on these two cores | {hours(compute * tokens)} {what} | | |",
         f"| arithmetic, a 24 GB GPU at 60 TFLOP/s (assumed) | {on_a_card:.0f} s {what} | | |",
     ]
+    lines += ["", *whole_run(recipe, size)]
     print("\n".join(lines))
     if args.write:
         page = args.write.read_text("utf-8")

@@ -31,7 +31,11 @@ def same(one, other):
     return torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
 
 
-def test_a_layer_on_disk_holds_what_one_in_memory_holds(tmp_path):
+@pytest.mark.parametrize("there", ["host", "card"])
+def test_a_layer_on_disk_holds_what_one_in_memory_holds(tmp_path, there, monkeypatch):
+    """A stand-in for a card gets copies, through which nothing can be written."""
+    if there == "card":
+        monkeypatch.setattr(MappedLayer, "_there", lambda its, name: its._files[name].held.clone())
     plain, left = DynamicLayer(), []
     ours = MappedLayer(tmp_path, 12, lambda: left.append(1))
     assert ours.get_seq_length() == 0

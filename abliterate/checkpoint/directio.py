@@ -14,6 +14,8 @@ import errno
 import mmap
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -234,6 +236,31 @@ def read_into(path: Path, start: int, target: Tensor) -> None:
         file._fill(view_of(target), start, len(target))
 
 
+def read_pieces(
+    path: Path, start: int, size: int, piece_bytes: int, *, past_cache: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """A stretch of a file piece by piece, each with its place in the stretch.
+
+    All are given in the same memory, which a thread keeps for the next stretch.  ``past_cache``: as a ``SourceFile``
+    reads; else through the page cache, which may keep them for the next time.
+
+    Raises:
+        CheckpointError: the file ends before that.
+    """
+    slab: Slab | None = getattr(_of_thread, "slab", None)
+    if slab is None or len(slab.bytes) < slab_bytes(piece_bytes):
+        slab = _of_thread.slab = Slab(piece_bytes)
+    with SourceFile(path, direct=past_cache) as file:
+        for first in range(0, size, piece_bytes):
+            count = min(piece_bytes, size - first)
+            if past_cache:
+                yield first, file.read(slab, start + first, count)
+                continue
+            piece = slab.byte_range(start + first, count)
+            file._fill(view_of(piece), start + first, count)
+            yield first, piece
+
+
 def patch(path: Path, patches: list[tuple[int, Tensor]]) -> None:
     """Overwrite some bytes of a finished file, each patch a place and its bytes, and flush it to the disk."""
     file, _ = open_direct(path, os.O_WRONLY, direct=False)
@@ -251,6 +278,7 @@ def view_of(tensor: Tensor) -> memoryview:
 
 
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+_of_thread = threading.local()
 
 
 def _open(path: Path, flags: int, *, direct: bool) -> int:

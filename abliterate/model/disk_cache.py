@@ -3,7 +3,8 @@
 A weight pass serves every batch that is there, so batches that would otherwise take turns, each with passes of its own,
 wait together with their caches in files.  A file is mapped into memory: new tokens are written to it, attention reads
 it in place, and its pages are given back when the next layer's turn comes.  What memory is free keeps them, by the
-system's page cache.  A file is reserved as a whole: the process would be stopped where a disk fills up under a mapping.
+system's page cache.  A card gets a copy of one layer at a time.  A file is reserved as a whole: the process would be
+stopped where a disk fills up under a mapping.
 """
 
 import mmap
@@ -108,9 +109,9 @@ class MappedLayer(DynamicLayer):
                 for name, states in (("keys", key_states), ("values", value_states))
             }
             self.is_initialized = True
-        self._files["keys"].append(key_states)
-        self._files["values"].append(value_states)
-        return self._files["keys"].held, self._files["values"].held
+        for name, states in (("keys", key_states), ("values", value_states)):
+            self._files[name].append(states)
+        return self._there("keys"), self._there("values")
 
     def reset(self) -> None:
         """Let go of the files."""
@@ -122,7 +123,11 @@ class MappedLayer(DynamicLayer):
             file.leave_memory()
 
     def _of(self, name: str) -> Tensor | None:
-        return self._files[name].held if name in self._files else None
+        return self._there(name) if name in self._files else None
+
+    def _there(self, name: str) -> Tensor:
+        """What a file holds, where the model computes: on the host a view, on a card a copy."""
+        return self._files[name].held.to(self.device)
 
     def _set(self, name: str, states: Tensor | None) -> None:
         if states is None:

@@ -110,7 +110,7 @@ def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bo
     Raises:
         NotEnoughDiskError: others wait there, and these have no room.
     """
-    if weights.scratch is None or weights.device.type != "cpu" or not CAN_MAP or not cached_bytes:
+    if weights.scratch is None or not CAN_MAP or not cached_bytes:
         return False
     free = shutil.disk_usage(weights.scratch).free
     if not weights.caches_on_disk:

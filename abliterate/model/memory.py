@@ -135,6 +135,13 @@ def whole_bytes(sizes: Sizes, embedding: int) -> int:
     return sum((*sizes.blocks, *sizes.others)) + embedding
 
 
+def is_beyond_cache(size_bytes: int, memory_bytes: int | None) -> bool:
+    """Whether a model of ``size_bytes`` is more than the page cache can keep beside ``memory_bytes`` of a budget."""
+    import psutil
+
+    return size_bytes > psutil.virtual_memory().available - (memory_bytes or 0)
+
+
 def available_bytes() -> int:
     """The memory budget on the host where none is given: of several processes on a machine, each has its part."""
     import psutil

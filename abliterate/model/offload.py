@@ -13,7 +13,7 @@ Any code may run such a model.  With ``lockstep.run_together`` several batches s
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import wraps
 from itertools import pairwise
@@ -28,15 +28,17 @@ from abliterate.events import OnEvent, WeightsRead, ignore
 from abliterate.model.carrying import carrier_to
 from abliterate.model.guessing import Guesses
 from abliterate.model.malloc import keep_no_holes
-from abliterate.model.memory import Sizes, can_keep, can_prefetch, rows_bytes, working_bytes
+from abliterate.model.memory import Sizes, can_keep, can_prefetch, is_beyond_cache, rows_bytes, working_bytes
 from abliterate.model.rows import Rows
 from abliterate.model.spare import Spare
-from abliterate.model.stored import stored_tensors
+from abliterate.model.stored import Reader, stored_tensors
 from abliterate.model.tasks import current
 from abliterate.model.units import Place, Unit, compute_buffers, get, is_lookup, put, units_of
-from abliterate.model.weights import conversions_of, make
+from abliterate.model.weights import Conversion, conversions_of, make
 
 ALWAYS_KEPT_BYTES = 2**20
+READERS = 2
+"""Tensors of a unit that are read at a time: the disk is never waited for between two, and casts run beside it."""
 
 Values = dict[str, Tensor]
 
@@ -49,10 +51,11 @@ class Offloaded:
     get one half, and hidden states the other.  Without a budget only small modules stay loaded.
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
-    after which.  ``reserved`` is what batches take of the working memory that wait, and the pass that runs beside them.
-    ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded
-    (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is a folder for what may wait on
-    disk, ``caches_on_disk`` whether keys and values do, as they have found no room, and ``mapped_bytes`` how much.
+    after which.  ``reader`` reads the tensors.  ``reserved`` is what batches take of the working memory that wait, and
+    the pass that runs beside them.  ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which
+    each unit ran, once it was loaded (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is
+    a folder for what may wait on disk, ``caches_on_disk`` whether keys and values do, as they have found no room, and
+    ``mapped_bytes`` how much.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -83,7 +86,6 @@ class Offloaded:
         self.reserved: list[tuple[int, int]] = []
         self.guesses = Guesses()
         self._spare = Spare()
-        self._carrier = carrier_to(device)
         self._memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder
@@ -91,9 +93,12 @@ class Offloaded:
         self._weight_passes = 1
         self._in_pass: set[Unit] = set()
         self._loaded: dict[Unit, dict[Place, Tensor]] = {}
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._fetching = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._reading = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="tensors")
         conversions = conversions_of(model, stored_tensors(checkpoint))
         self.size_bytes = sum(conversion.stored_bytes for conversion in conversions)
+        past_cache = is_beyond_cache(self.size_bytes, memory_bytes if device.type == "cpu" else None)
+        self.reader = Reader(folder=self._folder, device=device, carrier=carrier_to(device), past_cache=past_cache)
         compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
         self.units = units_of(model, conversions, tuple(blocks), checkpoint.name)
         self.prefetch = can_prefetch(self.sizes(), memory_bytes)
@@ -138,7 +143,7 @@ class Offloaded:
 
     def fetch(self, unit: Unit) -> Future[Values]:
         """Begin to read the parameters of ``unit`` in another thread."""
-        return self._reader.submit(self._read, unit)
+        return self._fetching.submit(self._read, unit)
 
     def drop(self, unit: Unit, fetched: Future[Values]) -> None:
         """Cancel a ``fetch``, or wait for its end, and forget its result."""
@@ -192,10 +197,22 @@ class Offloaded:
         with self._spare.offered():
             if not unit.is_read_as_stored:
                 self._spare.decline()  # what is converted takes other memory
-            for conversion in unit.conversions:
-                made = make(conversion, self._model, self._folder, self.device, self._spare.room, self._carrier)
+            for made in self._made(unit):
                 values |= {name: value for name, value in made.items() if name in unit.places}
         return values
+
+    def _made(self, unit: Unit) -> Iterator[Values]:
+        """What each conversion of ``unit`` gives; plain tensors are read side by side, the largest first."""
+
+        def one(conversion: Conversion) -> Values:
+            return make(conversion, self._model, self.reader, self._spare.room)
+
+        alone = [its for its in unit.conversions if self.reader.carrier is not None or not its.is_plain]
+        beside = sorted((its for its in unit.conversions if its not in alone), key=lambda its: -its.stored_bytes)
+        begun = [self._reading.submit(one, its) for its in beside]
+        wait(begun)
+        yield from (its.result() for its in begun)
+        yield from map(one, alone)
 
     def _set_up(self, unit: Unit) -> None:
         """Have the rows of an embedding read when they are looked up, and any other unit loaded when it is called."""

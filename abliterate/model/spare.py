@@ -1,5 +1,6 @@
 """Memory of weights that were released, for those that are read next: fresh memory costs more than reading into it."""
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class Spare:
     def __init__(self) -> None:
         self._pieces: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._offered: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._asked = threading.Lock()  # several tensors are read at a time
 
     @property
     def held_bytes(self) -> int:
@@ -47,10 +49,11 @@ class Spare:
     def room(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Memory for ``numel`` elements, its content undefined."""
         size = numel * dtype.itemsize
-        if self._offered.get(size):
-            return self._offered[size].pop().view(dtype)
-        if size >= SMALL_BYTES:
-            self.decline()
+        with self._asked:
+            if self._offered.get(size):
+                return self._offered[size].pop().view(dtype)
+            if size >= SMALL_BYTES:
+                self.decline()
         return empty(numel, dtype)
 
     def decline(self) -> None:

@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from abliterate.arch.codecs import HeldScales, Mxfp4, decode_piece, packed_codec, pieces_of
 from abliterate.arch.formats import DTYPES
 from abliterate.arch.packed import Packed, packed_tensors, quantisation
-from abliterate.checkpoint.directio import PAGE, read_into
+from abliterate.checkpoint.directio import PAGE, read_into, read_pieces
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UnsupportedFormatError
@@ -100,41 +101,51 @@ def decoding_bytes(tensor: Stored) -> int:
     return tensor.scales.size_bytes + wide + DECODERS * PIECE_COST * min(DECODED_BYTES, tensor.values.size_bytes)
 
 
-def read_tensor(
-    folder: Path,
-    tensor: Stored,
-    dtype: torch.dtype,
-    device: torch.device,
-    room: Callable[[int, torch.dtype], Tensor] | None = None,
-    carrier: Carrier | None = None,
-) -> Tensor:
-    """A stored tensor in ``dtype``, in pieces where it must be cast or decoded.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """Reads stored tensors of one folder for a model on ``device``.
 
-    ``room`` gives memory for so many elements of a dtype, on the host (by default, ``empty``).  ``carrier`` brings it
-    to ``device``, where that is no host.
-
-    Raises:
-        CheckpointError: the shard ends too early.
+    ``carrier`` brings them there, where that is no host.  ``past_cache``: the page cache is not to keep what is read.
+    Where it is smaller than the model, it would have lost each byte before it is needed again.
     """
-    if carrier is not None:
-        room = carrier.room
-    if isinstance(tensor, Packed):
-        values = _read_packed(folder, tensor, dtype, room or empty)
-        return values.to(device) if carrier is None else carrier.carry(values, dtype)
-    stored, room = STORED[tensor.dtype], room or empty
-    if device.type != "cpu" or stored == dtype:
-        whole = room(tensor.numel, stored)
-        read_into(folder / tensor.shard, tensor.start, whole.view(torch.uint8))
-        whole = whole.reshape(tensor.shape)
-        return whole.to(device).to(dtype) if carrier is None else carrier.carry(whole, dtype)
-    out = room(tensor.numel, dtype)
-    width = stored.itemsize
-    piece = empty(min(PIECE_BYTES // width, tensor.numel), stored)  # no large malloc: that one keeps what it got
-    for first in range(0, tensor.numel, len(piece) or 1):
-        part = piece[: tensor.numel - first]
-        read_into(folder / tensor.shard, tensor.start + first * width, part.view(torch.uint8))
-        out[first : first + len(part)] = part
-    return out.reshape(tensor.shape)
+
+    folder: Path
+    device: torch.device
+    carrier: Carrier | None = None
+    past_cache: bool = False
+
+    def read(
+        self, tensor: Stored, dtype: torch.dtype, room: Callable[[int, torch.dtype], Tensor] | None = None
+    ) -> Tensor:
+        """A stored tensor in ``dtype``, in pieces where it must be cast or decoded.
+
+        ``room`` gives memory for so many elements of a dtype, on the host (by default, ``empty``).
+
+        Raises:
+            CheckpointError: the shard ends too early.
+        """
+        room = (room or empty) if self.carrier is None else self.carrier.room
+        if isinstance(tensor, Packed):
+            values = _read_packed(self.folder, tensor, dtype, room)
+        else:
+            stored = STORED[tensor.dtype]
+            values = self._read_plain(tensor, room(tensor.numel, stored if self.device.type != "cpu" else dtype))
+        if self.carrier is not None:
+            return self.carrier.carry(values, dtype)
+        return values.to(self.device).to(dtype)
+
+    def _read_plain(self, tensor: TensorInfo, out: Tensor) -> Tensor:
+        """Fill ``out``, in whose dtype the values are stored or are cast to, piece by piece."""
+        stored, path = STORED[tensor.dtype], self.folder / tensor.shard
+        width = stored.itemsize
+        if not self.past_cache and stored == out.dtype:
+            read_into(path, tensor.start, out.view(torch.uint8))
+            return out.reshape(tensor.shape)
+        size = tensor.numel * width
+        for first, raw in read_pieces(path, tensor.start, size, PIECE_BYTES, past_cache=self.past_cache):
+            values = (raw if tensor.start % width == 0 else raw.clone()).view(stored)
+            out[first // width : first // width + len(values)] = values
+        return out.reshape(tensor.shape)
 
 
 def _read_packed(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import CheckpointError
-from abliterate.model.stored import stored_tensors
+from abliterate.model.stored import Reader, stored_tensors
 from abliterate.model.weights import Conversion, conversions_of, make
 
 Place = tuple[nn.Module, str]
@@ -139,9 +139,10 @@ def hold(model: Any, checkpoint: Checkpoint, blocks: Iterable[nn.Module], *, dev
     """
     conversions = conversions_of(model, stored_tensors(checkpoint))
     compute_buffers(model, {target for conversion in conversions for target in conversion.targets}, device)
+    reader = Reader(folder=checkpoint.folder, device=device)
     for unit in units_of(model, conversions, tuple(blocks), checkpoint.name):
         for conversion in unit.conversions:
-            for name, value in make(conversion, model, checkpoint.folder, device).items():
+            for name, value in make(conversion, model, reader).items():
                 for place in unit.places.get(name, ()):
                     put(place, value)
     model.tie_weights()  # so that tied places share one parameter again

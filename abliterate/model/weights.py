@@ -8,16 +8,14 @@ written, so a fused tensor is made from the stored ones again each time.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.arch.packed import Packed
-from abliterate.model.carrying import Carrier
 from abliterate.model.malloc import give_back
-from abliterate.model.stored import Stored, decoding_bytes, dtype_of, empty, read_tensor, without_data
+from abliterate.model.stored import Reader, Stored, decoding_bytes, dtype_of, empty, without_data
 
 MOVES = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split", "SplitModulelist",
          "Transpose"}  # fmt: skip
@@ -46,6 +44,11 @@ class Conversion:
     def stored_bytes(self) -> int:
         """Bytes that are read from disk."""
         return sum(tensor.size_bytes for _, tensor in self.sources)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameter is a stored tensor, but for its dtype."""
+        return self.transform is None and not any(isinstance(tensor, Packed) for _, tensor in self.sources)
 
     @property
     def read_dtype(self) -> torch.dtype:
@@ -111,30 +114,28 @@ def conversions_of(model: Any, tensors: Mapping[str, Stored]) -> tuple[Conversio
 def make(
     conversion: Conversion,
     model: Any,  # noqa: ANN401 - a model of transformers
-    folder: Path,
-    device: torch.device,
+    reader: Reader,
     room: Callable[[int, torch.dtype], Tensor] | None = None,
-    carrier: Carrier | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters of ``conversion`` on ``device``; ``room`` as for ``read_tensor``, where nothing is converted.
+    """The parameters of ``conversion`` on the device of ``reader``.
 
-    ``carrier`` brings stored tensors to the device.
+    ``room`` gives memory for what is not converted, as to ``Reader.read``.
 
     Raises:
         CheckpointError: a shard ends too early.
     """
     if conversion.transform is None:
         ((_, tensor),) = conversion.sources
-        return {conversion.targets[0]: read_tensor(folder, tensor, conversion.dtype, device, room, carrier)}
+        return {conversion.targets[0]: reader.read(tensor, conversion.dtype, room)}
     first, transform = conversion.targets[0], conversion.transform
 
     def converted(sources: Sources) -> dict[str, Tensor]:
         dtype = conversion.read_dtype
-        read = ((pattern, read_tensor(folder, tensor, dtype, device, carrier=carrier)) for pattern, tensor in sources)
+        read = ((pattern, reader.read(tensor, dtype)) for pattern, tensor in sources)
         return _convert(model, first, transform, read)
 
     if conversion.parts:
-        own = {first: _room_for(conversion.shape, conversion.dtype, device)}
+        own = {first: _room_for(conversion.shape, conversion.dtype, reader.device)}
         for place, part in enumerate(conversion.parts):
             own[first][place] = converted(part)[first][0]
     else:
