@@ -57,12 +57,16 @@ def pages_of(capacity: int) -> Tensor:
 
 
 class SourceFile:
-    """A file to read from, past the page cache where that works, except for what already lies there."""
+    """A file to read from, past the page cache where that works, except for what already lies there.
 
-    def __init__(self, path: Path, *, direct: bool = True) -> None:
+    Without ``look`` nothing is looked for there.  To look is to have the kernel fetch a page, which the next look
+    finds, and then asks for all of it: what is read over and over would be read twice.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = True, look: bool = True) -> None:
         self.path = path
         self._file, self.direct = open_direct(path, os.O_RDONLY, direct=direct)
-        self._cached = _open_cached(path) if self.direct else None
+        self._cached = _open_cached(path) if self.direct and look else None
 
     def read(self, slab: Slab, start: int, size: int) -> Tensor:
         """The bytes from ``start`` on, in ``slab`` at the same offset modulo the page.
@@ -242,7 +246,7 @@ def read_pieces(
     """A stretch of a file piece by piece, each with its place in the stretch.
 
     All are given in the same memory, which a thread keeps for the next stretch.  ``past_cache``: as a ``SourceFile``
-    reads; else through the page cache, which may keep them for the next time.
+    reads that does not look; else through the page cache, which may keep them for the next time.
 
     Raises:
         CheckpointError: the file ends before that.
@@ -250,7 +254,7 @@ def read_pieces(
     slab: Slab | None = getattr(_of_thread, "slab", None)
     if slab is None or len(slab.bytes) < slab_bytes(piece_bytes):
         slab = _of_thread.slab = Slab(piece_bytes)
-    with SourceFile(path, direct=past_cache) as file:
+    with SourceFile(path, direct=past_cache, look=False) as file:
         for first in range(0, size, piece_bytes):
             count = min(piece_bytes, size - first)
             if past_cache:
