@@ -93,7 +93,8 @@ bench-quarter: $(VENV)/installed-dev
 bench-passes: $(VENV)/installed-dev
 	$(BIN)/python -m bench.passes $(MODEL) --apart --write docs/passes.md
 
-# A weight pass against dd on the same files, not cached: make bench-disk MODEL=/path/to/folder.  Writes docs/disk.md.
+# A weight pass against dd on the same files, not cached; MODEL=/path/to/folder reads another than the shapes of an 8B.
+# Writes docs/disk.md.
 bench-disk: $(VENV)/installed-dev
 	$(BIN)/python -m bench.disk $(MODEL) --write docs/disk.md
 

@@ -62,11 +62,11 @@ class Rehearsed:
     block_bytes: int
 
 
-def open_slice(folder: Path, memory_bytes: int) -> LoadedModel:
+def open_slice(folder: Path, memory_bytes: int, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The slice in ``folder``, its weights on disk, without a tokenizer."""
     checkpoint = open_folder(folder, name=NAME)
     family = family_of(checkpoint.config, where=NAME)
-    model = empty_model(checkpoint, torch.float32)
+    model = empty_model(checkpoint, dtype)
     model.eval()
     loaded = attach(model, None, family, name=NAME)
     weights = Offloaded(model, checkpoint, loaded.blocks, device=torch.device("cpu"), memory_bytes=memory_bytes)

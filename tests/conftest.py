@@ -1,6 +1,9 @@
 """Settings of every test: offline, quiet, two threads where nothing else is said."""
 
+import functools
 import gc
+import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on share
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 
+import jaxtyping
 import jaxtyping._storage
 import pytest
 import torch
@@ -25,8 +29,43 @@ SHAPED = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if "from jaxtyping import" in path.read_text("utf-8")
 ]
-"""Modules whose shapes are checked at each call.  Checking all others takes as long as all other work of short tests,
-and pyright has checked what it would find."""
+"""Modules whose shapes are checked.  Checking all others takes as long as all other work of short tests, and pyright
+has checked what it would find."""
+CHECKED, EVERY = 16, 61
+"""Of the calls of a function in one test, the first so many are checked, and then one in so many: checking is dear."""
+
+
+def _sparing(plain=jaxtyping.jaxtyped, /):
+    """``jaxtyped`` without most calls, and without functions inside of others, which are compiled anew each time."""
+
+    def decorate(its=None, *, typechecker):
+        if its is None:
+            return functools.partial(decorate, typechecker=typechecker)
+        if not inspect.isfunction(its):
+            return plain(its, typechecker=typechecker)
+        if "<locals>" in its.__qualname__:
+            return its
+        checked, calls, of = plain(its, typechecker=typechecker), itertools.count(), None
+
+        @functools.wraps(its)
+        def called(*args, **kwargs):
+            nonlocal calls, of
+            if of != _tests.done:
+                calls, of = itertools.count(), _tests.done
+            number = next(calls)
+            return (checked if number < CHECKED or number % EVERY == 0 else its)(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+class _Tests:
+    done = 0
+
+
+_tests = _Tests()
+jaxtyping.jaxtyped = _sparing()
 install_import_hook(SHAPED, "beartype.beartype")
 
 from abliterate.model.load import quiet_transformers
@@ -69,6 +108,11 @@ class _OfGreenlets:
 
 
 jaxtyping._storage._shape_storage = _OfGreenlets()
+
+
+def pytest_runtest_setup():
+    """Shapes are checked anew in each test."""
+    _tests.done += 1
 
 
 @pytest.fixture(autouse=True, scope="session")
