@@ -31,7 +31,7 @@ SHAPED = [
 ]
 """Modules whose shapes are checked.  Checking all others takes as long as all other work of short tests, and pyright
 has checked what it would find."""
-CHECKED, EVERY = 16, 61
+CHECKED, EVERY = 8, 127
 """Of the calls of a function in one test, the first so many are checked, and then one in so many: checking is dear."""
 
 
