@@ -2,16 +2,19 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from abliterate.checkpoint.source import open_folder
 from abliterate.errors import CheckpointError
+from abliterate.model import stored
 from abliterate.model.interventions import ablated, added, observed
 from abliterate.model.load import empty_model
 from abliterate.model.lockstep import run_together
-from abliterate.model.memory import WORKING_BYTES
+from abliterate.model.memory import WORKING_BYTES, is_beyond_cache
 from abliterate.model.offload import Offloaded
 from abliterate.model.tasks import current
 from tests import factories
@@ -70,6 +73,38 @@ def test_in_the_stored_dtype_too(saved):
     whole = load(saved("qwen3-moe"), torch.bfloat16)
     ours = together(offloaded(saved("qwen3-moe"), torch.bfloat16))
     assert all_equal(ours, [logits(whole, *batch) for batch in batches()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_same_bits_past_the_page_cache(name, dtype, saved, monkeypatch):
+    """As a model is read that is larger than it; in pieces that end within a tensor."""
+    expected, past = together(offloaded(saved(name), dtype)), []
+    plain = stored.read_pieces
+    monkeypatch.setattr(stored, "read_pieces", lambda *args, **how: past.append(how) or plain(*args, **how))
+    monkeypatch.setattr(stored, "PIECE_BYTES", 1000)
+    monkeypatch.setattr("abliterate.model.offload.is_beyond_cache", lambda *_: True)
+    assert all_equal(together(offloaded(saved(name), dtype)), expected)
+    assert past
+    assert all(how == {"past_cache": True} for how in past)
+
+
+def test_a_tensor_that_cannot_be_read_is_said_by_whichever_thread(saved, monkeypatch):
+    def read(*_, **__):
+        raise CheckpointError("model.safetensors: the file ends too early", "fetch this file again")
+
+    monkeypatch.setattr(stored, "read_into", read)
+    monkeypatch.setattr(stored, "read_pieces", read)
+    with pytest.raises(CheckpointError, match="ends too early"):
+        together(offloaded(saved("llama")))
+
+
+def test_a_model_larger_than_the_cache_is_read_past_it(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert not is_beyond_cache(900, None)
+    assert not is_beyond_cache(900, 100)
+    assert is_beyond_cache(901, 100)
+    assert is_beyond_cache(1001, None)
 
 
 def test_weights_of_another_layer_would_be_noticed(saved, monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterate.checkpoint import directio
-from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, slab_bytes
+from abliterate.checkpoint.directio import PAGE, Slab, SourceFile, TargetFile, patch, read_pieces, slab_bytes
 from abliterate.checkpoint.output import prepare
 from abliterate.checkpoint.pairs import same_content
 from abliterate.checkpoint.reflink import SharedFile, share_blocks
@@ -72,6 +72,31 @@ def test_cached_bytes_need_no_disk(tmp_path, monkeypatch):
         assert file.direct == (file._cached is not None)
         if file.direct:
             assert bytes(file.read(Slab(9000), 500, 9000).tolist()) == b"x" * 9000
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+@pytest.mark.parametrize(("start", "size"), [(0, 0), (0, 1), (17, 30000), (PAGE, 3 * PAGE), (4095, PAGE + 2)])
+def test_a_stretch_in_pieces(tmp_path, start, size, past_cache):
+    data = random_bytes(30100)
+    (tmp_path / "f").write_bytes(data.numpy().tobytes())
+    pieces = read_pieces(tmp_path / "f", start, size, 2 * PAGE, past_cache=past_cache)
+    found = [(first, piece.clone()) for first, piece in pieces]
+    assert [first for first, _ in found] == list(range(0, size, 2 * PAGE))
+    assert torch.cat([torch.empty(0, dtype=torch.uint8), *(its for _, its in found)]).equal(data[start : start + size])
+
+
+def test_pieces_past_the_end_are_an_error(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * 100)
+    for past_cache in (True, False):
+        with pytest.raises(CheckpointError, match="ends too early"):
+            list(read_pieces(tmp_path / "f", 50, 51, PAGE, past_cache=past_cache))
+
+
+def test_what_is_read_over_and_over_is_not_looked_for_in_the_cache(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * 10000)
+    with SourceFile(tmp_path / "f", look=False) as file:
+        assert file._cached is None
+        assert bytes(file.read(Slab(9000), 500, 9000).tolist()) == b"x" * 9000
 
 
 @given(st.lists(st.integers(0, 5 * PAGE), max_size=60), st.randoms(use_true_random=False))

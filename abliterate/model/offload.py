@@ -207,12 +207,10 @@ class Offloaded:
         def one(conversion: Conversion) -> Values:
             return make(conversion, self._model, self.reader, self._spare.room)
 
-        alone = [its for its in unit.conversions if self.reader.carrier is not None or not its.is_plain]
-        beside = sorted((its for its in unit.conversions if its not in alone), key=lambda its: -its.stored_bytes)
-        begun = [self._reading.submit(one, its) for its in beside]
-        wait(begun)
-        yield from (its.result() for its in begun)
-        yield from map(one, alone)
+        plain = [its for its in unit.conversions if self.reader.carrier is None and its.is_plain]
+        begun = {its: self._reading.submit(one, its) for its in sorted(plain, key=lambda its: -its.stored_bytes)}
+        wait(begun.values())
+        yield from (begun[its].result() if its in begun else one(its) for its in unit.conversions)
 
     def _set_up(self, unit: Unit) -> None:
         """Have the rows of an embedding read when they are looked up, and any other unit loaded when it is called."""
