@@ -77,10 +77,10 @@ def replies(ours, batches):
     return found, max(block_loads(ours)) - before
 
 
-@pytest.mark.parametrize("room", ["ample", "none", "on disk"])
-def test_batches_without_room_wait_on_disk(room, saved, tmp_path, monkeypatch):
-    """Without a folder they take turns, with passes for each."""
-    monkeypatch.setattr(forward, "logit_bytes", lambda _: 0)
+@pytest.mark.parametrize(("room", "logits"), [("ample", 0), ("none", 0), ("on disk", 0), ("on disk", 1 << 40)])
+def test_batches_without_room_wait_on_disk(room, logits, saved, tmp_path, monkeypatch):
+    """Without a folder they take turns, with passes for each; but not because the logits of a single one are large."""
+    monkeypatch.setattr(forward, "logit_bytes", lambda _: logits)
     monkeypatch.setattr(forward, "guess_bytes", lambda *_: 0)
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
     monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 1)
@@ -93,7 +93,7 @@ def test_batches_without_room_wait_on_disk(room, saved, tmp_path, monkeypatch):
         for row in range(5)
     ]
     one = (whole.input_ids.shape[1] + NEW + forward.MOST_GUESSES) * forward.cache_bytes(ours)
-    ours.offload.working_bytes = 10**9 if room == "ample" else 2 * one
+    ours.offload.working_bytes = 10**9 if room == "ample" else 10 * one if logits else 2 * one
     ours.offload.scratch = tmp_path if room == "on disk" else None
     mapped = []
     plain = disk_cache.Mapped.__init__

@@ -1,16 +1,19 @@
 """Replies written by guessing ahead are the greedy ones, whatever the guesses are; good ones spare weight passes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from abliterate.model import guessing
 from abliterate.model.chat import Batch
+from abliterate.model.footprint import guess_bytes
 from abliterate.model.guessing import ORDERS, Guesses, can_go_back, takes_likeliest
 from abliterate.model.lockstep import run_together
 from abliterate.model.prefix import can_take_back, empty_cache
 from abliterate.model.replying import generate_ids, until_end
+from abliterate.model.room import guesses_that_fit
 from tests import factories
 from tests.offloading import block_loads, offloaded, resident
 from tests.test_drafts import stub
@@ -193,3 +196,30 @@ def test_a_cache_is_never_wider_than_prompt_reply_and_guesses(monkeypatch):
         writing = guessing.Writing.of(asked, Plain(), Luck(), {drawn.choice([99, 6])}, new)
         guessing.write_by_guessing(run, writing, asked)
         assert max(widest) <= width + new + guessing.MOST_GUESSES
+
+
+@pytest.mark.parametrize(("rows", "fit"), [(1, guessing.MOST_GUESSES), (3, 2), (8, 0), (50, 0)])
+def test_no_more_is_guessed_than_the_logits_have_room_for(rows, fit, saved):
+    ours = offloaded(saved("llama"))
+    ours.offload.working_bytes = 2 * 10 * guess_bytes(ours, 1)
+    assert guesses_that_fit(ours, rows) == fit
+    held = replace(ours, offload=None)
+    assert guesses_that_fit(held, rows) == guessing.MOST_GUESSES
+
+
+def test_scaled_logits_are_held_three_times(saved):
+    plain, capped = offloaded(saved("llama")), offloaded(saved("gemma2"))
+    for ours, copies in ((plain, 1), (capped, 3)):
+        assert guess_bytes(ours, 5) == copies * 5 * 4 * ours.model.config.vocab_size
+
+
+def test_a_writing_keeps_to_it():
+    asked = batch()
+    writing = guessing.Writing.of(asked, None, guessing.Guesses(), {10**6}, 20)
+    writing.guesses.learn([1, 2, 3, 1, 2, 3, 1, 2, 3])
+    writing.told = [[1, 2, 3] for _ in writing.told]
+    assert len(writing._guess(0)) == guessing.LEAST_GUESSES
+    writing.most_guesses = 1
+    assert len(writing._guess(0)) == 1
+    writing.most_guesses = 0
+    assert writing._guess(0) == []

@@ -29,7 +29,7 @@ from abliterate.model.replying import (
     settings_of,
     until_end,
 )
-from abliterate.model.room import reply_rows
+from abliterate.model.room import logits_room, reply_rows
 
 NOTHING = -1
 """Behind the tokens of a row."""
@@ -66,7 +66,7 @@ def follow(
     drafts = [until_end(draft[:max_new_tokens], ends) for draft in drafts]
     longest = max(map(len, drafts), default=0)
     row_bytes = logit_row_bytes(loaded, longest + max(1, its.n_positions))
-    rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
+    rows = max(1, min(batch_size, logits_room(loaded, LOGIT_BYTES) // row_bytes))
     found: list[list[int]] = [[] for _ in prompts]
 
     def check(batch: Batch, tell: Tell) -> Tensor:
@@ -79,7 +79,7 @@ def follow(
         return torch.tensor([[*tokens, *[NOTHING] * (longest + 1 - len(tokens))] for tokens in read])
 
     together = [ids + draft for ids, draft in zip(encoded, drafts, strict=True)]
-    for batch, read in each_batch(loaded, chat.pack(together, rows), check, told=its.told, result_bytes=row_bytes):
+    for batch, read in each_batch(loaded, chat.pack(together, rows), check, told=its.told, logits_bytes=row_bytes):
         for row, tokens in zip(batch.rows, read.tolist(), strict=True):
             found[row] = until_end([token for token in tokens if token != NOTHING][:max_new_tokens], ends)
             on_event(Advanced(task=task, amount=int(_is_done(found[row], max_new_tokens, ends))))

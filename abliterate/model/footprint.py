@@ -10,6 +10,8 @@ from abliterate.model.load import LoadedModel
 
 STATES = 4
 """Hidden states per token that a batch holds while it waits, and its share of tables of positions."""
+SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which a model makes other logits of those that it computed."""
 LOGIT_BYTES = 32
 """Of one logit at the last position: as computed, in float64, its log-probability, and what is made of that."""
 
@@ -33,9 +35,10 @@ def logit_bytes(loaded: LoadedModel) -> int:
 
 
 def guess_bytes(loaded: LoadedModel, tokens: int) -> int:
-    """Bytes that a row takes up where the logits of ``tokens`` tokens are made: as computed, and twice on the way."""
-    width = loaded.model.dtype.itemsize
-    return 3 * tokens * width * loaded.model.config.get_text_config().vocab_size
+    """Bytes that a row takes up where the logits of ``tokens`` tokens are made; thrice where they are scaled."""
+    config, width = loaded.model.config.get_text_config(), loaded.model.dtype.itemsize
+    copies = 3 if any(getattr(config, name, None) not in (None, 1.0) for name in SCALES) else 1
+    return copies * tokens * width * config.vocab_size
 
 
 def cache_bytes(loaded: LoadedModel) -> int:

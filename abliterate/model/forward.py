@@ -19,6 +19,7 @@ from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import room_for, run_together, wait_on_disk
 from abliterate.model.ranks import count, spread
+from abliterate.model.room import guesses_that_fit
 
 Tell = Callable[[str, Tensor], None]
 DEFAULT_BATCH_SIZE = 32
@@ -66,6 +67,7 @@ def each_batch(
     *,
     told: Callable[[Batch, str, Tensor], None] = lambda *_: None,
     result_bytes: int = 0,
+    logits_bytes: int = 0,
     new_tokens: int = 0,
     on_disk: Callable[[int], bool] = lambda _: False,
     advance: Callable[[int], None] = lambda _: None,
@@ -74,7 +76,8 @@ def each_batch(
 
     What ``work`` tells of what it sees, in tensors with names, comes to ``told``: at once or, where there are other
     processes, with the results, which all of them get (``ranks.spread``).  ``result_bytes`` is the size of one row's
-    result.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``on_disk`` says
+    result, ``logits_bytes`` that of its logits, where they are more than those of its last token, and go when the pass
+    ends.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``on_disk`` says
     whether caches of so many tokens a row may lie on disk.  ``advance`` is called with the rows of each batch that is
     done.
     """
@@ -92,7 +95,9 @@ def each_batch(
             partial(job, batch, partial(told, batch) if alone else lambda *its, to=its_own: to.append(its))
             for batch, its_own in zip(some, kept, strict=True)
         ]
-        results = _each(loaded, some, jobs, result_bytes, new_tokens, on_disk=on_disk)
+        shapes = [(*batch.input_ids.shape, new_tokens) for batch in some]
+        sizes = {"result_bytes": result_bytes, "logits_bytes": logits_bytes}
+        results = _each(loaded, shapes, jobs, **sizes, on_disk=on_disk)
         for result, its in zip(results, kept, strict=True):
             yield {"": result, **{f"{number} {name}": value for number, (name, value) in enumerate(its)}}
             its.clear()
@@ -106,29 +111,25 @@ def each_batch(
 
 def _each(
     loaded: LoadedModel,
-    batches: Sequence[Batch],
+    shapes: Sequence[tuple[int, ...]],
     jobs: Sequence[Callable[[], Tensor]],
-    result_bytes: int,
-    new_tokens: int,
-    *,
-    on_disk: Callable[[int], bool],
+    **options: Any,  # noqa: ANN401 - of ``fitting``
 ) -> Iterator[Tensor]:
-    """The result of each job, one for each batch."""
+    """The result of each job, one for each batch; ``shapes`` and ``options`` as for ``fitting``."""
     if loaded.offload is None:
         yield from (job() for job in jobs)
         return
-    sizes = (batch.input_ids.shape for batch in batches)
-    shapes = [(rows, width, new_tokens) for rows, width in sizes]
-    with closing(fitting(loaded, shapes, result_bytes=result_bytes, on_disk=on_disk)) as spans:
+    with closing(fitting(loaded, shapes, **options)) as spans:
         for span in spans:
             yield from run_together(loaded, jobs[span.start : span.stop])
 
 
 def fitting(
     loaded: LoadedModel,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Sequence[tuple[int, ...]],
     *,
     result_bytes: int = 0,
+    logits_bytes: int = 0,
     on_disk: Callable[[int], bool] = lambda _: False,
 ) -> Generator[range, None, None]:
     """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
@@ -145,8 +146,8 @@ def fitting(
     cached = [rows * (width + new + MOST_GUESSES) * cache_bytes(loaded) if new else 0 for rows, width, new in shapes]
     sizes, most = [rows * (waiting_bytes(loaded, width) + result_bytes) for rows, width, _ in shapes], 0
     for rows, width, new in shapes:
-        logits = max(logit_bytes(loaded), guess_bytes(loaded, MOST_GUESSES + 1) if new else 0)
-        most = max(most, rows * max(width * running_bytes(loaded), logits))
+        guessed = guess_bytes(loaded, guesses_that_fit(loaded, rows) + 1) if new else 0
+        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded), guessed, logits_bytes))
     longest = max((width + new for _, width, new in shapes), default=0)
     waits = on_disk(longest) and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory

@@ -78,7 +78,7 @@ class Writing:
         mask: ``[rows, cached]``, 0 where a row is padded.
         told: prompt and reply of every row of the batch.
         begins: where its reply begins.
-        trusted: how many tokens are guessed for it.
+        trusted: how many tokens are guessed for it, ``most_guesses`` at most.
     """
 
     guesses: Guesses
@@ -90,6 +90,7 @@ class Writing:
     told: list[list[int]]
     begins: list[int]
     trusted: list[int]
+    most_guesses: int = MOST_GUESSES
 
     @classmethod
     def of(cls, batch: Batch, cache: Any, guesses: Guesses, ends: Collection[int], max_new_tokens: int) -> "Writing":  # noqa: ANN401
@@ -139,7 +140,7 @@ class Writing:
 
     def _guess(self, row: int) -> list[int]:
         left = self.max_new_tokens - (len(self.told[row]) - self.begins[row])
-        return self.guesses.after(self.told[row], min(self.trusted[row], left - 1))
+        return self.guesses.after(self.told[row], min(self.trusted[row], self.most_guesses, left - 1))
 
     def _add(self, row: int, tokens: Sequence[int]) -> None:
         for token in tokens[: self.begins[row] + self.max_new_tokens - len(self.told[row])]:

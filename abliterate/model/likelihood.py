@@ -11,6 +11,7 @@ from abliterate.events import OnEvent, ignore, working
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import Tell, each_batch, run_batch
 from abliterate.model.load import LoadedModel
+from abliterate.model.room import logits_room
 
 LOSS, DISTRIBUTIONS = "loss", "distributions"
 KL_TOKENS = 16
@@ -144,7 +145,7 @@ def predict(
     """
     longest = max(lengths, default=0) + 1
     row_bytes = logit_row_bytes(loaded, longest)
-    rows = max(1, min(batch_size, LOGIT_BYTES // row_bytes))
+    rows = max(1, min(batch_size, logits_room(loaded, LOGIT_BYTES) // row_bytes))
 
     def work(batch: Batch, tell: Tell) -> Tensor:
         logits = run_batch(loaded, batch, keep=1 + max(lengths[row] for row in batch.rows))
@@ -159,7 +160,7 @@ def predict(
         row, what = name.split(" ")
         see(int(row), what, values)
 
-    options = {"told": told, "result_bytes": row_bytes, "advance": advance}
+    options = {"told": told, "logits_bytes": row_bytes, "advance": advance}
     for _ in each_batch(loaded, pack(encoded, rows), work, **options):
         pass
 

@@ -34,6 +34,7 @@ from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
 from abliterate.model.units import Unit
 
 T = TypeVar("T")
+WAITING_SHARE = 4
 CAN_MAP = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")
 """Whether keys and values can wait on disk on this system."""
 
@@ -81,13 +82,14 @@ def share(loaded: LoadedModel, stages: Sequence[Callable[[], Any]]) -> list[Any]
 def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[int]:
     """Reserve memory for what waits between blocks: gives how many of ``sizes`` fit now, one or more.
 
-    ``most`` bytes are for the pass that runs meanwhile.  A task in whose way others are waits until one of them is
-    done.
+    ``most`` bytes are for the pass that runs meanwhile; a part of all (``WAITING_SHARE``) is for what waits in any
+    case, because no turns make that pass smaller.  A task in whose way others are waits until one of them is done.
     """
 
     def left() -> int:
         running = max([most, *(its for _, its in weights.reserved)])
-        return weights.working_bytes - running - sum(waits for waits, _ in weights.reserved)
+        room = max(weights.working_bytes - running, weights.working_bytes // WAITING_SHARE)
+        return room - sum(waits for waits, _ in weights.reserved)
 
     task = current()
     while task is not None and weights.reserved and sizes[0] > left():

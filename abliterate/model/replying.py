@@ -18,7 +18,7 @@ from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
 from abliterate.model.prefix import can_take_back, empty_cache, is_plain
 from abliterate.model.ranks import least
-from abliterate.model.room import reply_rows
+from abliterate.model.room import guesses_that_fit, reply_rows
 
 FIRST = "first"
 STRETCH = 16
@@ -178,6 +178,7 @@ def _guessed(
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
     writing = Writing.of(batch, cache, loaded.offload.guesses, ends_of(loaded), max_new_tokens)
+    writing.most_guesses = guesses_that_fit(loaded, len(batch.rows))
     replies = write_by_guessing(
         lambda each, keep: run_batch(loaded, each, keep=keep, cache=cache), writing, batch, first=first
     )

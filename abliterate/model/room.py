@@ -7,7 +7,8 @@ import psutil
 import torch
 
 from abliterate.errors import UsageError
-from abliterate.model.footprint import cache_bytes, logit_bytes, running_bytes
+from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, running_bytes
+from abliterate.model.guessing import MOST_GUESSES
 from abliterate.model.load import LoadedModel, free_on_gpu
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
@@ -49,6 +50,17 @@ def reply_rows(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
     free = free if loaded.room_bytes is None else min(free, loaded.room_bytes)
     row = tokens * (cache_bytes(loaded) + running_bytes(loaded)) + logit_bytes(loaded)
     return max(batch_size, min(REPLY_BATCHES * batch_size, free // 2 // row))
+
+
+def logits_room(loaded: LoadedModel, most_bytes: int) -> int:
+    """Bytes for the logits of a batch: ``most_bytes``, and out of core no more than half of the working memory."""
+    return most_bytes if loaded.offload is None else min(most_bytes, loaded.offload.working_bytes // 2)
+
+
+def guesses_that_fit(loaded: LoadedModel, rows: int) -> int:
+    """How many guesses a pass may check in each of ``rows``, where their logits are to find room."""
+    each = max(1, rows * guess_bytes(loaded, 1))
+    return max(0, min(MOST_GUESSES, logits_room(loaded, each * (MOST_GUESSES + 1)) // each - 1))
 
 
 def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int:
