@@ -6,11 +6,11 @@ from transformers.cache_utils import DynamicLayer
 
 from abliterate.cli.failures import explain
 from abliterate.errors import NotEnoughDiskError
-from abliterate.model import disk_cache, forward, lockstep
+from abliterate.model import disk_cache, forward, lockstep, replying
 from abliterate.model.chat import Batch
 from abliterate.model.disk_cache import MappedLayer, cache_on_disk
 from abliterate.model.forward import each_batch
-from abliterate.model.guessing import _rearrange
+from abliterate.model.guessing import Guesses, _rearrange
 from abliterate.model.prefix import empty_cache
 from abliterate.model.replying import generate_ids
 from tests.offloading import block_loads, offloaded
@@ -80,8 +80,8 @@ def replies(ours, batches):
 @pytest.mark.parametrize(("room", "logits"), [("ample", 0), ("none", 0), ("on disk", 0), ("on disk", 1 << 40)])
 def test_batches_without_room_wait_on_disk(room, logits, saved, tmp_path, monkeypatch):
     """Without a folder they take turns, with passes for each; but not because the logits of a single one are large."""
-    monkeypatch.setattr(forward, "logit_bytes", lambda _: logits)
-    monkeypatch.setattr(forward, "guess_bytes", lambda *_: 0)
+    monkeypatch.setattr(replying, "logit_bytes", lambda _: logits)
+    monkeypatch.setattr(forward, "guess_bytes", lambda *_: logits)
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
     monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 1)
     ours, said = offloaded(saved("llama")), []
@@ -133,3 +133,30 @@ def test_caches_stay_in_memory_where_the_disk_is_small(saved, tmp_path, monkeypa
     assert lockstep.wait_on_disk(ours.offload, 100, 70)
     with pytest.raises(NotEnoughDiskError, match=r"take 0\.0 GB more there"):
         lockstep.wait_on_disk(ours.offload, 100, 90)
+
+
+def test_prompts_take_turns_and_what_follows_does_not(saved, monkeypatch):
+    """States of prompts are wide: batches begin one after the other, and then share all passes."""
+    ours, wide = offloaded(saved("llama")), 10**6
+    ours.model.generation_config.eos_token_id = 10**6
+    monkeypatch.setattr(forward, "guess_bytes", lambda *_: 0)
+    monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
+    monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 0)
+    monkeypatch.setattr(replying, "waiting_bytes", lambda *_: wide)
+    ours.offload.working_bytes = 2 * wide + wide // 2
+    whole = batch()
+    batches = [
+        Batch(rows=(row,), input_ids=whole.input_ids[row : row + 1], attention_mask=whole.attention_mask[row : row + 1])
+        for row in range(5)
+    ]
+    monkeypatch.setattr(Guesses, "after", lambda *_: [])
+    at_once, plain = [], replying.run_batch
+    monkeypatch.setattr(
+        replying, "run_batch",
+        lambda *args, **how: at_once.append(len(ours.offload.with_prompts)) or plain(*args, **how),
+    )  # fmt: skip
+    found, passes = replies(ours, batches)
+    assert max(at_once) == 2
+    assert passes == NEW + 2
+    assert ours.offload.with_prompts == []
+    assert found == [generate_ids(ours, stub(), its, NEW).tolist() for its in batches]

@@ -144,12 +144,15 @@ def fitting(
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
     cached = [rows * (width + new + MOST_GUESSES) * cache_bytes(loaded) if new else 0 for rows, width, new in shapes]
-    sizes, most = [rows * (waiting_bytes(loaded, width) + result_bytes) for rows, width, _ in shapes], 0
-    for rows, width, new in shapes:
-        guessed = guess_bytes(loaded, guesses_that_fit(loaded, rows) + 1) if new else 0
-        most = max(most, rows * max(width * running_bytes(loaded), logit_bytes(loaded), guessed, logits_bytes))
     longest = max((width + new for _, width, new in shapes), default=0)
-    waits = on_disk(longest) and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
+    guessed = any(new for *_, new in shapes) and on_disk(longest)
+    sizes, most = [], 0
+    for rows, whole, _ in shapes:
+        width = 1 + MOST_GUESSES if guessed else whole  # prompts find room for themselves (``room_for_prompts``)
+        sizes.append(rows * (waiting_bytes(loaded, width) + result_bytes))
+        logits = guess_bytes(loaded, guesses_that_fit(loaded, rows) + 1) if guessed else logit_bytes(loaded)
+        most = max(most, rows * max(width * running_bytes(loaded), logits, logits_bytes))
+    waits = guessed and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0

@@ -85,22 +85,41 @@ def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[in
     ``most`` bytes are for the pass that runs meanwhile; a part of all (``WAITING_SHARE``) is for what waits in any
     case, because no turns make that pass smaller.  A task in whose way others are waits until one of them is done.
     """
-
-    def left() -> int:
-        running = max([most, *(its for _, its in weights.reserved)])
-        room = max(weights.working_bytes - running, weights.working_bytes // WAITING_SHARE)
-        return room - sum(waits for waits, _ in weights.reserved)
-
     task = current()
-    while task is not None and weights.reserved and sizes[0] > left():
+    while task is not None and weights.reserved and sizes[0] > _left(weights, most):
         task.wait_for(ROOM)
-    fits = next(groups(sizes, left()))
+    fits = next(groups(sizes, _left(weights, most)))
     mine = sum(sizes[place] for place in fits), most
     weights.reserved.append(mine)
     try:
         yield len(fits)
     finally:
         weights.reserved.remove(mine)
+
+
+@contextmanager
+def room_for_prompts(weights: Offloaded, waits: int, most: int) -> Iterator[None]:
+    """Reserve memory for the pass over the prompts of a batch, with wider states than the passes after it.
+
+    ``waits`` bytes wait between two blocks, ``most`` are for the pass itself.  A task in whose way others with prompts
+    are waits until one of them has done with its own; those that write on after theirs are in nobody's way.
+    """
+    task, mine = current(), (waits, most)
+    while task is not None and weights.with_prompts and waits > _left(weights, most):
+        task.wait_for(ROOM)
+    weights.with_prompts.append(mine)
+    try:
+        yield
+    finally:
+        weights.with_prompts.remove(mine)
+
+
+def _left(weights: Offloaded, most: int) -> int:
+    """Bytes of the working memory that are left for what waits, where a pass takes ``most``."""
+    every = weights.reserved + weights.with_prompts
+    running = max([most, *(its for _, its in every)])
+    room = max(weights.working_bytes - running, weights.working_bytes // WAITING_SHARE)
+    return room - sum(waits for waits, _ in every)
 
 
 def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bool:

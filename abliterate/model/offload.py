@@ -52,10 +52,10 @@ class Offloaded:
 
     ``ranks`` and ``following`` are for the scheduler: the order in which units were first used, and which unit came
     after which.  ``reader`` reads the tensors.  ``reserved`` is what batches take of the working memory that wait, and
-    the pass that runs beside them.  ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which
-    each unit ran, once it was loaded (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is
-    a folder for what may wait on disk, ``caches_on_disk`` whether keys and values do, as they have found no room, and
-    ``mapped_bytes`` how much.
+    the pass that runs beside them; ``with_prompts`` what some take beside that while they read their prompts.
+    ``guesses`` is what the model was asked and said, ``run_s`` the seconds for which each unit ran, once it was loaded
+    (on an accelerator, that it took to be told, unless ``is_timed``).  ``scratch`` is a folder for what may wait on
+    disk, ``caches_on_disk`` whether keys and values do, as they have found no room, and ``mapped_bytes`` how much.
 
     Raises:
         UsageError: the memory does not hold the largest unit.
@@ -84,6 +84,7 @@ class Offloaded:
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
         self.reserved: list[tuple[int, int]] = []
+        self.with_prompts: list[tuple[int, int]] = []
         self.guesses = Guesses()
         self._spare = Spare()
         self._memory_bytes = memory_bytes

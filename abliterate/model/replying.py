@@ -1,6 +1,7 @@
 """Greedy replies to prompts, and what is seen of the pass over a prompt that begins one."""
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
+from abliterate.model.footprint import logit_bytes, running_bytes, waiting_bytes
 from abliterate.model.forward import DEFAULT_BATCH_SIZE, Tell, each_batch, run_batch
 from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import run_together
+from abliterate.model.lockstep import room_for_prompts, run_together
 from abliterate.model.prefix import can_take_back, empty_cache, is_plain
 from abliterate.model.ranks import least
 from abliterate.model.room import guesses_that_fit, reply_rows
@@ -177,11 +179,16 @@ def _guessed(
     """As ``generate_ids``, out of core; what it guesses by is kept with the weights."""
     if loaded.offload is None:
         raise AssertionError("the weights are in memory")
-    writing = Writing.of(batch, cache, loaded.offload.guesses, ends_of(loaded), max_new_tokens)
-    writing.most_guesses = guesses_that_fit(loaded, len(batch.rows))
-    replies = write_by_guessing(
-        lambda each, keep: run_batch(loaded, each, keep=keep, cache=cache), writing, batch, first=first
-    )
+    weights, (rows, width) = loaded.offload, batch.input_ids.shape
+    writing = Writing.of(batch, cache, weights.guesses, ends_of(loaded), max_new_tokens)
+    writing.most_guesses = guesses_that_fit(loaded, rows)
+    waits, most = rows * waiting_bytes(loaded, width), rows * max(width * running_bytes(loaded), logit_bytes(loaded))
+
+    def run(each: Batch, keep: int) -> Tensor:
+        with room_for_prompts(weights, waits, most) if each is batch else nullcontext():
+            return run_batch(loaded, each, keep=keep, cache=cache)
+
+    replies = write_by_guessing(run, writing, batch, first=first)
     for layer in cache.layers:
         layer.reset()  # now, not when somebody collects it: files may be behind it
     found = torch.full((len(replies), max(map(len, replies))), chat.pad_id, dtype=torch.long)
