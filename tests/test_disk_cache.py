@@ -8,7 +8,7 @@ from abliterate.cli.failures import explain
 from abliterate.errors import NotEnoughDiskError
 from abliterate.model import disk_cache, forward, lockstep, replying
 from abliterate.model.chat import Batch
-from abliterate.model.disk_cache import MappedLayer, cache_on_disk
+from abliterate.model.disk_cache import MappedLayer, cache_on_disk, parked
 from abliterate.model.forward import each_batch
 from abliterate.model.guessing import Guesses, _rearrange
 from abliterate.model.prefix import empty_cache
@@ -66,6 +66,15 @@ def test_more_tokens_than_thought_take_a_larger_file(tmp_path):
         layer.update(*states(2, 3, 0))
         layer.update(*states(2, 5, 1))
     assert same(plain, ours)
+
+
+def test_values_wait_on_disk_and_leave_nothing(tmp_path):
+    values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    kept = parked(values, tmp_path)
+    assert kept.data_ptr() != values.data_ptr()
+    assert torch.equal(kept, values)
+    assert parked(values[:0], tmp_path).shape == (0, 5, 7)
+    assert list(tmp_path.iterdir()) == []
 
 
 def replies(ours, batches):

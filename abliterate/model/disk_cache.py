@@ -1,4 +1,4 @@
-"""Keys and values that wait on disk: where they do not fit into memory beside the weights that pass.
+"""What waits on disk, keys and values above all: where they do not fit into memory beside the weights that pass.
 
 A weight pass serves every batch that is there, so batches that would otherwise take turns, each with passes of its own,
 wait together with their caches in files.  A file is mapped into memory: new tokens are written to it, attention reads
@@ -65,6 +65,21 @@ class Mapped:
     def leave_memory(self) -> None:
         """Give the pages back; they are read again when they are looked at."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def parked(values: Tensor, folder: Path) -> Tensor:
+    """A copy of ``values`` in a file of ``folder`` without a name, which goes with it.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    size = values.nbytes or values.element_size()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        held = mmap.mmap(file.fileno(), size)
+    copy = torch.frombuffer(held, dtype=values.dtype)[: values.numel()].view(values.shape).copy_(values)
+    held.madvise(mmap.MADV_DONTNEED)
+    return copy
 
 
 class MappedLayer(DynamicLayer):

@@ -19,6 +19,8 @@ from abliterate.method.estimators import Need
 from abliterate.model.chat import Batch, ChatFormat
 from abliterate.model.forward import Tell, check_finite, each_batch, log_probs_of
 from abliterate.model.load import LoadedModel
+from abliterate.model.lockstep import scratch_of
+from abliterate.model.ranks import count
 from abliterate.model.replying import Watching, may_lie_on_disk, reply_and_see
 
 Label = Literal["refused", "answered", "unclear"]
@@ -203,6 +205,14 @@ def _each(
     """Each batch of prompts with the tokens of its replies and what entered each block of ``layers``."""
     kept: dict[tuple[int, ...], dict[int, Tensor]] = {}
     positions = len(chat.positions)
+    folder = scratch_of(loaded)
+
+    def see(rows: Sequence[int], layer: int, values: Tensor) -> None:
+        if folder is not None:
+            from abliterate.model.disk_cache import parked
+
+            values = parked(values, folder)
+        kept.setdefault(tuple(rows), {})[layer] = values
 
     def work(batch: Batch, tell: Tell) -> Tensor:
         return reply_and_see(
@@ -211,9 +221,11 @@ def _each(
 
     watching = Watching(
         first=lambda rows, logits: found.first(rows, [texts[row] for row in rows], logits),
-        see=lambda rows, layer, values: kept.setdefault(tuple(rows), {}).update({layer: values}),
+        see=see,
     )
+    # what is seen waits for the replies: here, or in what goes to other processes
     waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
+    waiting = waiting if folder is None or count() > 1 else 0
     options: dict[str, Any] = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
     options["on_disk"] = partial(may_lie_on_disk, loaded, chat)
     for batch, tokens in each_batch(loaded, batches, work, **options):

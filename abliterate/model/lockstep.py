@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -149,6 +150,11 @@ def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bo
         )
     weights.mapped_bytes += cached_bytes
     return True
+
+
+def scratch_of(loaded: LoadedModel) -> Path | None:
+    """The folder for what may wait on disk; None where nothing may, or the weights are held."""
+    return loaded.offload.scratch if loaded.offload is not None and CAN_MAP else None
 
 
 def groups(sizes: Sequence[int], limit: int) -> Iterator[range]:
