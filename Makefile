@@ -88,10 +88,10 @@ bench-large: $(VENV)/installed-dev
 bench-quarter: $(VENV)/installed-dev
 	$(BIN)/python -m bench.quarter
 
-# How often a run out of core reads the weights, stage by stage; another model: make bench-passes
-# MODEL="/path/to/folder --memory 700MiB".  Writes docs/passes.md.
+# How often a run out of core reads the weights, stage by stage.  Writes docs/passes.md; of another model, as
+# MODEL="/path/to/folder --memory 1000MiB --recipe bench/passes_few.toml", docs/passes-real.md.
 bench-passes: $(VENV)/installed-dev
-	$(BIN)/python -m bench.passes $(MODEL) --apart --write docs/passes.md
+	$(BIN)/python -m bench.passes $(if $(MODEL),$(MODEL) --work out/passes-real,--apart) --write docs/passes$(if $(MODEL),-real).md
 
 # A weight pass against dd on the same files, not cached; MODEL=/path/to/folder reads another than the shapes of an 8B.
 # Writes docs/disk.md.
