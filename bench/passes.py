@@ -44,8 +44,8 @@ PAGE = """# Weight passes of a run
 
 Written by `make bench-passes`: `abliterate run {model}` on {memory} of memory, where its weights take {weights}
 in float32; {find.n_train} + {find.n_val} + {find.n_test} prompts of each class, replies of at most {tokens} tokens.
-{about}Loads of blocks are counted by the loader; one pass loads each once. Trials of one block, for the estimate, are not
-counted.{apart}
+{about}Loads of blocks are counted by the loader; one pass loads each once. Trials of one block, for the estimate, are
+not counted.{apart}
 
 {rows}
 
@@ -54,8 +54,8 @@ counted.{apart}
 Machine: {machine}.
 """
 ABOUT = "The bundled model, made larger, ends its replies before. "
-IN_PASSES_OF_ITS_OWN = """ "Apart": every stage in passes of its own, as if nothing were shared, all replies one token at a
-time and without guesses."""
+IN_PASSES_OF_ITS_OWN = """ "Apart": every stage in passes of its own, as if nothing were shared, all replies one token
+at a time and without guesses."""
 
 
 class Counted:
@@ -209,7 +209,8 @@ def main() -> None:
     rows = table(("weight passes", *shown), rows_of(found))
     recipe = load_recipe(args.recipe) if args.recipe else Recipe()
     page = PAGE.format(
-        about="" if args.model else ABOUT, apart=IN_PASSES_OF_ITS_OWN if args.apart else "", find=recipe.find, tokens=recipe.evaluate.max_new_tokens,
+        about="" if args.model else ABOUT, apart=IN_PASSES_OF_ITS_OWN if args.apart else "",
+        find=recipe.find, tokens=recipe.evaluate.max_new_tokens,
         model=Path(model).name, memory=args.memory, weights=f"{2 * found[SHARED]['size'] / 2**20:,.0f} MiB",
         rows=rows, checks="\n".join(checks(found)), machine=machine(),
     )  # fmt: skip
