@@ -148,9 +148,10 @@ def fitting(
     guessed = any(new for *_, new in shapes) and on_disk(longest)
     sizes, most = [], 0
     for rows, whole, _ in shapes:
-        width = 1 + MOST_GUESSES if guessed else whole  # prompts find room for themselves (``room_for_prompts``)
+        guesses = guesses_that_fit(loaded, rows)
+        width = 1 + guesses if guessed else whole  # prompts find room for themselves (``room_for_prompts``)
         sizes.append(rows * (waiting_bytes(loaded, width) + result_bytes))
-        logits = guess_bytes(loaded, guesses_that_fit(loaded, rows) + 1) if guessed else logit_bytes(loaded)
+        logits = guess_bytes(loaded, guesses + 1) if guessed else logit_bytes(loaded)
         most = max(most, rows * max(width * running_bytes(loaded), logits, logits_bytes))
     waits = guessed and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory

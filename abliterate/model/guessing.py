@@ -18,8 +18,10 @@ from abliterate.model.chat import Batch
 
 ORDERS = (3, 2, 1)
 """How many tokens back are looked up; the longest that was seen before counts."""
-LEAST_GUESSES, MOST_GUESSES = 2, 4
+LEAST_GUESSES, MOST_GUESSES = 2, 16
 """Guessed tokens of a row and pass: twice as many where all of them were right."""
+PASS_TOKENS = 256
+"""Of a batch: where it has many rows, fewer are guessed of each (``room.guesses_that_fit``)."""
 MOST_KEPT = 2**17
 """Runs of tokens that are remembered, some 20 MB; of more, the half that was learned first is forgotten."""
 PROCESSED = (

@@ -8,7 +8,7 @@ import torch
 
 from abliterate.errors import UsageError
 from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, running_bytes
-from abliterate.model.guessing import MOST_GUESSES
+from abliterate.model.guessing import LEAST_GUESSES, MOST_GUESSES, PASS_TOKENS
 from abliterate.model.load import LoadedModel, free_on_gpu
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
@@ -60,7 +60,8 @@ def logits_room(loaded: LoadedModel, most_bytes: int) -> int:
 def guesses_that_fit(loaded: LoadedModel, rows: int) -> int:
     """How many guesses a pass may check in each of ``rows``, where their logits are to find room."""
     each = max(1, rows * guess_bytes(loaded, 1))
-    return max(0, min(MOST_GUESSES, logits_room(loaded, each * (MOST_GUESSES + 1)) // each - 1))
+    most = min(MOST_GUESSES, max(LEAST_GUESSES, PASS_TOKENS // max(1, rows) - 1))
+    return max(0, min(most, logits_room(loaded, each * (most + 1)) // each - 1))
 
 
 def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int:
