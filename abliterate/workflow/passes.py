@@ -73,7 +73,8 @@ def cost(
     """
     total = sum(passes.values())
     parts = ", ".join(f"{stage} {count}" for stage, count in passes.items())
-    advice = "; right guesses of tokens save some, fewer --max-new-tokens or --no-eval the most"
+    more = ", replies of the edited model that rounding changes take more" if passes.get("select") else ""
+    advice = f"; right guesses of tokens save some{more}; fewer --max-new-tokens or --no-eval save the most"
     advice = advice if passes.get("replies", 0) > total / 2 else ""
     pace = ""
     if bytes_per_s:
