@@ -36,11 +36,11 @@ from bench.page_parts import table
 SHAPES, BLOCKS = "llama-3-8b", 5
 PAGE = """# Reading weights from a disk
 
-Written by `make bench-disk`: weight passes over {model} ({size:,.0f} MB) that stay on disk, on {memory} of memory,
-none of it in the page cache before; beside it `dd iflag=direct bs=16M` over the same files, in turns. Median of
-{rounds} rounds. An embedding is not in the pass: its rows are looked up one by one. Arithmetic is: one row of three
-tokens in bfloat16. A model that is larger than the
-page cache is read past it; others are read through it, so that it keeps them for the next pass.
+Written by `make bench-disk`: weight passes over {model} ({size:,.0f} MB) that stay on disk,
+on {memory} of memory, none of it in the page cache before; beside it `dd iflag=direct bs=16M` over the same files, in
+turns. Median of {rounds} rounds. An embedding is not in the pass: its rows are looked up one by one. Arithmetic is
+little: one row of three tokens in bfloat16. A model that is larger than the page cache is read past it; others are read
+through it, so that it keeps them for the next pass.
 
 {rows}
 Machine: {machine}.

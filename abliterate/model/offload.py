@@ -37,7 +37,7 @@ from abliterate.model.units import Place, Unit, compute_buffers, get, is_lookup,
 from abliterate.model.weights import Conversion, conversions_of, make
 
 ALWAYS_KEPT_BYTES = 2**20
-READERS = 2
+READERS = 4
 """Tensors of a unit that are read at a time: the disk is never waited for between two, and casts run beside it."""
 
 Values = dict[str, Tensor]

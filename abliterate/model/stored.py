@@ -30,7 +30,7 @@ STORED = {
     "I64": torch.int64,
 }  # fmt: skip
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
-PIECE_BYTES = 2**22
+PIECE_BYTES = 2**21
 DECODED_BYTES = 2**16
 """Stored bytes decoded at a time: less than a MiB in float32, beyond which malloc takes fresh pages for each piece."""
 DECODERS = max(1, min(4, (os.cpu_count() or 1)))
