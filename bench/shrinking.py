@@ -25,6 +25,8 @@ GROUPS = Path("/sys/fs/cgroup")
 MEMORY = "96MiB"
 SPARE_BYTES = 2**22
 STARTED_S = 2.0
+SHARES = (0.5,)
+"""Of the time of a whole run, after which the limit is lowered."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _compare(group: Group, work: Path) -> None:
     alone.communicate()
     whole_s, expected = time.perf_counter() - begun, content(work / "alone")
     print(f"left alone: {whole_s:.0f} s", flush=True)
-    for share in (0.3, 0.6):
+    for share in SHARES:
         for name, limit in (
             ("to what it has", lambda: group.anonymous_bytes + 16 * SPARE_BYTES),
             ("below what it needs", lambda: max(2**28, group.anonymous_bytes - 16 * SPARE_BYTES)),
