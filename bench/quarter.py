@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,15 @@ def weight_bytes(base: Path) -> int:
     return 2 * (base / "model.safetensors").stat().st_size
 
 
+def rounded(document: Any, digits: int) -> Any:  # noqa: ANN401 - plain data
+    """Plain data with its floats to so many digits."""
+    if isinstance(document, dict):
+        return {name: rounded(its, digits) for name, its in document.items()}
+    if isinstance(document, list):
+        return [rounded(its, digits) for its in document]
+    return round(document, digits) if isinstance(document, float) else document
+
+
 def main() -> None:
     """Run both ways, compare, print."""
     with tempfile.TemporaryDirectory() as name:
@@ -121,10 +131,7 @@ def main() -> None:
         print("same direction:", one["direction"]["sha256"] == other["direction"]["sha256"])
         same = filecmp.cmp(whole.out / "model.safetensors", quarter.out / "model.safetensors", shallow=False)
         print("same bytes:", same)
-        figures = [
-            json.loads(json.dumps(its["evaluation"]), parse_float=lambda text: round(float(text), 6))
-            for its in documents
-        ]  # the edited model reads its replies in one pass there
+        figures = [rounded(its["evaluation"], 6) for its in documents]  # edited replies are checked in one pass there
         print("same evaluation, to six digits:", figures[0] == figures[1])
         pairs = list(zip(one["direction"]["scores"], other["direction"]["scores"], strict=True))
         scores = [

@@ -80,17 +80,13 @@ def content(out: Path) -> tuple[dict[str, str], Any, Any]:
 
 
 def lowered(process: subprocess.Popen[str], group: Group, after_s: float, limit: Callable[[], int]) -> list[str]:
-    """Let ``process`` run for so long, and then lower the limit again and again; what was done."""
-    begun, done = time.perf_counter(), []
+    """Let ``process`` run for so long, and then lower the limit as soon as the system can; what was done."""
+    begun = time.perf_counter()
     while process.poll() is None:
         time.sleep(0.5)
-        if time.perf_counter() - begun > after_s:
-            size = limit()
-            if group.limit(size) and not done:
-                done.append(f"limit lowered to {size / 2**20:.0f} MiB after {after_s:.0f} s")
-            if done:
-                break
-    return done
+        if time.perf_counter() - begun > after_s and group.limit(size := limit()):
+            return [f"limit lowered to {size / 2**20:.0f} MiB after {after_s:.0f} s"]
+    return []
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 gc.disable()  # importing and collecting make next to no garbage; ``pytest_collection_finish`` turns it on again
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,11 +61,7 @@ def _sparing(plain=jaxtyping.jaxtyped, /):
     return decorate
 
 
-class _Tests:
-    done = 0
-
-
-_tests = _Tests()
+_tests = SimpleNamespace(done=0)
 jaxtyping.jaxtyped = _sparing()
 install_import_hook(SHAPED, "beartype.beartype")
 

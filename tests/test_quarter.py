@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench.quarter import enlarged, run, weight_bytes
+from bench.quarter import enlarged, rounded, run, weight_bytes
 
 RECIPE = """
 [find]
@@ -23,15 +23,6 @@ batch_size = 4
 [evaluate]
 max_new_tokens = 5
 """
-
-
-def rounded(document):
-    """Plain data with its floats to four digits."""
-    if isinstance(document, dict):
-        return {name: rounded(its) for name, its in document.items()}
-    if isinstance(document, list):
-        return [*map(rounded, document)]
-    return round(document, 4) if isinstance(document, float) else document
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -53,7 +44,9 @@ def test_a_run_on_a_quarter_of_its_weights_gives_the_same(tmp_path, record_prope
     one, other = (json.loads((its.out / "abliterate.json").read_text()) for its in (whole, quarter))
     assert one["direction"]["sha256"] == other["direction"]["sha256"]
     assert filecmp.cmp(whole.out / "model.safetensors", quarter.out / "model.safetensors", shallow=False)
-    assert rounded(one["evaluation"]) == rounded(other["evaluation"])  # edited replies are checked in one pass there
+    assert rounded(one["evaluation"], 4) == rounded(
+        other["evaluation"], 4
+    )  # edited replies are checked in one pass there
     assert one["direction"]["choice"] == other["direction"]["choice"]
     scores = [{its["candidate"]: its for its in of["direction"]["scores"]} for of in (one, other)]
     for key in ("bypass", "induce", "kl_nats"):  # out of core they are asked for in other parts: not all are known here

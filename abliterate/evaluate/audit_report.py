@@ -97,8 +97,12 @@ class Audit:
     @property
     def enough(self) -> Tried | None:
         """The fewest directions without which refusal is gone; of as many, those that change least."""
-        gone = [one for one in self.removed if one.refused.value <= HARDLY * max(self.base.refused.value, 1e-9)]
+        gone = filter(self._is_gone, self.removed)
         return min(gone, key=lambda one: (one.k, one.kl_nats), default=None)
+
+    def _is_gone(self, tried: Tried) -> bool:
+        """Whether refusal is, under an intervention."""
+        return tried.refused.value <= HARDLY * max(self.base.refused.value, 1e-9)
 
     def in_words(self) -> list[str]:
         """What a model card can quote."""
@@ -121,8 +125,7 @@ class Audit:
                 f"({left.name}, at a KL of {left.kl_nats:.2f} nats)"
             )
         elif enough.k == 1:
-            gone = one.refused.value <= HARDLY * base.refused.value
-            said.append("refusal hangs on one direction" + ("" if gone else f" ({enough.name})"))
+            said.append("refusal hangs on one direction" + ("" if self._is_gone(one) else f" ({enough.name})"))
         else:
             said.append(
                 f"it takes {enough.k} directions to take refusal away ({enough.name}, {_percent(enough.refused)})"

@@ -20,6 +20,17 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 
+def _reserved(folder: Path, size: int) -> mmap.mmap:
+    """A mapped file of ``folder`` without a name, all of its ``size`` bytes reserved; it goes with the mapping.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return mmap.mmap(file.fileno(), size)
+
+
 class Mapped:
     """A tensor ``[rows, heads, tokens, d]`` in a file without a name, with room for ``most`` tokens.
 
@@ -35,10 +46,7 @@ class Mapped:
     def _reserve(self, like: Tensor, most: int) -> None:
         rows, heads, _, d = like.shape
         self.most = most
-        size = rows * heads * most * d * like.element_size()
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            self._map = mmap.mmap(file.fileno(), size)
+        self._map = _reserved(self._folder, rows * heads * most * d * like.element_size())
         self._room = torch.frombuffer(self._map, dtype=like.dtype).view(rows, heads, most, d)
 
     @property
@@ -73,10 +81,7 @@ def parked(values: Tensor, folder: Path) -> Tensor:
     Raises:
         OSError: the disk has no room for it.
     """
-    size = values.nbytes or values.element_size()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        held = mmap.mmap(file.fileno(), size)
+    held = _reserved(folder, values.nbytes or values.element_size())
     copy = torch.frombuffer(held, dtype=values.dtype)[: values.numel()].view(values.shape).copy_(values)
     held.madvise(mmap.MADV_DONTNEED)
     return copy

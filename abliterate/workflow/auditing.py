@@ -18,7 +18,7 @@ from abliterate.evaluate.replies import REFUSALS, SCORERS, ReplyClass, classes_o
 from abliterate.evaluate.reply_text import open_thinking
 from abliterate.events import working
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
-from abliterate.method.estimators import SOM, estimate, needs_of
+from abliterate.method.estimators import DIFFERENCE_OF_MEANS, SOM, estimate, needs_of
 from abliterate.method.places import IN_BLOCKS
 from abliterate.method.scope import Scope
 from abliterate.method.separation import principal, separations
@@ -217,12 +217,7 @@ def _directions(directions: DirectionSet, read: Read) -> Iterator[tuple[int, str
 def _of_blocks(n_layers: int, read: Read) -> Iterator[tuple[str, Candidate]]:
     """The difference of means at the last token, of what enters some of the blocks, evenly among all but the first."""
     count = min(MOST_BLOCKS, n_layers - 1)
-    samples = read.stats.samples
-    for layer in (1 + (2 * place + 1) * (n_layers - 1) // (2 * count) for place in range(count)):
-        means = [samples[kind][:, layer].double().mean(0) for kind in ("harmful", "harmless")]
-        subspace = Subspace(vectors=(means[0] - means[1]).float()[:, None])
-        if subspace.usable:
-            yield (
-                f"difference of block {layer}",
-                Candidate(id=f"difference-of-means/-1/{layer}", subspace=subspace, layer=layer, provenance={}),
-            )
+    layers = {1 + (2 * place + 1) * (n_layers - 1) // (2 * count) for place in range(count)}
+    for one in estimate(read.stats, [DIFFERENCE_OF_MEANS]):
+        if one.position == -1 and one.layer in layers and one.everywhere.usable:
+            yield f"difference of block {one.layer}", one
