@@ -165,7 +165,7 @@ class Editor:
                 start=start,
                 size=min(at_once * row_bytes, tensor.end - start),
                 change=lambda raw, first=first: in_place(
-                    raw, edit.codec.stored, width, lambda rows: edit.edit_rows(rows, first)
+                    raw, edit.codec.stored, width, lambda rows: edit_whole(rows, writer, edit, first)
                 ),
             )
 
@@ -178,10 +178,6 @@ class Editor:
                 yield from self._by_parts(start, writer, edit, place * d, patches)
             return
 
-        def change(rows: Tensor, first: int) -> None:
-            for place in range(0, len(rows), d):
-                edit.edit_columns(rows[place : place + d], first + place)
-
         at_once = max(matrix_bytes, COPY_BYTES // matrix_bytes * matrix_bytes)
         for start in range(tensor.start, tensor.end, at_once):
             first = (start - tensor.start) // matrix_bytes * d
@@ -189,7 +185,7 @@ class Editor:
                 start=start,
                 size=min(at_once, tensor.end - start),
                 change=lambda raw, first=first: in_place(
-                    raw, edit.codec.stored, width, lambda rows: change(rows, first)
+                    raw, edit.codec.stored, width, lambda rows: edit_whole(rows, writer, edit, first)
                 ),
             )
 
@@ -228,6 +224,16 @@ class Editor:
 
     def _advance(self, amount: int) -> None:
         self.on_event(Advanced(task=self.task, amount=amount))
+
+
+def edit_whole(rows: Tensor, writer: Writer, edit: InPlace, first: int = 0) -> None:
+    """Edit ``rows`` of ``writer`` as they are stored, from row ``first`` on: any of them, or whole matrices."""
+    if writer.in_rows:
+        edit.edit_rows(rows, first)
+        return
+    d = writer.tensor.shape[writer.axis]
+    for place in range(0, len(rows), d):
+        edit.edit_columns(rows[place : place + d], first + place)
 
 
 def in_place(raw: Tensor, dtype: torch.dtype, width: int, change: Callable[[Tensor], None]) -> None:

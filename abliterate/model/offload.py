@@ -87,7 +87,7 @@ class Offloaded:
         self.with_prompts: list[tuple[int, int]] = []
         self.guesses = Guesses()
         self._spare = Spare()
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
         self._model = model
         self._folder = checkpoint.folder
         self._unit_bytes_read = 0
@@ -217,7 +217,7 @@ class Offloaded:
         """Have the rows of an embedding read when they are looked up, and any other unit loaded when it is called."""
         if self._by_rows(unit):
             (conversion,) = unit.conversions
-            most = rows_bytes(self._memory_bytes)
+            most = rows_bytes(self.memory_bytes)
             self.rows.append(Rows(self._folder, conversion.sources[0][1], conversion.dtype, most_bytes=most))
             put((unit.module, "weight"), self.rows[-1].weight())
         else:
@@ -225,11 +225,11 @@ class Offloaded:
 
     def _working_bytes(self) -> int:
         """Bytes of the budget that are left for hidden states, masks and logits."""
-        found = working_bytes(self._memory_bytes)
-        if self._memory_bytes is not None:
+        found = working_bytes(self.memory_bytes)
+        if self.memory_bytes is not None:
             passing = self.sizes(without=self._staying).passing_bytes(prefetch=self.prefetch)
-            found = max(found, self._memory_bytes - passing - sum(unit.size_bytes for unit in self._staying))
-        return found - len(self.rows) * rows_bytes(self._memory_bytes)
+            found = max(found, self.memory_bytes - passing - sum(unit.size_bytes for unit in self._staying))
+        return found - len(self.rows) * rows_bytes(self.memory_bytes)
 
     def _find_staying(self) -> set[Unit]:
         """The modules outside the blocks that stay loaded: the small ones, and others while there is room."""
@@ -244,16 +244,16 @@ class Offloaded:
     def _staying_blocks(self, others: set[Unit]) -> set[Unit]:
         """The blocks that stay loaded beside ``others``: evenly among the rest, which are read while these run."""
         blocks = [unit for unit in self.units if unit.is_block]
-        if self._memory_bytes is None or not self.prefetch:
+        if self.memory_bytes is None or not self.prefetch:
             return set()
         taken = self.sizes(without=others).passing_bytes(prefetch=True) + sum(unit.size_bytes for unit in others)
-        left = self._memory_bytes - working_bytes(self._memory_bytes) - taken
+        left = self.memory_bytes - working_bytes(self.memory_bytes) - taken
         count = max(0, min(left // 2 // max(unit.size_bytes for unit in blocks), len(blocks) - 2))
         return {blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)}
 
     def _fits(self, staying: set[Unit]) -> bool:
         size = sum(unit.size_bytes for unit in staying)
-        return can_keep(size, self.sizes(without=staying), self._memory_bytes, prefetch=self.prefetch)
+        return can_keep(size, self.sizes(without=staying), self.memory_bytes, prefetch=self.prefetch)
 
     def _by_rows(self, unit: Unit) -> bool:
         return self.device.type == "cpu" and is_lookup(unit)

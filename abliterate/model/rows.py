@@ -1,5 +1,6 @@
 """Embeddings whose weight stays on disk: only the rows of the tokens at hand are read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,25 @@ class Rows:
 
     They lie in memory of the size of the whole matrix, of which only the pages with rows in them are used.  So torch
     looks them up as in any matrix.  When the rows take more than ``most_bytes``, all of them are dropped.
+    ``change`` is made of rows as they are stored, from the given one on.
     """
 
-    def __init__(self, folder: Path, stored: Stored, dtype: torch.dtype, *, most_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stored: Stored,
+        dtype: torch.dtype,
+        *,
+        most_bytes: int,
+        change: Callable[[Tensor, int], None] = lambda *_: None,
+    ) -> None:
         values = stored.values if isinstance(stored, Packed) else stored
         self.path = folder / values.shard
         self.start = values.start
         self.shape = stored.shape
         self.dtype = dtype
         self._most_bytes = most_bytes
+        self._change = change
         if isinstance(stored, Packed):
             self.codec = packed_codec(folder, stored, HeldScales())
             self.bytes_read = stored.scales.size_bytes
@@ -53,6 +64,7 @@ class Rows:
         for first, end in _runs(wanted[~self._held[wanted]].tolist()):
             rows = torch.empty(end - first, width, dtype=self.codec.stored)
             read_into(self.path, self.start + first * width * rows.itemsize, rows.view(torch.uint8).flatten())
+            self._change(rows, first)
             self._memory[first:end] = self.codec.decode(rows, first, self.dtype)
             self._held[first:end] = True
             self._n_held += end - first

@@ -1,6 +1,7 @@
 """Models tried on the test prompts, one after the other, never two in memory: the base, controls, and others."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from abliterate.events import Noted
 from abliterate.method.directions import Candidate, DirectionSet, Subspace
 from abliterate.method.linalg import project_out
 from abliterate.model import equivalence
+from abliterate.model.edited_weights import EditedWeights
 from abliterate.model.interventions import as_planned, without
 from abliterate.model.lockstep import share
 from abliterate.model.prompts import load_prompts
@@ -57,8 +59,8 @@ def side_by_side(
         View(name=name, its=session, hooks=partial(without, session.loaded, control), is_control=True)
         for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed)
     ]
-    draft = None if proof is None or bench is None else _draft(session, proof, others[proven:])
-    hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
+    with _draft(session, bench, proof, others[proven:]) as draft:
+        hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
     pads = session.chat.pads if proof is not None else None  # an edit leaves that as it is
     session.release()
     compared = None
@@ -78,14 +80,24 @@ def side_by_side(
     return compared, None if bench is None else bench.report(session, third=third.name if third else "")
 
 
-def _draft(session: Session, proof: EditPlan, others: Sequence[tuple[str, Checkpoint]]) -> View | None:
-    """The edited model as hooks make it of the base, where that spares weight passes: its replies are drafts."""
-    if session.recipe.evaluate.backend == "vllm" or proof.stream is None or not others:
-        return None
-    if session.loaded.offload is None:
-        return None
-    name = f"{others[0][0]}, by hooks"
-    return View(name=name, its=session, hooks=partial(as_planned, session.loaded, proof), is_control=True)
+@contextmanager
+def _draft(
+    session: Session, bench: Bench | None, proof: EditPlan | None, others: Sequence[tuple[str, Checkpoint]]
+) -> Iterator[View | None]:
+    """The edited model as it is made of the base, where that spares weight passes: its replies are drafts.
+
+    By its edited weights, or by hooks where these cannot be made on the way.
+    """
+    out_of_core = session.recipe.evaluate.backend != "vllm" and session.loaded.offload is not None
+    if proof is None or proof.stream is None or bench is None or not others or not out_of_core:
+        yield None
+    elif (edited := EditedWeights.of(session.loaded, proof, session.recipe.edit.rounding)) is not None:
+        with edited.ready():
+            name = f"{others[0][0]}, made of the base"
+            yield View(name=name, its=session, hooks=edited.applied, is_control=True)
+    else:
+        name = f"{others[0][0]}, by hooks"
+        yield View(name=name, its=session, hooks=partial(as_planned, session.loaded, proof), is_control=True)
 
 
 def _drafts_of(draft: View | None) -> dict[str, Mapping[str, Sequence[list[int]]]]:
@@ -154,7 +166,7 @@ def _try_other(
 
 
 def _tell_of_drafts(view: View) -> None:
-    """Say how many replies are those that the base gave under hooks."""
+    """Say how many replies are those that the base gave as its edit."""
     pairs = [
         (draft, own)
         for mode, of_mode in view.drafts.items()
@@ -164,8 +176,8 @@ def _tell_of_drafts(view: View) -> None:
     if pairs:
         same = sum(draft == own for draft, own in pairs)
         text = (
-            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those of the base under hooks, as one "
-            "pass shows; the others it wrote by itself from where they part"
+            f"{view.name}: {same} of {len(pairs)} replies are, token for token, those that were written in the base's "
+            "passes, as one pass shows; the others it wrote by itself from where they part"
         )
         view.its.on_event(Noted(text=text))
 
