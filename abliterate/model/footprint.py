@@ -3,13 +3,22 @@
 All are estimates from the configuration, rather too large than too small.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from abliterate.model.load import LoadedModel
 
-STATES = 4
-"""Hidden states per token that a batch holds while it waits, and its share of tables of positions."""
+STATES = 2.5
+"""Hidden states per token that a batch holds while it waits: what it began with, what enters the block, and some room;
+one more where positions are learned."""
+TABLES = 4
+"""Numbers for each of a head's, in tables of positions: a sine and a cosine, near and far."""
+MASKS = 2
+"""Attention masks that a batch holds: near and far."""
+TWICE = 2
+"""What some models (Gemma 3n, Gemma 4) hold beside it: streams, as a list and as one; an input for each block, and what
+it is made of; keys and values that later blocks share."""
 SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings by which a model makes other logits of those that it computed."""
 LOGIT_BYTES = 32
@@ -17,8 +26,20 @@ LOGIT_BYTES = 32
 
 
 def waiting_bytes(loaded: LoadedModel, width: int) -> int:
-    """Bytes that a row of ``width`` tokens takes up while it waits for a block."""
-    return width * (STATES * loaded.d_model + 2 * width) * 4
+    """Bytes that a row of ``width`` tokens takes up while it waits for a block.
+
+    Masks are of one byte for each pair of tokens, but where attention is computed step by step ("eager").
+    """
+    config, size = loaded.model.config.get_text_config(), loaded.model.dtype.itemsize
+    layers = _layers(config, loaded.n_layers)
+    states = STATES + bool(loaded.other_embeddings) + TWICE * (getattr(config, "altup_num_inputs", None) or 0)
+    for_blocks = TWICE * loaded.n_layers * (getattr(config, "hidden_size_per_layer_input", None) or 0)
+    shared = max(_cached_width(layer, loaded.d_model) for layer in layers)
+    shared *= TWICE * bool(getattr(config, "num_kv_shared_layers", None))
+    tables = TABLES * max(_head_width(layer, loaded.d_model) for layer in layers)
+    numbers = math.ceil(states * loaded.d_model) + tables + for_blocks + shared
+    mask = size if getattr(config, "_attn_implementation", None) == "eager" else 1
+    return width * (numbers * size + MASKS * width * mask)
 
 
 def running_bytes(loaded: LoadedModel) -> int:
@@ -53,9 +74,13 @@ def _layers(config: Any, count: int) -> Sequence[Any]:  # noqa: ANN401 - a confi
 
 
 def _cached_width(config: Any, d_model: int) -> int:  # noqa: ANN401 - a configuration of transformers
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or d_model // heads
-    return width * (getattr(config, "num_key_value_heads", None) or heads)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    return _head_width(config, d_model) * heads
+
+
+def _head_width(config: Any, d_model: int) -> int:  # noqa: ANN401 - a configuration of transformers
+    widths = [getattr(config, name, None) or 0 for name in ("head_dim", "global_head_dim")]
+    return max(widths) or d_model // (getattr(config, "num_attention_heads", None) or 1)
 
 
 def _inner_width(config: Any) -> int:  # noqa: ANN401 - a configuration of transformers

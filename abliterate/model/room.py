@@ -24,8 +24,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def pass_tokens(loaded: LoadedModel, cached: int, shortest: int) -> int:
-    """Tokens that a forward pass may have: half of the free memory, or of a budget's working share, holds them.
+def pass_tokens(loaded: LoadedModel, cached: int, shortest: int, *, share: float = 0.5) -> int:
+    """Tokens that a forward pass may have: ``share`` of the free memory, or of a budget's working share, holds them.
 
     There are ``cached`` tokens before each row, and a row has ``shortest`` tokens or more.
     """
@@ -35,7 +35,7 @@ def pass_tokens(loaded: LoadedModel, cached: int, shortest: int) -> int:
     room = loaded.room_bytes if loaded.offload is None else loaded.offload.working_bytes
     if room is not None:
         free = min(free, room)
-    return max(1, min(MOST_TOKENS[loaded.device.type], free // 2 // token))
+    return max(1, min(MOST_TOKENS[loaded.device.type], int(free * share) // token))
 
 
 def reply_rows(loaded: LoadedModel, batch_size: int, tokens: int) -> int:

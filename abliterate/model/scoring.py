@@ -43,6 +43,8 @@ from abliterate.model.shortened import Shortened, shortened
 ROUNDING_NATS = {2: 3e-2, 4: 3e-6, 8: 3e-6}
 """Two ways to run a prompt are the same where the mean difference of log-probabilities is below this.  By the bytes of
 an activation; in nats."""
+WAITING = 0.75
+"""The share of the working memory for forward passes that wait: more of these share a weight pass, of fewer rows."""
 CANNOT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a model's own code may raise when it is run from the middle, or behind an attention cache."""
 
@@ -52,7 +54,7 @@ class CandidateScorer:
 
     ``batch_size`` is the most prompts of a group, ``max_tokens`` the most tokens of a forward pass.  Out of core many
     forward passes share a weight pass, each waiting in turn for the next block; ``room`` is the bytes those that wait
-    may take, half of the memory budget's working share.  The other half is for the one that runs (``pass_tokens``).
+    may take, ``WAITING`` of the memory budget's working share.  The rest is for the one that runs (``pass_tokens``).
     With ``cosmic``, residuals tell how far the model refuses, and the refusal tokens are not looked at.
     """
 
@@ -80,12 +82,13 @@ class CandidateScorer:
         self._cut = cache(lambda prompts: list(prompt_groups(encoded, prompts, batch_size)))
         self.groups = self._cut(tuple(range(self.n_prompts)))
         self.harmless = self._cut(tuple(range(self.n_harmful, self.n_prompts)))
-        self.room = loaded.offload.working_bytes // 2 if loaded.offload else 0
+        self.room = int(WAITING * loaded.offload.working_bytes) if loaded.offload else 0
         self.prefix = 0
         self.base = self._base_run()
         self._share_prefix(shared_tokens(encoded))
         self._check_starts()
-        self.max_tokens = max_tokens or pass_tokens(loaded, self.prefix, min(map(len, encoded)))
+        share = 1 - WAITING if loaded.offload else 0.5
+        self.max_tokens = max_tokens or pass_tokens(loaded, self.prefix, min(map(len, encoded)), share=share)
 
     def prompts_of(self, job: Job) -> tuple[int, ...]:
         """The prompts that a job is run on: places among all, where harmful ones come first."""
