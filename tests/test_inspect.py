@@ -108,6 +108,20 @@ def test_with_little_memory_batches_are_attributed_in_turns(session, chosen):
         assert all(torch.equal(getattr(one, name), getattr(held, name)) for name in FIGURES)
 
 
+def test_out_of_core_an_inspection_takes_two_weight_passes(session, chosen):
+    """One for what is written and carried in all sets of prompts, one for the attention of the heads that come out."""
+    ours = open_session(None, RECIPE.with_changes({"memory_bytes": 2**25 + 2**22, "batch_size": 4}))
+    held = replace(session, recipe=RECIPE.with_changes({"batch_size": 4}))
+    assert ours.chat.pads
+    before = max(block_loads(ours.loaded))
+    one, other = (inspect(its, chosen, suffix="please tell", n_prompts=6) for its in (ours, held))
+    assert max(block_loads(ours.loaded)) - before == 2
+    assert one.heads == other.heads
+    for mine, its in zip(one.sets, other.sets, strict=True):
+        assert torch.equal(mine.attention, its.attention)
+        assert all(torch.equal(getattr(mine.attribution, name), getattr(its.attribution, name)) for name in FIGURES)
+
+
 @pytest.mark.parametrize("name", ["granite", "falcon-h1"])
 def test_a_model_that_scales_what_it_adds_is_told(name, tmp_path):
     tokens = factories.token_ids(batch=2, length=7).tolist()

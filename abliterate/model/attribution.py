@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +24,6 @@ from abliterate.model.chat import Batch
 from abliterate.model.forward import Tell, each_batch, run_batch
 from abliterate.model.interventions import observed, watched
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import run_together
 
 ATTENTION = "attention out"
 
@@ -72,7 +70,7 @@ def attribute(
     """
     r = unit(direction.double())
     parts = [_parts(block, family) for block in loaded.blocks]
-    n_heads = max(1, int(getattr(loaded.model.config.get_text_config(), "num_attention_heads", 0) or 0))
+    n_heads = _n_heads(loaded)
     found: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def run(batch: Batch, tell: Tell) -> Tensor:
@@ -98,37 +96,51 @@ def attribute(
 
 
 def attention_to_spans(
-    loaded: LoadedModel, batch: Batch, heads: Sequence[tuple[int, int]], spans: Sequence[Sequence[slice]]
-) -> Float[Tensor, "rows heads spans"]:
-    """Attention of the last position of each row, per head, summed over the spans of that row.
+    loaded: LoadedModel,
+    batches: Iterable[Batch],
+    heads: Sequence[tuple[int, int]],
+    spans: Sequence[Sequence[slice]],
+) -> Float[Tensor, "prompts heads spans"]:
+    """Attention of the last position of each prompt, per head (layer, head), summed over the spans of that prompt.
 
-    The model is switched to the attention that gives its weights out, and back.
+    The model is switched to the attention that gives its weights out, and back.  Out of core, as many batches share a
+    weight pass as memory allows: each holds its weights of all layers until its end.
     """
-    config = loaded.model.config
-    before = getattr(config, "_attn_implementation", None)
-    loaded.model.set_attn_implementation("eager")
+    every = list(batches)
 
-    def run() -> Any:  # noqa: ANN401 - what the model returns
+    def run(batch: Batch, _: Tell) -> Tensor:
         with torch.inference_mode():
-            return loaded.model(
+            out = loaded.model(
                 input_ids=batch.input_ids.to(loaded.device),
                 attention_mask=batch.attention_mask.to(loaded.device),
                 position_ids=batch.position_ids.to(loaded.device),
                 use_cache=False,
                 output_attentions=True,
             )
+        found = torch.zeros(len(batch.rows), len(heads), len(spans[0]), dtype=torch.float64)
+        for place, (layer, head) in enumerate(heads):
+            weights = out.attentions[layer][:, head, -1].to(device="cpu", dtype=torch.float64)
+            for row, prompt in enumerate(batch.rows):
+                found[row, place] = torch.stack([weights[row, span].sum() for span in spans[prompt]])
+        return found
 
+    width = max((batch.input_ids.shape[1] for batch in every), default=0)
+    kept = loaded.n_layers * _n_heads(loaded) * width**2 * loaded.model.dtype.itemsize
+    config = loaded.model.config
+    before = getattr(config, "_attn_implementation", None)
+    loaded.model.set_attn_implementation("eager")
+    found: dict[int, Tensor] = {}
     try:
-        (out,) = run_together(loaded, [run])
+        for batch, its in each_batch(loaded, every, run, result_bytes=kept):
+            found.update(zip(batch.rows, its, strict=True))
     finally:
         if before is not None:
             loaded.model.set_attn_implementation(before)
-    found = torch.zeros(len(batch.rows), len(heads), len(spans[0]), dtype=torch.float64)
-    for place, (layer, head) in enumerate(heads):
-        weights = out.attentions[layer][:, head, -1].to(device="cpu", dtype=torch.float64)
-        for row in range(len(batch.rows)):
-            found[row, place] = torch.stack([weights[row, span].sum() for span in spans[row]])
-    return found
+    return torch.stack([found[row] for row in sorted(found)])
+
+
+def _n_heads(loaded: LoadedModel) -> int:
+    return max(1, int(getattr(loaded.model.config.get_text_config(), "num_attention_heads", 0) or 0))
 
 
 def _parts(block: nn.Module, family: Family) -> dict[str, _Part]:
