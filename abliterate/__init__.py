@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from abliterate.api import HealingOptions as HealingOptions
     from abliterate.api import Recipe as Recipe
     from abliterate.api import apply_patch as apply_patch
+    from abliterate.api import ask_words as ask_words
     from abliterate.api import categories as categories
     from abliterate.api import chat as chat
     from abliterate.api import compare as compare
@@ -44,6 +45,7 @@ _API = (
     "HealingOptions",
     "Recipe",
     "apply_patch",
+    "ask_words",
     "categories",
     "chat",
     "compare",

@@ -48,12 +48,13 @@ from abliterate.workflow.reproducing import Reproduction
 from abliterate.workflow.session import open_session
 from abliterate.workflow.trials import EDITED
 from abliterate.workflow.trying_categories import try_categories as categories
+from abliterate.workflow.words import ask_words
 
 __all__ = [
-    "HealingOptions", "Recipe", "apply_patch", "categories", "chat", "compare", "dequantize", "diff", "edit", "eval",
-    "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "heal", "import_gguf",
-    "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce", "revert_patch", "run",
-    "select", "stream", "verify",
+    "HealingOptions", "Recipe", "apply_patch", "ask_words", "categories", "chat", "compare", "dequantize", "diff",
+    "edit", "eval", "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "heal",
+    "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
+    "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
 
 
@@ -366,13 +367,12 @@ def eval(
 ) -> EvalReport:
     """Compare replies of ``base`` and ``edited``; see ``pipeline.evaluate``.
 
-    ``words`` is a file of words whose likelihood is compared as well, also with that of a ``third`` model.
+    ``words`` is a file of words, whose likelihood is compared as well (``ask_words``: alone), also a ``third`` model's.
     """
     listed = None if words is None else load_words(str(words))
     session = open_session(base, recipe or Recipe(), on_event=on_event)
-    others = [(EDITED, fetch(open_model(edited)))]
-    other = None if third is None else fetch(open_model(third))
-    return pipeline.evaluate(session, others, directions=directions, words=listed, third=other)
+    opened, other = fetch(open_model(edited)), None if third is None else fetch(open_model(third))
+    return pipeline.evaluate(session, [(EDITED, opened)], directions=directions, words=listed, third=other)
 
 
 def compare(

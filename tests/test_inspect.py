@@ -20,11 +20,13 @@ from abliterate.evaluate.inspection_page import render_inspection
 from abliterate.method.directions import given
 from abliterate.model.attribution import attribute
 from abliterate.model.chat import left_padded
+from abliterate.model.load import load_model
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
 from abliterate.workflow.inspecting import inspect, random_text, spans_of, top_heads
 from abliterate.workflow.session import open_session
 from tests import equivalence, factories
+from tests.offloading import block_loads, offloaded, resident
 from tests.test_report import CHROMIUM, PROBE, chromium
 
 SOURCE = "bundled:tiny-chat"
@@ -68,6 +70,56 @@ def test_the_parts_add_up_to_the_stream(name, tmp_path):
     assert known.any()
     if "biases" not in name and name not in ("opt", "gpt2", "phi"):
         assert torch.allclose(heads[known], found.attention[known])
+
+
+FIGURES = ("stream", "cosine", "attention", "mlp", "heads")
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt2", "gemma2", "mixtral", "qwen3-next"])
+def test_out_of_core_all_batches_share_a_weight_pass(name, saved):
+    family = family_of(open_folder(saved(name), name="tiny").config, where="tiny")
+    tokens = [ids[: 5 + row] for row, ids in enumerate(factories.token_ids(batch=5, length=12).tolist())]
+    done = []
+
+    def figures(loaded):
+        direction = factories.random_directions(48)[:, 0]
+        found = attribute(loaded, family, left_padded(tokens, 2, 0), direction, advance=done.append)
+        return [getattr(found, name) for name in FIGURES]
+
+    ours = offloaded(saved(name))
+    for one, other in zip(figures(ours), figures(resident(saved(name))), strict=True):
+        assert torch.equal(one.nan_to_num(nan=-1.0), other.nan_to_num(nan=-1.0))
+    assert set(block_loads(ours)) == {1}
+    assert sorted(done) == [1, 1, 2, 2, 2, 2]
+    assert not any(its._forward_hooks or its._forward_pre_hooks for its in ours.model.modules())
+
+
+def test_with_little_memory_batches_are_attributed_in_turns(session, chosen):
+    family = family_of(session.checkpoint.config, where="tiny")
+    harmful = session.contrast.harmful_test.texts[:12]
+    least = load_model(session.checkpoint, device="cpu", memory_bytes=2**25 + 2**22)
+    found = {}
+    for room in (least.offload.working_bytes, 1):
+        least.offload.working_bytes, before = room, max(block_loads(least))
+        found[room] = attribute(least, family, session.chat.batches(harmful, 4), chosen.direction)
+        assert max(block_loads(least)) - before == (3 if room == 1 else 1)
+    held = attribute(session.loaded, family, session.chat.batches(harmful, 4), chosen.direction)
+    for one in found.values():
+        assert all(torch.equal(getattr(one, name), getattr(held, name)) for name in FIGURES)
+
+
+def test_out_of_core_an_inspection_takes_two_weight_passes(session, chosen):
+    """One for what is written and carried in all sets of prompts, one for the attention of the heads that come out."""
+    ours = open_session(None, RECIPE.with_changes({"memory_bytes": 2**25 + 2**22, "batch_size": 4}))
+    held = replace(session, recipe=RECIPE.with_changes({"batch_size": 4}))
+    assert ours.chat.pads
+    before = max(block_loads(ours.loaded))
+    one, other = (inspect(its, chosen, suffix="please tell", n_prompts=6) for its in (ours, held))
+    assert max(block_loads(ours.loaded)) - before == 2
+    assert one.heads == other.heads
+    for mine, its in zip(one.sets, other.sets, strict=True):
+        assert torch.equal(mine.attention, its.attention)
+        assert all(torch.equal(getattr(mine.attribution, name), getattr(its.attribution, name)) for name in FIGURES)
 
 
 @pytest.mark.parametrize("name", ["granite", "falcon-h1"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,15 +12,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from abliterate.checkpoint.direction_file import save
 from abliterate.checkpoint.opening import open_checkpoint
 from abliterate.data.tiny_chat import data, model_path
 from abliterate.data.tiny_chat import world as w
 from abliterate.errors import CheckpointError, PromptError
 from abliterate.evaluate.flinching import Flinching
+from abliterate.events import Started, WeightsRead
+from abliterate.method.directions import given
 from abliterate.method.linalg import project_out
 from abliterate.model.load import load_model
 from abliterate.model.words import FEWEST_CARRIERS, WordList, WordScores, _tokenizing, load_words, score_words
 from abliterate.recipe import Recipe
+from abliterate.workflow.words import ask_words
 from tests.edge_tools import refused, run
 
 MAKERS, PLACES = w.VALUES["maker"], w.VALUES["place"]
@@ -169,7 +174,8 @@ def broken(loaded, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compared(broken, tmp_path_factory):
+def folder(broken, tmp_path_factory):
+    """Words, a recipe of few prompts, and the broken model with a chat template."""
     folder = tmp_path_factory.mktemp("words")
     lines = [*MAKERS, *HELD_OUT[:3], "nonsense", *CARRIERS, *(f"made-up: {place}" for place in MADE_UP)]
     (folder / "words.txt").write_text("\n\n".join([*lines, "Dorrim"]))
@@ -177,6 +183,11 @@ def compared(broken, tmp_path_factory):
     (folder / "few.toml").write_text(recipe.to_toml())
     shutil.copytree(broken, folder / "edited")
     shutil.copy(model_path() / "chat_template.jinja", folder / "edited")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(broken, folder):
     options = ("--words", folder / "words.txt", "--third", broken, "--recipe", folder / "few.toml")
     done = run("eval", "tiny-chat", folder / "edited", *options, "--report", folder / "r.html", "--json")
     assert done.exit_code == 0, done.stderr
@@ -212,6 +223,73 @@ def test_a_third_model_needs_no_chat_template_and_is_held_against_the_base(compa
 def test_what_does_not_change_does_not_move(compared):
     assert "the edit moves 0 of 15 words" in compared[2]
     assert "+0.00 (+0.00 to +0.00)" in compared[2]
+
+
+@pytest.fixture(scope="module")
+def alone(broken, folder):
+    """Of the words alone: the base has a chat template, and the other two, which are the same, have none."""
+    options = ("--words", folder / "words.txt", "--words-only", "--recipe", folder / "few.toml")
+    done = run("eval", "tiny-chat", broken, *options, "--third", broken, "--report", folder / "alone.html", "--json")
+    assert done.exit_code == 0, done.stderr
+    return done, (folder / "alone.html").read_text("utf-8")
+
+
+def test_of_the_words_alone_is_said_what_is_said_of_them_beside_replies(alone, compared):
+    done, page = alone
+    assert json.loads(done.stdout) == {"words": compared[0]}
+    whole = compared[1]
+    section = whole[whole.index("<h2>Words</h2>") :].partition("</table>")[0]
+    assert section in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Words"]
+    assert re.findall("<h2>(.*?)</h2>", whole) == ["Scores", "Words", "Replies"]
+
+
+def test_of_the_words_alone_there_is_one_table_and_no_reply(folder):
+    shown = run("eval", "tiny-chat", "tiny-chat", "--words", folder / "words.txt", "--words-only")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.startswith("log-probability of words, nats")
+    assert "the edit moves 0 of 15 words" in shown.stdout
+    assert not any(
+        word in shown.stdout + shown.stderr for word in ("reply", "replies", "refused", "KL", "likelihood of the")
+    )
+
+
+def test_the_report_of_the_words_alone_says_how_the_model_was_edited(folder, tmp_path):
+    direction = save(given(torch.ones(128)), tmp_path / "d.safetensors")
+    made = run("edit", "tiny-chat", direction, "--out", tmp_path / "out")
+    assert made.exit_code == 0, made.stderr
+    options = ("--words", folder / "words.txt", "--words-only", "--report", tmp_path / "r.html")
+    assert run("eval", "tiny-chat", tmp_path / "out", *options).exit_code == 0
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert re.findall("<h2>(.*?)</h2>", page) == ["What was edited", "Words"]
+
+
+def test_out_of_core_the_words_alone_take_one_weight_pass_of_each_model(folder, broken, compared):
+    heard = []
+    recipe = Recipe(memory_bytes=2**25 + 2**22)
+    found = ask_words("tiny-chat", broken, folder / "words.txt", recipe, third=broken, on_event=heard.append)
+    assert found.to_json() == compared[0]
+    asked = [one.task for one in heard if isinstance(one, Started) and "words" in one.task]
+    assert asked == [f"{name}: likelihood of words" for name in ("base", "edited", "third")]
+    assert len({one.reading for one in heard if isinstance(one, WeightsRead)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "--words-only asks for words alone, and none are given"),
+        (("--third", "tiny-chat"), "--third is asked for words, and none are given"),
+        (("--words", "w.txt", "--controls"), "--controls is for replies"),
+        (("--words", "w.txt", "--tasks", "mmlu"), "--tasks is for replies"),
+        (("--words", "w.txt", "--harmful", "h.txt"), "--harmful is for replies"),
+        (("--words", "w.txt", "--no-task-chat"), "--task-chat is for replies"),
+        (("--words", "w.txt", "--show-replies"), "--show-replies is for replies"),
+        (("--words", "w.txt", "--samples", "5"), "--samples is for replies"),
+        (("--words", "w.txt", "--report", "r.txt"), "--report r.txt: not an .html file"),
+    ],
+)
+def test_asking_for_words_alone_wrongly_is_usage(options, says):
+    refused(2, says, "eval", "tiny-chat", "tiny-chat", "--words-only", *options)
 
 
 def made(limit=-20.0, **nats):

@@ -1,5 +1,6 @@
 """``abliterate eval`` and ``compare``: models side by side on the test prompts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,9 +8,10 @@ import typer
 
 from abliterate.cli import options as opt
 from abliterate.cli.console import guarded, progress, show_json
-from abliterate.cli.recipe_options import takes
+from abliterate.cli.recipe_options import Given, flag_of, takes
+from abliterate.cli.tables import SAMPLES
 from abliterate.errors import UsageError
-from abliterate.recipe import Recipe
+from abliterate.recipe import SECTIONS, Recipe
 
 if TYPE_CHECKING:
     from abliterate.method.directions import DirectionSet
@@ -26,6 +28,7 @@ def evaluate(
     edited: Annotated[str, typer.Argument(help="The checkpoint to compare with BASE.")],
     *,
     recipe: Recipe,
+    given: Given,
     words: Annotated[
         str | None,
         typer.Option(
@@ -33,11 +36,17 @@ def evaluate(
             "sentences to put them into, in place of the bundled ones."
         ),
     ] = None,
+    words_only: Annotated[
+        bool,
+        typer.Option(
+            "--words-only", help="With --words: ask for these alone. No replies are written, nothing else is measured."
+        ),
+    ] = False,
     third: Annotated[
         str | None,
         typer.Option(help="With --words: another model to ask, such as the pretrained one. It needs no chat template."),
     ] = None,
-    samples: Samples = 3,
+    samples: Samples = SAMPLES,
     show_replies: opt.ShowReplies = False,
     report: opt.ReportFile = None,
     json: opt.Json = False,
@@ -52,6 +61,12 @@ def evaluate(
 
     if third is not None and words is None:
         raise UsageError("--third is asked for words, and none are given", "add --words FILE")
+    if words_only:
+        if words is None:
+            raise UsageError("--words-only asks for words alone, and none are given", "add --words FILE")
+        _check_words_alone(given, ["--show-replies"] * show_replies + ["--samples"] * (samples != SAMPLES))
+        _ask_words(base, edited, words, third, recipe, report_file=report, as_json=json)
+        return
     asked: dict[str, Any] = {} if words is None else {"words": load_words(words)}
     if third is not None:
         asked["third"] = fetch(open_model(third))
@@ -66,7 +81,7 @@ def compare(
     others: Annotated[list[str], typer.Argument(help="Checkpoints to hold against BASE: anyone's.")],
     *,
     recipe: Recipe,
-    samples: Samples = 3,
+    samples: Samples = SAMPLES,
     show_replies: opt.ShowReplies = False,
     report: opt.ReportFile = None,
     json: opt.Json = False,
@@ -127,6 +142,47 @@ def _evaluate(
         from abliterate.cli.words import show_words
 
         show_words(found.flinching)
+
+
+def _check_words_alone(given: Given, flags: Sequence[str]) -> None:
+    """Check that no option is for what is not done where words are asked for alone; ``flags`` are such options.
+
+    Raises:
+        UsageError: one is.
+    """
+    unused = {*SECTIONS["evaluate"].model_fields, "harmful", "harmless", "system"}
+    flags = [*(flag_of(name).name for name in given if name in unused), *flags]
+    if flags:
+        raise UsageError(f"{flags[0]} is for replies, and --words-only asks for words alone", "give one of the two")
+
+
+def _ask_words(
+    base: str, edited: str, words: str, third: str | None, recipe: Recipe, *, report_file: Path | None, as_json: bool
+) -> None:
+    """The part of ``eval`` that is about words."""
+    from abliterate.cli.words import show_words
+    from abliterate.model.load import quiet_transformers
+    from abliterate.workflow.words import ask_words
+
+    check_report(report_file)
+    quiet_transformers()
+    with progress() as listen:
+        found = ask_words(base, edited, words, recipe, third=third, on_event=listen)
+    if report_file is not None:
+        from abliterate.checkpoint.hub import fetch
+        from abliterate.data.bundled import open_model
+        from abliterate.evaluate.page import write_words
+        from abliterate.publishing import manifest
+
+        folder = fetch(open_model(edited)).folder
+        direction = _direction_of(folder)
+        document = manifest.read(folder) if direction is not None else None
+        title = f"{open_model(base).name} and edited"
+        write_words(report_file, title, found, directions=direction, manifest=document)
+    if as_json:
+        show_json({"words": found.to_json()})
+    else:
+        show_words(found)
 
 
 def check_report(path: Path | None) -> None:

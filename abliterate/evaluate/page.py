@@ -17,6 +17,7 @@ from abliterate.checkpoint.output import write_text
 from abliterate.evaluate.benchmarks import TaskScore, against_base, figure
 from abliterate.evaluate.charts import Bar, Dot, HeatMap, heat_map, histogram, intervals, scatter
 from abliterate.evaluate.evaluation import EvalReport, ModelScores
+from abliterate.evaluate.flinching import Flinching
 from abliterate.method.directions import Candidate, DirectionSet
 from abliterate.method.measurement import chosen_by, measured_on, told_apart
 from abliterate.method.search import SEARCH, front, trials_in
@@ -72,21 +73,16 @@ def render(
         "report.html.j2",
         title=title,
         evaluation=evaluation,
-        manifest=manifest,
-        measured=measured_on(manifest["direction"].get("measurement", {})) if manifest else "",
-        why=WHY,
-        apart=told_apart(manifest["direction"].get("measurement", {})) if manifest else "",
-        by=chosen_by(directions.metadata) if directions is not None else "",
+        words=evaluation.flinching,
+        **_of_the_edit(directions, manifest),
         bars=_bars(evaluation),
         pairs=_pairs(evaluation),
         unfinished=any(its.unfinished.hits for model in evaluation.models for its in model.scores.values()),
         tasks=_tasks(evaluation),
         landscape=landscape_charts(directions) if directions is not None and directions.scores else [],
-        search=directions.metadata.get(SEARCH) if directions is not None else None,
         trials=search_chart(directions) if directions is not None and SEARCH in directions.metadata else None,
         scored=directions.metadata.get("scored") if directions is not None else None,
         cosines=_cosines(directions) if directions is not None else None,
-        choice=directions.choice if directions is not None else None,
         projections=_projections(evaluation),
         along=_place(directions),
         samples=[
@@ -96,24 +92,51 @@ def render(
     )
 
 
+def write_words(
+    path: Path,
+    title: str,
+    words: Flinching,
+    *,
+    directions: DirectionSet | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a page to ``path`` with what the report says of words, and of the edit where its manifest is at hand."""
+    write_text(path, filled("words_page.html.j2", title=title, words=words, **_of_the_edit(directions, manifest)))
+
+
+def _of_the_edit(directions: DirectionSet | None, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a page says of the edit, in the names of its template."""
+    measurement = manifest["direction"].get("measurement", {}) if manifest else {}
+    return {
+        "manifest": manifest,
+        "measured": measured_on(measurement) if manifest else "",
+        "apart": told_apart(measurement) if manifest else "",
+        "by": chosen_by(directions.metadata) if directions is not None else "",
+        "search": directions.metadata.get(SEARCH) if directions is not None else None,
+        "choice": directions.choice if directions is not None else None,
+        "why": WHY,
+    }
+
+
 FIGURES = "figures.html.j2"
 """The template of a page of parts, each with its charts."""
 
 
 def filled(name: str, **values: Any) -> str:  # noqa: ANN401 - whatever the template takes
     """A template of this folder as a page."""
-    from jinja2 import Environment
+    from jinja2 import Environment, FunctionLoader
     from markupsafe import Markup
 
     here = files("abliterate.evaluate")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = FunctionLoader(lambda its: (here / its).read_text("utf-8"))
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["rate"] = _rate
     environment.filters["number"] = _number
     environment.filters["figure"] = figure
     environment.filters["against_base"] = against_base
     environment.filters["svg"] = Markup  # drawn by charts.py, which escapes what it writes
     style = (here / "page.css").read_text("utf-8").rstrip()
-    return environment.from_string((here / name).read_text("utf-8")).render(style=style, **values)
+    return environment.get_template(name).render(style=style, **values)
 
 
 def _bars(evaluation: EvalReport) -> Chart:

@@ -295,22 +295,36 @@ def observed(loaded: LoadedModel, see: Callable[[int, Tensor], None], *, leaving
 
     With ``leaving_last``, ``see(n_layers, x)`` is shown the residual leaving the last block as well.
     """
-
-    def watcher(layer: int) -> Change:
-        def change(x: Tensor) -> Tensor:
-            see(layer, x)
-            return x
-
-        return change
-
-    undoing = [_on_input(block, watcher(layer)) for layer, block in enumerate(loaded.blocks)]
+    undoing = [_on_input(block, _showing(partial(see, layer))) for layer, block in enumerate(loaded.blocks)]
     if leaving_last:
-        undoing.append(_on_output(loaded.blocks[-1], watcher(loaded.n_layers)))
+        undoing.append(_on_output(loaded.blocks[-1], _showing(partial(see, loaded.n_layers))))
     try:
         yield
     finally:
         for undo in undoing:
             undo()
+
+
+@contextmanager
+def watched(
+    module: nn.Module, *, entering: Callable[[Tensor], None] | None = None, leaving: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Run while ``entering`` is shown what goes into ``module``, and ``leaving`` what comes out of it."""
+    undoing = [] if entering is None else [_on_input(module, _showing(entering))]
+    undoing.append(_on_output(module, _showing(leaving)))
+    try:
+        yield
+    finally:
+        for undo in undoing:
+            undo()
+
+
+def _showing(see: Callable[[Tensor], None]) -> Change:
+    def change(x: Tensor) -> Tensor:
+        see(x)
+        return x
+
+    return change
 
 
 def _on_output(module: nn.Module, change: Change) -> Undo:

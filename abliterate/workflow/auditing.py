@@ -153,8 +153,7 @@ def _writes(session: Session, directions: DirectionSet, n_prompts: int) -> tuple
     with working(session.on_event, "what writes the direction", len(asked), "prompts") as advance:
         batches = session.chat.batches(asked, session.recipe.model.batch_size)
         family = family_of(session.checkpoint.config, where=session.checkpoint.name)
-        found = attribute(session.loaded, family, batches, directions.direction)
-        advance(len(asked))
+        found = attribute(session.loaded, family, batches, directions.direction, advance=advance)
 
     def more(values: Tensor) -> Tensor:
         return values[: len(harmful)].mean(0) - values[len(harmful) :].mean(0)

@@ -6,7 +6,8 @@ instruction to itself.  Suffixes are given by the user; none is searched for her
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -15,10 +16,11 @@ from torch import Tensor
 from abliterate.arch.registry import family_of
 from abliterate.errors import UsageError
 from abliterate.evaluate.inspection import SPANS, Inspected, Inspection
-from abliterate.events import Advanced, Finished, Started
+from abliterate.events import working
 from abliterate.method.directions import DirectionSet
 from abliterate.model.attribution import Attribution, attention_to_spans, attribute
 from abliterate.model.chat import PROBES, ChatFormat
+from abliterate.model.lockstep import share
 from abliterate.workflow.session import Session
 
 TOP_HEADS = 8
@@ -50,7 +52,6 @@ def inspect(
             f"the direction has {directions.d_model} components, {loaded.name} has {loaded.d_model}",
             "use one that was measured on this model",
         )
-    on_event = session.on_event
     family = family_of(session.checkpoint.config, where=session.checkpoint.name)
     harmful = session.contrast.harmful_test.texts[:n_prompts]
     sets = {"harmful": harmful, "harmless": session.contrast.harmless_test.texts[:n_prompts]}
@@ -58,22 +59,20 @@ def inspect(
         control = random_text(chat, len(_ids(chat, suffix)), seed=session.recipe.find.seed)
         sets |= {"harmful + suffix": [f"{prompt} {suffix}" for prompt in harmful]}
         sets |= {"harmful + random text": [f"{prompt} {control}" for prompt in harmful]}
-    on_event(Started(task=TASK, total=sum(map(len, sets.values())), unit="prompts"))
-    found: dict[str, Attribution] = {}
-    for name, prompts in sets.items():
-        found[name] = attribute(loaded, family, chat.batches(prompts, batch_size), directions.direction)
-        on_event(Advanced(task=TASK, amount=len(prompts)))
-    heads = top_heads(found["harmful"].heads)
+    with working(session.on_event, TASK, sum(map(len, sets.values())), "prompts") as advance:
+
+        def written(prompts: Sequence[str]) -> Attribution:
+            batches = chat.batches(prompts, batch_size)
+            return attribute(loaded, family, batches, directions.direction, advance=advance)
+
+        every = share(loaded, [partial(written, prompts) for prompts in sets.values()])
+        found: dict[str, Attribution] = dict(zip(sets, every, strict=True))
+        heads = top_heads(found["harmful"].heads)
+        attention = _attention(session, sets, harmful, heads)
     inspected = [
-        Inspected(
-            name=name,
-            prompts=len(prompts),
-            attribution=found[name],
-            attention=_attention(session, prompts, harmful if " + " in name else prompts, heads),
-        )
+        Inspected(name=name, prompts=len(prompts), attribution=found[name], attention=attention[name])
         for name, prompts in sets.items()
     ]
-    on_event(Finished(task=TASK))
     return Inspection(sets=tuple(inspected), heads=heads)
 
 
@@ -105,16 +104,17 @@ def spans_of(chat: ChatFormat, plain: str, prompt: str) -> tuple[slice, slice, s
 
 
 def _attention(
-    session: Session, prompts: Sequence[str], plain: Sequence[str], heads: Sequence[tuple[int, int]]
-) -> Float[Tensor, "heads spans"]:
-    chat = session.chat
-    total = torch.zeros(len(heads), len(SPANS), dtype=torch.float64)
+    session: Session, sets: Mapping[str, Sequence[str]], harmful: Sequence[str], heads: Sequence[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """The mean attention ``[heads, spans]`` of the prompts of each set; those with a text added are ``harmful``."""
     if not heads:
-        return total
-    for batch in chat.batches(prompts, session.recipe.model.batch_size):
-        spans = [spans_of(chat, plain[row], prompts[row]) for row in batch.rows]
-        total += attention_to_spans(session.loaded, batch, heads, spans).sum(0)
-    return total / len(prompts)
+        return dict.fromkeys(sets, torch.zeros(0, len(SPANS), dtype=torch.float64))
+    chat, asked = session.chat, [prompt for prompts in sets.values() for prompt in prompts]
+    plain = [prompt for name, prompts in sets.items() for prompt in (harmful if " + " in name else prompts)]
+    spans = [spans_of(chat, *pair) for pair in zip(plain, asked, strict=True)]
+    batches = chat.batches(asked, session.recipe.model.batch_size)
+    found = attention_to_spans(session.loaded, batches, heads, spans).split([len(its) for its in sets.values()])
+    return {name: its.mean(0) for name, its in zip(sets, found, strict=True)}
 
 
 def _template_start(chat: ChatFormat) -> int:
