@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from abliterate.api import Recipe as Recipe
     from abliterate.api import apply_patch as apply_patch
     from abliterate.api import ask_words as ask_words
+    from abliterate.api import audit as audit
     from abliterate.api import categories as categories
     from abliterate.api import chat as chat
     from abliterate.api import compare as compare
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from abliterate.api import export_lora as export_lora
     from abliterate.api import export_patch as export_patch
     from abliterate.api import export_projection as export_projection
+    from abliterate.api import harden as harden
     from abliterate.api import heal as heal
     from abliterate.api import import_gguf as import_gguf
     from abliterate.api import inspect as inspect
@@ -46,6 +48,7 @@ _API = (
     "Recipe",
     "apply_patch",
     "ask_words",
+    "audit",
     "categories",
     "chat",
     "compare",
@@ -57,6 +60,7 @@ _API = (
     "export_lora",
     "export_patch",
     "export_projection",
+    "harden",
     "heal",
     "import_gguf",
     "inspect",

@@ -41,6 +41,7 @@ from abliterate.verification.comparison import Diff
 from abliterate.verification.comparison import diff as _diff
 from abliterate.verification.report import VerifyReport
 from abliterate.workflow import hardening, inspecting, pipeline, reproducing
+from abliterate.workflow.auditing import audit
 from abliterate.workflow.chatting import chat, reply
 from abliterate.workflow.healing import HealingOptions, heal
 from abliterate.workflow.pipeline import RunResult
@@ -51,9 +52,9 @@ from abliterate.workflow.trying_categories import try_categories as categories
 from abliterate.workflow.words import ask_words
 
 __all__ = [
-    "HealingOptions", "Recipe", "apply_patch", "ask_words", "categories", "chat", "compare", "dequantize", "diff",
-    "edit", "eval", "export_control_vector", "export_lora", "export_patch", "export_projection", "harden", "heal",
-    "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
+    "HealingOptions", "Recipe", "apply_patch", "ask_words", "audit", "categories", "chat", "compare", "dequantize",
+    "diff", "edit", "eval", "export_control_vector", "export_lora", "export_patch", "export_projection", "harden",
+    "heal", "import_gguf", "inspect", "load_recipe", "measure", "open_session", "plan", "push", "reply", "reproduce",
     "revert_patch", "run", "select", "stream", "verify",
 ]  # fmt: skip
 
@@ -77,8 +78,7 @@ def measure(
     recipe = recipe or Recipe()
     pipeline.check_names(recipe)
     session = open_session(model, recipe, on_event=on_event)
-    file = Path(covariance) if covariance else None
-    return pipeline.measure(session, covariance=file)
+    return pipeline.measure(session, covariance=Path(covariance) if covariance else None)
 
 
 def select(

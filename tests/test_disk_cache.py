@@ -82,7 +82,7 @@ def replies(ours, batches):
         return generate_ids(ours, stub(), one, NEW)
 
     before = max(block_loads(ours))
-    found = [tokens.tolist() for _, tokens in each_batch(ours, batches, work, new_tokens=NEW, on_disk=lambda _: True)]
+    found = [tokens.tolist() for _, tokens in each_batch(ours, batches, work, new_tokens=NEW, guessed=lambda _: True)]
     return found, max(block_loads(ours)) - before
 
 

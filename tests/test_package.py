@@ -13,7 +13,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from abliterate import __version__
+import abliterate
+from abliterate import __version__, api
 from abliterate.recipe import bundled_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,11 @@ def run_python(installed, code, cwd):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd, env=environment
     )
     return done.stdout.strip()
+
+
+def test_the_package_offers_what_the_interface_does():
+    assert set(abliterate._API) == set(api.__all__)
+    assert all(callable(getattr(abliterate, name)) for name in abliterate._API)
 
 
 def test_the_citation_says_which_version():

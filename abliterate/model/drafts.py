@@ -25,7 +25,7 @@ from abliterate.model.replying import (
     ends_of,
     generate_ids,
     generate_tokens,
-    may_lie_on_disk,
+    is_guessed,
     settings_of,
     until_end,
 )
@@ -133,8 +133,8 @@ def _write_on(
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
     rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
-    on_disk = partial(may_lie_on_disk, loaded, chat)
-    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most, on_disk=on_disk):
+    guessed = partial(is_guessed, loaded, chat)
+    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most, guessed=guessed):
         for row, its in zip(batch.rows, tokens.tolist(), strict=True):
             found[row] = until_end(its, ends)[: needs[row]]
     return found

@@ -69,7 +69,7 @@ def each_batch(
     result_bytes: int = 0,
     logits_bytes: int = 0,
     new_tokens: int = 0,
-    on_disk: Callable[[int], bool] = lambda _: False,
+    guessed: Callable[[int], bool] = lambda _: False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with the result of ``work`` on it; out of core, as many batches in lockstep as memory allows.
@@ -77,9 +77,9 @@ def each_batch(
     What ``work`` tells of what it sees, in tensors with names, comes to ``told``: at once or, where there are other
     processes, with the results, which all of them get (``ranks.spread``).  ``result_bytes`` is the size of one row's
     result, ``logits_bytes`` that of its logits, where they are more than those of its last token, and go when the pass
-    ends.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``on_disk`` says
-    whether caches of so many tokens a row may lie on disk.  ``advance`` is called with the rows of each batch that is
-    done.
+    ends.  ``new_tokens`` is how many tokens a batch adds to an attention cache, 0 if it keeps none; ``guessed`` says
+    whether rows of so many tokens are written by guessing: then their caches may lie on disk.  ``advance`` is called
+    with the rows of each batch that is done.
     """
     every = list(batches)
     alone = count() == 1
@@ -97,7 +97,7 @@ def each_batch(
         ]
         shapes = [(*batch.input_ids.shape, new_tokens) for batch in some]
         sizes = {"result_bytes": result_bytes, "logits_bytes": logits_bytes}
-        results = _each(loaded, shapes, jobs, **sizes, on_disk=on_disk)
+        results = _each(loaded, shapes, jobs, **sizes, guessed=guessed)
         for result, its in zip(results, kept, strict=True):
             yield {"": result, **{f"{number} {name}": value for number, (name, value) in enumerate(its)}}
             its.clear()
@@ -130,13 +130,13 @@ def fitting(
     *,
     result_bytes: int = 0,
     logits_bytes: int = 0,
-    on_disk: Callable[[int], bool] = lambda _: False,
+    guessed: Callable[[int], bool] = lambda _: False,
 ) -> Generator[range, None, None]:
     """Cut batches of ``shapes`` (rows, tokens, new tokens) into ranges that fit into memory beside the weights.
 
     All batches of a range wait, with their states in memory, while one of them runs.  That memory is reserved until
-    the next range is asked for; in a task, a range may wait until others have done with theirs.  ``on_disk``: whether
-    attention caches of so many tokens a row may lie on disk (``replying.may_lie_on_disk``).
+    the next range is asked for; in a task, a range may wait until others have done with theirs.  ``guessed``: whether
+    rows of so many tokens are written by guessing (``replying.is_guessed``), and their caches may lie on disk.
 
     Raises:
         NotEnoughDiskError: they do, and there is no room for these any more.
@@ -145,15 +145,15 @@ def fitting(
         raise AssertionError("the weights are in memory")
     cached = [rows * (width + new + MOST_GUESSES) * cache_bytes(loaded) if new else 0 for rows, width, new in shapes]
     longest = max((width + new for _, width, new in shapes), default=0)
-    guessed = any(new for *_, new in shapes) and on_disk(longest)
+    guessing = any(new for *_, new in shapes) and guessed(longest)
     sizes, most = [], 0
     for rows, whole, _ in shapes:
         guesses = guesses_that_fit(loaded, rows)
-        width = 1 + guesses if guessed else whole  # prompts find room for themselves (``room_for_prompts``)
+        width = 1 + guesses if guessing else whole  # prompts find room for themselves (``room_for_prompts``)
         sizes.append(rows * (waiting_bytes(loaded, width) + result_bytes))
-        logits = guess_bytes(loaded, guesses + 1) if guessed else logit_bytes(loaded)
+        logits = guess_bytes(loaded, guesses + 1) if guessing else logit_bytes(loaded)
         most = max(most, rows * max(width * running_bytes(loaded), logits, logits_bytes))
-    waits = guessed and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
+    waits = guessing and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0

@@ -21,7 +21,7 @@ from abliterate.model.forward import Tell, check_finite, each_batch, log_probs_o
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import scratch_of
 from abliterate.model.ranks import count
-from abliterate.model.replying import Watching, may_lie_on_disk, reply_and_see
+from abliterate.model.replying import Watching, is_guessed, reply_and_see
 
 Label = Literal["refused", "answered", "unclear"]
 LABELS: tuple[Label, ...] = ("refused", "answered", "unclear")
@@ -227,6 +227,6 @@ def _each(
     waiting = positions * len(layers) * loaded.d_model * torch.float32.itemsize
     waiting = waiting if folder is None or count() > 1 else 0
     options: dict[str, Any] = {"told": watching.told, "result_bytes": waiting, "new_tokens": max_new_tokens}
-    options["on_disk"] = partial(may_lie_on_disk, loaded, chat)
+    options["guessed"] = partial(is_guessed, loaded, chat)
     for batch, tokens in each_batch(loaded, batches, work, **options):
         yield batch, tokens, kept.pop(batch.rows, {})

@@ -81,7 +81,7 @@ def generate_tokens(
     replies: list[list[int]] = [[] for _ in prompts]
     batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
     options: dict[str, Any] = {"told": its.told, "new_tokens": max_new_tokens}
-    options["on_disk"] = partial(may_lie_on_disk, loaded, chat)
+    options["guessed"] = partial(is_guessed, loaded, chat)
     options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))
     for batch, rows in each_batch(loaded, batches, reply, **options):
         for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
@@ -112,8 +112,8 @@ def rows_of_replies(
     return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
 
 
-def may_lie_on_disk(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:
-    """Whether the caches of batches whose rows get ``tokens`` may: where replies are written by guessing."""
+def is_guessed(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:
+    """Whether replies in rows of ``tokens`` tokens are written by guessing, and their caches may lie on disk."""
     return loaded.offload is not None and chat.pads and _guesses(loaded, empty_cache(loaded), tokens)
 
 

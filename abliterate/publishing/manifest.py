@@ -32,9 +32,9 @@ from abliterate.version import __version__
 
 FILE_NAME = "abliterate.json"
 FORMAT, FORMAT_NUMBER = "abliterate-manifest-", 2
+"""Manifests of version 1, which name a direction and no edit, are still read."""
 HARDENED = "abliterate-hardened-"
 """The format of the manifest of a hardened checkpoint, which holds another one (``hardened``)."""
-"""Manifests of version 1, which name a direction and no edit, are still read."""
 OUR_FILES = {FILE_NAME, "README.md"}
 """Files the manifest has no hash of: itself, and the card, which may be edited by hand."""
 
