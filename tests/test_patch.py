@@ -1,6 +1,7 @@
 """The edit as a file: applied it gives the bytes of the edit, reverted those of the base, on any machine."""
 
 import json
+import lzma
 import os
 import shutil
 
@@ -98,6 +99,16 @@ def test_sparse_differences_come_back_part_by_part():
     for part in parts:
         assert torch.equal(read.read_onto(torch.ones_like(part)), part + 1)
     assert written.count == sum(int((part != 0).sum()) for part in parts)
+
+
+def test_few_bytes_that_stand_for_many_differences_are_refused():
+    bomb = lzma.compress(bytes(2**24), preset=1)
+    assert len(bomb) < 2**13
+    with pytest.raises(ValueError, match="more than 100 places"):
+        Sparse(bomb, 100)
+    with pytest.raises(ValueError, match="no end"):
+        Sparse(lzma.compress(bytes(32))[:-5], 100)
+    assert Sparse(lzma.compress(bytes(1600)), 100).count == 100
 
 
 def test_no_differences_at_all():

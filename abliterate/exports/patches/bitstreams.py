@@ -18,6 +18,8 @@ from torch import Tensor
 
 PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRESET = 1
+PLACE_BYTES = 16
+"""Bytes of a place and its difference, before they are compressed."""
 
 
 def ordinal(values: Tensor) -> Int[Tensor, "..."]:
@@ -37,17 +39,21 @@ def value(ordinals: Int[Tensor, "..."], dtype: torch.dtype) -> Tensor:
 class Sparse:
     """Few places of a long sequence, each with a difference; written or read in order."""
 
-    def __init__(self, data: bytes | None = None) -> None:
-        """Read ``data``, or begin to write.
+    def __init__(self, data: bytes | None = None, most: int = 2**31) -> None:
+        """Read ``data``, of ``most`` places or fewer, or begin to write.
 
         Raises:
-            ValueError: the places are in no order.
+            ValueError: the places are in no order, or more.
         """
         self._end = 0
         self._places: list[NDArray[np.int64]] = []
         self._values: list[NDArray[np.int64]] = []
         if data is not None:
-            parts = np.frombuffer(lzma.decompress(data), dtype="<i8").reshape(2, -1)
+            decompressor = lzma.LZMADecompressor()
+            numbers = decompressor.decompress(data, PLACE_BYTES * most + 1)  # a few bytes could stand for all memory
+            if not decompressor.eof or len(numbers) > PLACE_BYTES * most:
+                raise ValueError(f"more than {most} places, or no end")
+            parts = np.frombuffer(numbers, dtype="<i8").reshape(2, -1)
             self._places, self._values = [np.cumsum(parts[0])], [parts[1]]
             if (np.diff(self._places[0], prepend=0) < 0).any():
                 raise ValueError("places that are in no order")

@@ -204,13 +204,13 @@ class PatchFile:
         if tuple(found.shape) != shape or found.dtype not in dtypes:
             raise self.damaged(ValueError(f"'{name}' has another shape or dtype"))
 
-    def forwards(self, stem: str) -> Settle:
-        """The corrections towards the edited values."""
-        return Forwards(self._sparse(f"{stem}.forward"))
+    def forwards(self, stem: str, most: int) -> Settle:
+        """The corrections towards the edited values, ``most`` or fewer."""
+        return Forwards(self._sparse(f"{stem}.forward", most))
 
-    def backwards(self, stem: str) -> Settle:
-        """The corrections towards the base."""
-        outside = self._sparse(f"{stem}.outside")
+    def backwards(self, stem: str, most: int) -> Settle:
+        """The corrections towards the base, of which ``most`` or fewer lie outside of their intervals."""
+        outside = self._sparse(f"{stem}.outside", most)
         settle = Backwards(Intervals(self.blob(f"{stem}.bits"), outside))
 
         def checked(known: Tensor, shift: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -221,9 +221,9 @@ class PatchFile:
 
         return checked
 
-    def _sparse(self, name: str) -> Sparse:
+    def _sparse(self, name: str, most: int) -> Sparse:
         try:
-            return Sparse(self.blob(name))
+            return Sparse(self.blob(name), most)
         except (lzma.LZMAError, ValueError) as error:
             raise self.damaged(error) from error
 

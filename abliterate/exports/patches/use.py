@@ -7,7 +7,7 @@ import hashlib
 import lzma
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,7 +194,7 @@ class Source:
         side = 1 if self.side == "base" else 0
         if self.file.document["tensors"][number]["coded"] == "codes":
             return Codes(self.file, f"tensor.{number}.codes", writer.row_elements, 1 if side else -1)
-        settle = self.file.forwards if side else self.file.backwards
+        settle = partial(self.file.forwards if side else self.file.backwards, most=writer.tensor.numel)
         codec: Codec = Plain(DTYPES[writer.tensor.dtype], writer.row_elements)
         width = writer.tensor.shape[writer.axis]
         columns = writer.tensor.numel // width
