@@ -1,13 +1,15 @@
 """How often does a whole run read the weights of a model that stays on disk?
 
-    python -m bench.passes [MODEL] [--memory 700MiB] [--recipe FILE] [--apart] [--write PAGE] [--work out/passes]
+    python -m bench.passes [MODEL] [--memory 700MiB] [--recipe FILE] [--apart] [--write PAGE] [--work WORK] [--kept]
 
 Runs MODEL (the bundled model made larger, see ``bench.quarter``) three times, each in a process of its own: held in
 memory; out of core; and, with ``--apart``, out of core with every stage in weight passes of its own, replies of the
 edited checkpoint written one token at a time.  Counts the loads of blocks, and compares choices, bytes and replies.
+Runs of the same code are kept in ``--work``; with ``--kept`` those of other code as well, which the page then says.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -120,6 +122,7 @@ def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) 
     if result.evaluation is None:
         raise AssertionError("replies were asked for")
     return {
+        "code": code(),
         "seconds": time.perf_counter() - begun,
         "passes": {stage: count for stage, count in counted.passes.items() if count},
         "bytes_read": sum(its.bytes_read for its in counted.models),
@@ -132,10 +135,16 @@ def run_one(way: str, model: str, out: Path, memory_bytes: int, recipe: Recipe) 
     }
 
 
-def in_a_process(way: str, model: str, work: Path, memory: str, recipe: str | None) -> dict[str, Any]:
-    """``run_one`` in a process of its own."""
+def code() -> str:
+    """What tells one state of the package from another."""
+    files = sorted(Path(api.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def in_a_process(way: str, model: str, work: Path, memory: str, recipe: str | None, *, kept: bool) -> dict[str, Any]:
+    """``run_one`` in a process of its own; what an earlier one left is taken where its code was the same, or ``kept``."""
     result = work / f"{way}.json"
-    if not result.is_file():
+    if not result.is_file() or not (kept or json.loads(result.read_text("utf-8")).get("code") == code()):
         shutil.rmtree(work / way, ignore_errors=True)
         words = [
             model,
@@ -164,6 +173,8 @@ def checks(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
             same = sum(one == other for one, other in pairs)
             lines.append(f"- replies of both models, {way} against held: {same} of {len(whole)} prompts the same")
             lines.append(f"- KL, first token: {found[way]['kl_nats']:.6f} against {found[HELD]['kl_nats']:.6f} nats")
+    older = [way for way in found if found[way].get("code") != found[SHARED].get("code")]
+    lines += [f"- run by another state of the code: {', '.join(older)}"] if older else []
     return [*lines, *(f"- said: {text}" for text in found[SHARED]["said"])]
 
 
@@ -191,6 +202,7 @@ def main() -> None:
     parser.add_argument("--way", choices=(HELD, SHARED, APART), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=Path("out/passes"))
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--kept", action="store_true")
     args = parser.parse_args()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -204,7 +216,7 @@ def main() -> None:
         write_atomically(work / f"{args.way}.json", json.dumps(made).encode())
         return
     ways = (HELD, SHARED, *((APART,) if args.apart else ()))
-    found = {way: in_a_process(way, model, work, args.memory, args.recipe) for way in ways}
+    found = {way: in_a_process(way, model, work, args.memory, args.recipe, kept=args.kept) for way in ways}
     shown = [way for way in (APART, SHARED) if way in found]
     rows = table(("weight passes", *shown), rows_of(found))
     recipe = load_recipe(args.recipe) if args.recipe else Recipe()

@@ -197,6 +197,8 @@ def _found(weights: Offloaded, plan: EditPlan) -> tuple[list[_Writing], bool]:
             if writer is None or not (unit.is_block or (is_lookup(unit) and writer.in_rows)):
                 continue  # a head that is tied to the embedding stays as it is
             places = unit.places[conversion.targets[0]]
+            if unit.is_block and any(module is unit.module for module, _ in places):
+                continue  # it would take its turn before its weights are there
             found[writer.tensor.name] = _Writing(writer=writer, unit=unit, dtype=conversion.dtype, places=places)
     return list(found.values()), found.keys() == writers.keys()
 
