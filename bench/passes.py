@@ -142,7 +142,7 @@ def code() -> str:
 
 
 def in_a_process(way: str, model: str, work: Path, memory: str, recipe: str | None, *, kept: bool) -> dict[str, Any]:
-    """``run_one`` in a process of its own; what an earlier one left is taken where its code was the same, or ``kept``."""
+    """``run_one`` in a process; what an earlier one left is taken if its code was the same, or ``kept``."""
     result = work / f"{way}.json"
     if not result.is_file() or not (kept or json.loads(result.read_text("utf-8")).get("code") == code()):
         shutil.rmtree(work / way, ignore_errors=True)
