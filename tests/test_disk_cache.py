@@ -89,7 +89,7 @@ def replies(ours, batches):
 @pytest.mark.parametrize(("room", "logits"), [("ample", 0), ("none", 0), ("on disk", 0), ("on disk", 1 << 40)])
 def test_batches_without_room_wait_on_disk(room, logits, saved, tmp_path, monkeypatch):
     """Without a folder they take turns, with passes for each; but not because the logits of a single one are large."""
-    monkeypatch.setattr(replying, "logit_bytes", lambda _: logits)
+    monkeypatch.setattr(replying, "guess_bytes", lambda *_: logits)
     monkeypatch.setattr(forward, "guess_bytes", lambda *_: logits)
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
     monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 1)
@@ -152,7 +152,7 @@ def test_prompts_take_turns_and_what_follows_does_not(saved, monkeypatch):
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
     monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 0)
     monkeypatch.setattr(replying, "waiting_bytes", lambda *_: wide)
-    ours.offload.working_bytes = 2 * wide + wide // 2
+    ours.offload.working_bytes = lockstep.PROMPTS_SHARE * (2 * wide + wide // 2)
     whole = batch()
     batches = [
         Batch(rows=(row,), input_ids=whole.input_ids[row : row + 1], attention_mask=whole.attention_mask[row : row + 1])

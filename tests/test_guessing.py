@@ -8,12 +8,13 @@ import torch
 
 from abliterate.model import guessing
 from abliterate.model.chat import Batch
-from abliterate.model.footprint import guess_bytes
+from abliterate.model.footprint import guess_bytes, running_bytes
 from abliterate.model.guessing import ORDERS, Guesses, can_go_back, takes_likeliest
 from abliterate.model.lockstep import run_together
+from abliterate.model.offload import Reserved
 from abliterate.model.prefix import can_take_back, empty_cache
 from abliterate.model.replying import generate_ids, until_end
-from abliterate.model.room import guesses_that_fit
+from abliterate.model.room import guesses_that_fit, prompt_rows
 from tests import factories
 from tests.offloading import block_loads, offloaded, resident
 from tests.test_drafts import stub
@@ -205,6 +206,16 @@ def test_no_more_is_guessed_than_there_is_room_for(rows, fit, held, saved):
     ours.offload.working_bytes = 2 * 10 * guess_bytes(ours, 1)
     assert guesses_that_fit(ours, rows) == fit
     assert guesses_that_fit(replace(ours, offload=None), rows) == held
+    ours.offload.reserved.append(Reserved(ours.offload.working_bytes, 0))
+    assert guesses_that_fit(ours, rows) == min(fit, guessing.LEAST_GUESSES)  # these were counted before
+
+
+@pytest.mark.parametrize(("working", "rows"), [(10**9, 32), (8, 4), (1, 1)])
+def test_a_pass_over_prompts_takes_a_part_of_the_memory(working, rows, saved):
+    ours = offloaded(saved("llama"))
+    ours.offload.working_bytes = working * 5 * running_bytes(ours)
+    assert prompt_rows(ours, 32, 5) == rows
+    assert prompt_rows(replace(ours, offload=None), 32, 5) == 32
 
 
 def test_scaled_logits_are_held_three_times(saved):
@@ -218,8 +229,10 @@ def test_a_writing_keeps_to_it():
     writing = guessing.Writing.of(asked, None, guessing.Guesses(), {10**6}, 20)
     writing.guesses.learn([1, 2, 3, 1, 2, 3, 1, 2, 3])
     writing.told = [[1, 2, 3] for _ in writing.told]
-    assert len(writing._guess(0)) == guessing.LEAST_GUESSES
-    writing.most_guesses = 1
-    assert len(writing._guess(0)) == 1
-    writing.most_guesses = 0
-    assert writing._guess(0) == []
+    assert len(writing._guess(0, 16)) == guessing.LEAST_GUESSES
+    assert len(writing._guess(0, 1)) == 1
+    assert writing._guess(0, 0) == []
+    asked = []
+    writing.fit = lambda rows: asked.append(rows) or 1
+    assert writing.next_batch()[0].input_ids.shape == (5, 2)
+    assert asked == [5]

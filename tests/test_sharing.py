@@ -10,7 +10,7 @@ from abliterate.model.chat import Batch
 from abliterate.model.forward import each_batch
 from abliterate.model.interventions import ablated, added
 from abliterate.model.lockstep import room_for, run_together, share
-from abliterate.model.offload import Offloaded
+from abliterate.model.offload import Offloaded, Reserved
 from abliterate.model.tasks import current
 from abliterate.recipe import Recipe
 from abliterate.workflow import pipeline
@@ -142,7 +142,7 @@ def test_stages_wait_for_memory(fit, passes, pair, monkeypatch):
     def stage(loaded, places):
         def work(batch, _):
             if loaded.offload:
-                at_once.append(sum(size for size, _ in loaded.offload.reserved))
+                at_once.append(sum(its.waits for its in loaded.offload.reserved))
             return [logits(loaded.model, batch.input_ids, batch.attention_mask) for _ in range(2)][-1]
 
         asked = [Batch(rows=(place,), input_ids=inputs[place][0], attention_mask=inputs[place][1]) for place in places]
@@ -156,10 +156,31 @@ def test_stages_wait_for_memory(fit, passes, pair, monkeypatch):
     assert ours.offload.reserved == []
 
 
+@pytest.mark.parametrize(("lasting", "taken"), [(True, 2), (False, 1)])
+def test_who_lasts_rather_waits_for_one_pass_than_to_take_turns(lasting, taken, pair):
+    """Two of its batches fit, one beside the other stage."""
+    _, ours = pair
+    ours.offload.working_bytes = 20
+    got = []
+
+    def passing():
+        with room_for(ours.offload, [10], 0):
+            asked(ours, (0,))
+
+    def writing():
+        with room_for(ours.offload, [10, 10], 0, lasting=lasting) as count:
+            got.append(count)
+            asked(ours, (1,))
+
+    share(ours, [passing, writing])
+    assert got == [taken]
+    assert ours.offload.reserved == []
+
+
 def test_memory_that_nobody_gives_back_is_noticed(saved):
     ours = offloaded(saved("llama"))
     ours.offload.working_bytes = 10
-    ours.offload.reserved.append((10, 0))
+    ours.offload.reserved.append(Reserved(10, 0))
 
     def stage():
         with room_for(ours.offload, [5], 0):

@@ -100,8 +100,8 @@ class _First:
     found: dict[int, Tensor] = field(default_factory=dict)
 
     def see(self, rows: Sequence[int], logits: Tensor) -> None:
-        """The logits of the first token after some prompts."""
-        self.found.update(zip(rows, log_probs_of(logits), strict=True))
+        """The logits of the first token after some prompts; in float64 one row at a time, for a vocabulary is wide."""
+        self.found.update((row, log_probs_of(its)) for row, its in zip(rows, logits, strict=True))
 
     def of(self, count: int) -> Float[Tensor, "prompts vocab"]:
         """In the order of the prompts."""

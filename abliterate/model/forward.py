@@ -19,7 +19,7 @@ from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import room_for, run_together, wait_on_disk
 from abliterate.model.ranks import count, spread
-from abliterate.model.room import guesses_that_fit
+from abliterate.model.room import least_guesses, most_guesses
 
 Tell = Callable[[str, Tensor], None]
 DEFAULT_BATCH_SIZE = 32
@@ -148,18 +148,17 @@ def fitting(
     guessing = any(new for *_, new in shapes) and guessed(longest)
     sizes, most = [], 0
     for rows, whole, _ in shapes:
-        guesses = guesses_that_fit(loaded, rows)
-        width = 1 + guesses if guessing else whole  # prompts find room for themselves (``room_for_prompts``)
+        width = 1 + most_guesses(rows) if guessing else whole  # prompts find room by themselves (``room_for_prompts``)
         sizes.append(rows * (waiting_bytes(loaded, width) + result_bytes))
-        logits = guess_bytes(loaded, guesses + 1) if guessing else logit_bytes(loaded)
-        most = max(most, rows * max(width * running_bytes(loaded), logits, logits_bytes))
+        logits = guess_bytes(loaded, 1 + least_guesses(loaded, rows)) if guessing else logit_bytes(loaded)
+        most = max(most, rows * max(whole * running_bytes(loaded), logits, logits_bytes))
     waits = guessing and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]
     first = 0
     try:
         while first < len(sizes):
-            with room_for(loaded.offload, sizes[first:], most) as count:
+            with room_for(loaded.offload, sizes[first:], most, lasting=guessing) as count:
                 yield range(first, first + count)
             first += count
     finally:

@@ -80,7 +80,7 @@ class Writing:
         mask: ``[rows, cached]``, 0 where a row is padded.
         told: prompt and reply of every row of the batch.
         begins: where its reply begins.
-        trusted: how many tokens are guessed for it, ``most_guesses`` at most.
+        trusted: how many tokens are guessed for it, as many as ``fit(rows)`` says at most.
     """
 
     guesses: Guesses
@@ -92,7 +92,7 @@ class Writing:
     told: list[list[int]]
     begins: list[int]
     trusted: list[int]
-    most_guesses: int = MOST_GUESSES
+    fit: Callable[[int], int] = lambda _: MOST_GUESSES
 
     @classmethod
     def of(cls, batch: Batch, cache: Any, guesses: Guesses, ends: Collection[int], max_new_tokens: int) -> "Writing":  # noqa: ANN401
@@ -111,7 +111,8 @@ class Writing:
 
     def next_batch(self) -> tuple[Batch, list[list[int]]]:
         """The last token of every row with what is guessed to follow, and the guesses."""
-        guessed = [self._guess(row) for row in self.rows]
+        most = self.fit(len(self.rows))
+        guessed = [self._guess(row, most) for row in self.rows]
         width = 1 + max(map(len, guessed))
         ids = torch.zeros(len(self.rows), width, dtype=torch.long)
         new = torch.zeros_like(ids)
@@ -140,9 +141,9 @@ class Writing:
                 lasting.append(place)
         self._keep(lasting)
 
-    def _guess(self, row: int) -> list[int]:
+    def _guess(self, row: int, most: int) -> list[int]:
         left = self.max_new_tokens - (len(self.told[row]) - self.begins[row])
-        return self.guesses.after(self.told[row], min(self.trusted[row], self.most_guesses, left - 1))
+        return self.guesses.after(self.told[row], min(self.trusted[row], most, left - 1))
 
     def _add(self, row: int, tokens: Sequence[int]) -> None:
         for token in tokens[: self.begins[row] + self.max_new_tokens - len(self.told[row])]:

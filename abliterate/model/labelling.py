@@ -168,13 +168,14 @@ class _Found:
 
     def first(self, rows: Sequence[int], prompts: Sequence[str], logits: Tensor) -> None:
         """Keep the likeliest first tokens of some prompts."""
-        log_probs = log_probs_of(logits)
-        check_finite(log_probs.amax(-1, keepdim=True), prompts, "logits")
-        kept = log_probs.topk(min(LIKELY, log_probs.shape[-1]), dim=-1)
         if not self.likely.shape[1]:
-            shape = len(self.likely), kept.indices.shape[1]
+            shape = len(self.likely), min(LIKELY, logits.shape[-1])
             self.likely, self.log_probs = self.likely.new_zeros(shape), self.log_probs.new_zeros(shape)
-        self.likely[list(rows)], self.log_probs[list(rows)] = kept.indices, kept.values
+        for row, prompt, its in zip(rows, prompts, logits, strict=True):  # in float64 one at a time
+            log_probs = log_probs_of(its)
+            check_finite(log_probs.amax(-1, keepdim=True)[None], [prompt], "logits")
+            kept = log_probs.topk(self.likely.shape[1])
+            self.likely[row], self.log_probs[row] = kept.indices, kept.values
 
     def put(self, row: int, tokens: Tensor, label: Label, pad_id: int) -> None:
         """Keep the reply of one prompt."""

@@ -29,13 +29,13 @@ from abliterate.errors import NotEnoughDiskError
 from abliterate.events import Noted
 from abliterate.model.load import LoadedModel
 from abliterate.model.malloc import give_back
-from abliterate.model.offload import Offloaded, Values
+from abliterate.model.offload import Offloaded, Reserved, Values
 from abliterate.model.ranks import POLL_S
 from abliterate.model.tasks import ELSEWHERE, ROOM, Task, current
 from abliterate.model.units import Unit
 
 T = TypeVar("T")
-WAITING_SHARE = 4
+WAITING_SHARE, PROMPTS_SHARE = 4, 8
 CAN_MAP = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")
 """Whether keys and values can wait on disk on this system."""
 
@@ -80,20 +80,34 @@ def share(loaded: LoadedModel, stages: Sequence[Callable[[], Any]]) -> list[Any]
 
 
 @contextmanager
-def room_for(weights: Offloaded, sizes: Sequence[int], most: int) -> Iterator[int]:
+def room_for(weights: Offloaded, sizes: Sequence[int], most: int, *, lasting: bool = False) -> Iterator[int]:
     """Reserve memory for what waits between blocks: gives how many of ``sizes`` fit now, one or more.
 
     ``most`` bytes are for the pass that runs meanwhile; a part of all (``WAITING_SHARE``) is for what waits in any
-    case, because no turns make that pass smaller.  A task in whose way others are waits until one of them is done.
+    case, because no turns make that pass smaller.  A task in whose way others are waits until one of them is done; one
+    that is ``lasting``, with many passes to make, rather waits for those with one than to take turns with itself.
     """
     task = current()
-    while task is not None and weights.reserved and sizes[0] > _left(weights, most):
+
+    def is_in_the_way() -> bool:
+        left = _left(weights, most)
+        passing = any(not its.lasting for its in weights.reserved)
+        return sizes[0] > left or (lasting and passing and sum(sizes) > left)
+
+    while task is not None and weights.reserved and is_in_the_way():
         task.wait_for(ROOM)
     fits = next(groups(sizes, _left(weights, most)))
-    mine = sum(sizes[place] for place in fits), most
+    with reserved(weights, sum(sizes[place] for place in fits), most, lasting=lasting):
+        yield len(fits)
+
+
+@contextmanager
+def reserved(weights: Offloaded, waits: int, most: int, *, lasting: bool) -> Iterator[None]:
+    """Reserve memory, whether it is there or not."""
+    mine = Reserved(waits, most, lasting)
     weights.reserved.append(mine)
     try:
-        yield len(fits)
+        yield
     finally:
         weights.reserved.remove(mine)
 
@@ -103,10 +117,17 @@ def room_for_prompts(weights: Offloaded, waits: int, most: int) -> Iterator[None
     """Reserve memory for the pass over the prompts of a batch, with wider states than the passes after it.
 
     ``waits`` bytes wait between two blocks, ``most`` are for the pass itself.  A task in whose way others with prompts
-    are waits until one of them has done with its own; those that write on after theirs are in nobody's way.
+    are waits until one of them has done with its own; those that write on after theirs are in nobody's way.  Several
+    take no more than a part of the memory (``PROMPTS_SHARE``), of which those that write on know nothing.
     """
-    task, mine = current(), (waits, most)
-    while task is not None and weights.with_prompts and waits > _left(weights, most):
+    task, mine = current(), Reserved(waits, most, lasting=False)
+
+    def is_too_much() -> bool:
+        others = sum(its.waits for its in weights.with_prompts)
+        share = weights.working_bytes // PROMPTS_SHARE
+        return waits + others > min(share, _left(weights, most))
+
+    while task is not None and weights.with_prompts and is_too_much():
         task.wait_for(ROOM)
     weights.with_prompts.append(mine)
     try:
@@ -117,10 +138,9 @@ def room_for_prompts(weights: Offloaded, waits: int, most: int) -> Iterator[None
 
 def _left(weights: Offloaded, most: int) -> int:
     """Bytes of the working memory that are left for what waits, where a pass takes ``most``."""
-    every = weights.reserved + weights.with_prompts
-    running = max([most, *(its for _, its in every)])
+    running = max([most, *(its.most for its in weights.reserved)])
     room = max(weights.working_bytes - running, weights.working_bytes // WAITING_SHARE)
-    return room - sum(waits for waits, _ in every)
+    return room - sum(its.waits for its in weights.reserved)
 
 
 def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bool:
@@ -136,7 +156,7 @@ def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bo
         return False
     free = shutil.disk_usage(weights.scratch).free
     if not weights.caches_on_disk:
-        taken = sum(waits for waits, _ in weights.reserved)
+        taken = sum(its.waits for its in weights.reserved)
         if needed_bytes + taken <= weights.working_bytes or free <= 2 * cached_bytes:
             return False
         weights.caches_on_disk = True

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ READERS = 4
 """Tensors of a unit that are read at a time: the disk is never waited for between two, and casts run beside it."""
 
 Values = dict[str, Tensor]
+
+
+class Reserved(NamedTuple):
+    """Bytes of the working memory that wait between blocks, and of a pass beside them; ``lasting``: for many passes."""
+
+    waits: int
+    most: int
+    lasting: bool = False
 
 
 class Offloaded:
@@ -83,8 +91,8 @@ class Offloaded:
         self.is_timed = False
         self.ranks: dict[Unit, int] = {}
         self.rows: list[Rows] = []
-        self.reserved: list[tuple[int, int]] = []
-        self.with_prompts: list[tuple[int, int]] = []
+        self.reserved: list[Reserved] = []
+        self.with_prompts: list[Reserved] = []
         self.guesses = Guesses()
         self._spare = Spare()
         self.memory_bytes = memory_bytes

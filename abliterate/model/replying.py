@@ -1,7 +1,6 @@
 """Greedy replies to prompts, and what is seen of the pass over a prompt that begins one."""
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from abliterate.events import Advanced, Finished, OnEvent, Started, ignore
 from abliterate.model.chat import Batch, ChatFormat
-from abliterate.model.footprint import logit_bytes, running_bytes, waiting_bytes
+from abliterate.model.footprint import guess_bytes, running_bytes, waiting_bytes
 from abliterate.model.forward import DEFAULT_BATCH_SIZE, Tell, each_batch, run_batch
 from abliterate.model.guessing import MOST_GUESSES, Writing, can_go_back, takes_likeliest, write_by_guessing
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
-from abliterate.model.lockstep import room_for_prompts, run_together
+from abliterate.model.lockstep import reserved, room_for_prompts, run_together
 from abliterate.model.prefix import can_take_back, empty_cache, is_plain
 from abliterate.model.ranks import least
-from abliterate.model.room import guesses_that_fit, reply_rows
+from abliterate.model.room import guesses_that_fit, prompt_rows, reply_rows
 
 FIRST = "first"
 STRETCH = 16
@@ -109,7 +108,8 @@ def rows_of_replies(
 ) -> int:
     """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
     longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
-    return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
+    rows = reply_rows(loaded, batch_size, longest + max_new_tokens)
+    return least(prompt_rows(loaded, rows, longest))
 
 
 def is_guessed(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:
@@ -181,11 +181,13 @@ def _guessed(
         raise AssertionError("the weights are in memory")
     weights, (rows, width) = loaded.offload, batch.input_ids.shape
     writing = Writing.of(batch, cache, weights.guesses, ends_of(loaded), max_new_tokens)
-    writing.most_guesses = guesses_that_fit(loaded, rows)
-    waits, most = rows * waiting_bytes(loaded, width), rows * max(width * running_bytes(loaded), logit_bytes(loaded))
+    writing.fit = partial(guesses_that_fit, loaded)
+    waits, most = rows * waiting_bytes(loaded, width), rows * width * running_bytes(loaded)
 
     def run(each: Batch, keep: int) -> Tensor:
-        with room_for_prompts(weights, waits, most) if each is batch else nullcontext():
+        logits = len(each.rows) * guess_bytes(loaded, keep)
+        room = reserved(weights, 0, logits, lasting=True)
+        with room_for_prompts(weights, waits, max(most, logits)) if each is batch else room:
             return run_batch(loaded, each, keep=keep, cache=cache)
 
     replies = write_by_guessing(run, writing, batch, first=first)

@@ -15,6 +15,8 @@ MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """More tokens in a pass make it no faster: a processor's caches are full, a card is busy."""
 
 REPLY_BATCHES = 4
+PROMPTS_PART = 2
+"""The part of the working memory, one in so many, for a pass over prompts to which replies are written."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -57,11 +59,37 @@ def logits_room(loaded: LoadedModel, most_bytes: int) -> int:
     return most_bytes if loaded.offload is None else min(most_bytes, loaded.offload.working_bytes // 2)
 
 
-def guesses_that_fit(loaded: LoadedModel, rows: int) -> int:
-    """How many guesses a pass may check in each of ``rows``, where their logits are to find room."""
+def prompt_rows(loaded: LoadedModel, most: int, tokens: int) -> int:
+    """Rows of a batch of prompts of ``tokens`` tokens to which replies are written: ``most`` or less.
+
+    Out of core a pass over them is to take a part of the working memory (``PROMPTS_PART``): it is left free all the
+    while that the others write.
+    """
+    if loaded.offload is None:
+        return most
+    share = loaded.offload.working_bytes // PROMPTS_PART
+    return max(1, min(most, share // (tokens * running_bytes(loaded))))
+
+
+def most_guesses(rows: int) -> int:
+    """How many guesses a pass may check in each of ``rows``."""
+    return min(MOST_GUESSES, max(LEAST_GUESSES, PASS_TOKENS // max(1, rows) - 1))
+
+
+def least_guesses(loaded: LoadedModel, rows: int) -> int:
+    """How many of them have room for their logits whatever waits: they are counted in before anything else is."""
     each = max(1, rows * guess_bytes(loaded, 1))
-    most = min(MOST_GUESSES, max(LEAST_GUESSES, PASS_TOKENS // max(1, rows) - 1))
-    return max(0, min(most, logits_room(loaded, each * (most + 1)) // each - 1))
+    return max(0, min(LEAST_GUESSES, logits_room(loaded, each * (LEAST_GUESSES + 1)) // each - 1))
+
+
+def guesses_that_fit(loaded: LoadedModel, rows: int) -> int:
+    """How many guesses have room for their logits now: in half of what is left, for others may come."""
+    if loaded.offload is None:
+        return most_guesses(rows)
+    weights = loaded.offload
+    taken = sum(its.waits for its in (*weights.reserved, *weights.with_prompts))
+    fit = (weights.working_bytes - taken) // 2 // max(1, rows * guess_bytes(loaded, 1)) - 1
+    return max(least_guesses(loaded, rows), min(most_guesses(rows), fit))
 
 
 def gradient_rows(loaded: LoadedModel, most: int, tokens: int, kept: int) -> int:
