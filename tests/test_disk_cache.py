@@ -92,7 +92,7 @@ def test_batches_without_room_wait_on_disk(room, logits, saved, tmp_path, monkey
     monkeypatch.setattr(replying, "guess_bytes", lambda *_: logits)
     monkeypatch.setattr(forward, "guess_bytes", lambda *_: logits)
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
-    monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 1)
+    monkeypatch.setattr(forward, "waiting_bytes", lambda *_, **__: 1)
     ours, said = offloaded(saved("llama")), []
     ours.offload.on_event = said.append
     ours.model.generation_config.eos_token_id = 10**6
@@ -150,8 +150,8 @@ def test_prompts_take_turns_and_what_follows_does_not(saved, monkeypatch):
     ours.model.generation_config.eos_token_id = 10**6
     monkeypatch.setattr(forward, "guess_bytes", lambda *_: 0)
     monkeypatch.setattr(forward, "running_bytes", lambda _: 0)
-    monkeypatch.setattr(forward, "waiting_bytes", lambda *_: 0)
-    monkeypatch.setattr(replying, "waiting_bytes", lambda *_: wide)
+    monkeypatch.setattr(forward, "waiting_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(replying, "waiting_bytes", lambda *_, **__: wide)
     ours.offload.working_bytes = lockstep.PROMPTS_SHARE * (2 * wide + wide // 2)
     whole = batch()
     batches = [

@@ -9,6 +9,7 @@ from abliterate.model import footprint
 from abliterate.model.chat import Batch
 from abliterate.model.footprint import waiting_bytes
 from abliterate.model.forward import run_batch
+from abliterate.model.interventions import ablated
 from abliterate.model.lockstep import run_together
 from abliterate.model.offload import Offloaded
 from tests import factories
@@ -20,7 +21,7 @@ CASES = ("llama", "gpt2", "opt", "gemma2", "gpt-oss", "gemma3n", "gemma4-text", 
 LEAST = 0.5
 
 
-def held_bytes(loaded, count, monkeypatch):
+def held_bytes(loaded, count, monkeypatch, run):
     """Bytes of all tensors where ``count`` batches wait for the second block."""
     found, plain = [], Offloaded.load
 
@@ -38,20 +39,41 @@ def held_bytes(loaded, count, monkeypatch):
     batch = Batch(rows=tuple(range(ROWS)), input_ids=ids, attention_mask=mask)
     with monkeypatch.context() as patching:
         patching.setattr(Offloaded, "load", load)
-        run_together(loaded, [lambda: run_batch(loaded, batch)] * count)
+        run_together(loaded, [lambda: run(loaded, batch)] * count)
     return found[0]
 
 
-def share(name, folder, monkeypatch):
+def under_ablation(loaded, batch):
+    with ablated(loaded, factories.random_directions(48)):
+        return run_batch(loaded, batch)
+
+
+def share(name, folder, monkeypatch, run=run_batch, **options):
     base = factories.save(factories.build(name), folder / "base", dtype=torch.float32)
     loaded = offloaded(base)
-    _, one, five = (held_bytes(loaded, count, monkeypatch) for count in (1, 1, 5))  # the first makes what stays
-    return (five - one) / 4 / ROWS / waiting_bytes(loaded, WIDTH)
+    _, one, five = (held_bytes(loaded, count, monkeypatch, run) for count in (1, 1, 5))  # the first makes what stays
+    return (five - one) / 4 / ROWS / waiting_bytes(loaded, WIDTH, **options)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_waits_is_counted(name, tmp_path, monkeypatch):
     assert LEAST < share(name, tmp_path, monkeypatch) <= 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_what_waits_under_hooks_is_counted(name, tmp_path, monkeypatch):
+    """What entered a block, and what was made of it."""
+    plain = share(name, tmp_path / "plain", monkeypatch, changed=False)
+    found = share(name, tmp_path, monkeypatch, under_ablation, changed=True)
+    assert plain < found <= 1
+
+
+def test_blocks_with_hooks_are_counted_as_changed(tmp_path):
+    loaded = offloaded(factories.save(factories.build("llama"), tmp_path / "base", dtype=torch.float32))
+    before = waiting_bytes(loaded, WIDTH)
+    with ablated(loaded, factories.random_directions(48)):
+        assert waiting_bytes(loaded, WIDTH) == before + WIDTH * 48 * 4
+    assert waiting_bytes(loaded, WIDTH) == before
 
 
 def test_a_state_that_is_not_counted_is_noticed(tmp_path, monkeypatch):

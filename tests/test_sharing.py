@@ -132,7 +132,7 @@ def test_what_a_stage_raises_ends_all(pair):
 def test_stages_wait_for_memory(fit, passes, pair, monkeypatch):
     """Two stages of two batches, each run twice."""
     whole, ours = pair
-    monkeypatch.setattr("abliterate.model.forward.waiting_bytes", lambda *_: 1)
+    monkeypatch.setattr("abliterate.model.forward.waiting_bytes", lambda *_, **__: 1)
     monkeypatch.setattr("abliterate.model.forward.running_bytes", lambda *_: 0)
     monkeypatch.setattr("abliterate.model.forward.logit_bytes", lambda *_: 0)
     inputs = list(batches())

@@ -157,16 +157,19 @@ class ChatFormat:
         """A reply as text, special tokens removed."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    def batches(self, prompts: Sequence[str], batch_size: int) -> Iterator[Batch]:
-        """Encode ``prompts`` and pad them on the left, in batches of similar length."""
-        yield from self.pack([self.encode(prompt) for prompt in prompts], batch_size)
+    def batches(self, prompts: Sequence[str], batch_size: int, most_tokens: int | None = None) -> Iterator[Batch]:
+        """Encode ``prompts`` and pad them on the left, in batches of similar length, as ``pack`` does."""
+        yield from self.pack([self.encode(prompt) for prompt in prompts], batch_size, most_tokens)
 
-    def pack(self, encoded: Sequence[list[int]], batch_size: int) -> Iterator[Batch]:
-        """Batches of token ids: padded on the left or, for a model that sees the padding, of equal length."""
+    def pack(self, encoded: Sequence[list[int]], batch_size: int, most_tokens: int | None = None) -> Iterator[Batch]:
+        """Batches of token ids: padded on the left or, for a model that sees the padding, of equal length.
+
+        A batch has ``batch_size`` rows at most, and ``most_tokens`` with its padding, but for a row that has more.
+        """
         if self.pads:
-            yield from left_padded(encoded, batch_size, self.pad_id)
+            yield from left_padded(encoded, batch_size, self.pad_id, most_tokens)
         else:
-            yield from of_equal_length(encoded, batch_size)
+            yield from of_equal_length(encoded, batch_size, most_tokens)
 
     def _check_bos(self, ids: list[int]) -> None:
         bos = self.tokenizer.bos_token_id
@@ -214,19 +217,32 @@ def context_of(config: Mapping[str, Any], tokenizer: Any) -> int | None:  # noqa
     return min((size for size in stated if isinstance(size, int) and 0 < size < NO_LIMIT), default=None)
 
 
-def of_equal_length(encoded: Sequence[list[int]], batch_size: int) -> Iterator[Batch]:
+def of_equal_length(encoded: Sequence[list[int]], batch_size: int, most_tokens: int | None = None) -> Iterator[Batch]:
     """Batches of token ids without padding: the rows of a batch have the same length."""
     for length in sorted({len(ids) for ids in encoded}):
         rows = [row for row, ids in enumerate(encoded) if len(ids) == length]
-        for batch in left_padded([encoded[row] for row in rows], batch_size, pad_id=0):
+        for batch in left_padded([encoded[row] for row in rows], batch_size, 0, most_tokens):
             yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
 
 
-def left_padded(encoded: Sequence[list[int]], batch_size: int, pad_id: int) -> Iterator[Batch]:
+def _cut(encoded: Sequence[list[int]], batch_size: int, most_tokens: int | None) -> Iterator[list[int]]:
+    """The rows of each batch, the shortest first."""
+    rows: list[int] = []
+    for row in sorted(range(len(encoded)), key=lambda row: (len(encoded[row]), row)):
+        too_many = most_tokens is not None and (len(rows) + 1) * len(encoded[row]) > most_tokens
+        if rows and (len(rows) == batch_size or too_many):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def left_padded(
+    encoded: Sequence[list[int]], batch_size: int, pad_id: int, most_tokens: int | None = None
+) -> Iterator[Batch]:
     """Batches of token ids, sorted by length so that little is padding, padded on the left."""
-    order = sorted(range(len(encoded)), key=lambda row: (len(encoded[row]), row))
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+    for rows in _cut(encoded, batch_size, most_tokens):
         width = max(len(encoded[row]) for row in rows)
         ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -29,7 +29,7 @@ from abliterate.model.replying import (
     settings_of,
     until_end,
 )
-from abliterate.model.room import logits_room, prompt_rows, reply_rows
+from abliterate.model.room import logits_room, prompt_tokens, reply_rows
 
 NOTHING = -1
 """Behind the tokens of a row."""
@@ -132,10 +132,11 @@ def _write_on(
     def write(batch: Batch, _: Tell) -> Tensor:
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
-    longest = max(map(len, begun), default=0)
-    rows = least(prompt_rows(loaded, reply_rows(loaded, batch_size, longest + most), max(1, longest)))
+    rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
+    tokens = prompt_tokens(loaded)
+    batches = chat.pack(begun, rows, None if tokens is None else least(tokens))
     guessed = partial(is_guessed, loaded, chat)
-    for batch, tokens in each_batch(loaded, chat.pack(begun, rows), write, new_tokens=most, guessed=guessed):
-        for row, its in zip(batch.rows, tokens.tolist(), strict=True):
+    for batch, written in each_batch(loaded, batches, write, new_tokens=most, guessed=guessed):
+        for row, its in zip(batch.rows, written.tolist(), strict=True):
             found[row] = until_end(its, ends)[: needs[row]]
     return found

@@ -8,7 +8,7 @@ from a matrix, and in half precision one reply in ten parts from the checkpoint'
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from abliterate.arch.edit_plan import EditPlan
 from abliterate.arch.model_map import Writer
 from abliterate.arch.packed import Packed
 from abliterate.checkpoint.header import TensorInfo
+from abliterate.checkpoint.transfer import one_core
 from abliterate.editing.blocks import WORK_ELEMENTS, Rounding
 from abliterate.editing.shards import InPlace, edit_whole
 from abliterate.editing.writing import edits_of
@@ -63,16 +64,20 @@ class EditedWeights:
         self._writings, self.is_whole = _found(weights, plan)
 
     @classmethod
-    def of(cls, loaded: LoadedModel, plan: EditPlan, rounding: Rounding) -> "EditedWeights | None":
-        """The weights as ``plan`` edits them; None where they are held, converted, quantised, or on an accelerator.
-
-        None as well where they would take too much of the working memory.
-        """
-        weights = loaded.offload
-        if weights is None or weights.device.type != "cpu" or plan.stream is None or plan.packed:
-            return None
+    def of(cls, loaded: LoadedModel, weights: Offloaded, plan: EditPlan, rounding: Rounding) -> "EditedWeights | str":
+        """The weights as ``plan`` edits them, or why they cannot be made on the way."""
+        if weights.device.type != "cpu":
+            return "the model runs on an accelerator"
+        if plan.packed:
+            return "writers are quantised"
+        if plan.model_map.tied and plan.tied == "shared":
+            return "the head is edited with the embedding"
         found = cls(loaded, weights, plan, rounding)
-        return found if found.is_whole and found.size_bytes <= weights.working_bytes // SHARE else None
+        if not found.is_whole:
+            return "writers are converted as they are loaded, or cast to a narrower dtype"
+        if found.size_bytes > weights.working_bytes // SHARE:
+            return f"the writers of a block would take {found.size_bytes / 2**20:,.0f} MiB of the working memory"
+        return found
 
     @property
     def size_bytes(self) -> int:
@@ -128,7 +133,8 @@ class EditedWeights:
         def turned(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the module takes and gives
             if not any(task in self._tasks for task in lineage()):
                 return forward(*args, **kwargs)
-            befores = [((module, name), put((module, name), self._edited(its))) for name, its in writings]
+            made = [((module, name), self._edited(its)) for name, its in writings]
+            befores = [(place, put(place, value)) for place, value in made]
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -142,12 +148,11 @@ class EditedWeights:
         if not its.unit.is_block:
             return self._looked_up(its)
         slot, when = _slot(its), (its.unit.name, self._weights.loads[its.unit.name])
-        made = self._made.get(slot)
+        made = self._made.pop(slot, None)  # half made, it would be none
         if made is None:
-            made = when, empty(its.writer.tensor.numel, its.dtype).reshape(its.writer.tensor.shape)
-        elif made[0] == when:
-            return made[1]
-        self._make(its, get(its.places[0]), made[1])
+            made = None, empty(its.writer.tensor.numel, its.dtype).reshape(its.writer.tensor.shape)
+        if made[0] != when:
+            self._make(its, get(its.places[0]), made[1])
         self._made[slot] = when, made[1]
         return made[1]
 
@@ -161,7 +166,8 @@ class EditedWeights:
             if len(self._stored) < writer.tensor.size_bytes:
                 self._stored = empty(writer.tensor.size_bytes, torch.uint8)
             values = self._stored[: writer.tensor.size_bytes].view(stored).view(before.shape).copy_(before)
-        edit_whole(values.view(-1, writer.row_elements), writer, self._edit(writer))
+        with one_core(needed=writer.in_rows):  # as it is written: sums of several threads are rounded otherwise
+            edit_whole(values.view(-1, writer.row_elements), writer, self._edit(writer))
         if stored != its.dtype:
             out.copy_(values)
 
@@ -171,7 +177,8 @@ class EditedWeights:
         if writer.name not in self._rows:
             edit, folder = self._edit(writer), self._weights.reader.folder
             most = rows_bytes(self._weights.memory_bytes) // len(self._weights.rows)
-            rows = Rows(folder, writer.tensor, its.dtype, most_bytes=most, change=edit.edit_rows)
+            change = partial(edit_some, edit, writer.tensor.shape[0])
+            rows = Rows(folder, writer.tensor, its.dtype, most_bytes=most, change=change)
             self._rows[writer.name] = rows.weight()
         return self._rows[writer.name]
 
@@ -179,6 +186,21 @@ class EditedWeights:
         if writer.name not in self._edits:
             self._edits[writer.name] = self._edit_of(writer)
         return self._edits[writer.name]
+
+
+def edit_some(edit: InPlace, count: int, rows: Tensor, first: int) -> None:
+    """Edit some rows of a matrix of ``count``, from row ``first`` on, as they are where all of it is edited.
+
+    The arithmetic of a row is rounded otherwise in a block of another size, so each is put in its place in its block.
+    """
+    step, end = edit.block_rows(), first + len(rows)
+    with one_core():
+        for start in range(first // step * step, end, step):
+            block = rows.new_zeros(min(step, count - start), rows.shape[1])
+            low, high = max(first, start), min(end, start + len(block))
+            block[low - start : high - start] = rows[low - first : high - first]
+            edit.edit_rows(block, start)
+            rows[low - first : high - first] = block[low - start : high - start]
 
 
 def _slot(its: _Writing) -> tuple[str, torch.Size, torch.dtype]:
@@ -196,11 +218,14 @@ def _found(weights: Offloaded, plan: EditPlan) -> tuple[list[_Writing], bool]:
             writer = None if stored is None else writers.get(stored.name)
             if writer is None or not (unit.is_block or (is_lookup(unit) and writer.in_rows)):
                 continue  # a head that is tied to the embedding stays as it is
-            places = unit.places[conversion.targets[0]]
+            kind, places = STORED[writer.tensor.dtype], unit.places[conversion.targets[0]]
             if unit.is_block and any(module is unit.module for module, _ in places):
                 continue  # it would take its turn before its weights are there
+            if unit.is_block and torch.promote_types(kind, conversion.dtype) != conversion.dtype:
+                continue  # what was stored is not there any more
             found[writer.tensor.name] = _Writing(writer=writer, unit=unit, dtype=conversion.dtype, places=places)
-    return list(found.values()), found.keys() == writers.keys()
+    slots = {(its.unit.name, _slot(its)) for its in found.values()}
+    return list(found.values()), found.keys() == writers.keys() and len(slots) == len(found)
 
 
 def _plain_source(conversion: Conversion) -> TensorInfo | None:

@@ -25,21 +25,23 @@ LOGIT_BYTES = 32
 """Of one logit at the last position: as computed, in float64, its log-probability, and what is made of that."""
 
 
-def waiting_bytes(loaded: LoadedModel, width: int) -> int:
-    """Bytes that a row of ``width`` tokens takes up while it waits for a block.
+def waiting_bytes(loaded: LoadedModel, width: int, *, behind: int = 0, changed: bool | None = None) -> int:
+    """Bytes that a row of ``width`` tokens takes up while it waits for a block, with ``behind`` tokens cached before.
 
+    Where what enters blocks is ``changed`` (None: where blocks have hooks now) what was there before is held as well.
     Masks are of one byte for each pair of tokens, but where attention is computed step by step ("eager").
     """
+    changed = bool(loaded.blocks[-1]._forward_pre_hooks) if changed is None else changed
     config, size = loaded.model.config.get_text_config(), loaded.model.dtype.itemsize
     layers = _layers(config, loaded.n_layers)
-    states = STATES + bool(loaded.other_embeddings) + TWICE * (getattr(config, "altup_num_inputs", None) or 0)
+    states = STATES + changed + bool(loaded.other_embeddings) + TWICE * (getattr(config, "altup_num_inputs", None) or 0)
     for_blocks = TWICE * loaded.n_layers * (getattr(config, "hidden_size_per_layer_input", None) or 0)
     shared = max(_cached_width(layer, loaded.d_model) for layer in layers)
     shared *= TWICE * bool(getattr(config, "num_kv_shared_layers", None))
     tables = TABLES * max(_head_width(layer, loaded.d_model) for layer in layers)
     numbers = math.ceil(states * loaded.d_model) + tables + for_blocks + shared
     mask = size if getattr(config, "_attn_implementation", None) == "eager" else 1
-    return width * (numbers * size + MASKS * width * mask)
+    return width * (numbers * size + MASKS * (behind + width) * mask)
 
 
 def running_bytes(loaded: LoadedModel) -> int:

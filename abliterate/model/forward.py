@@ -149,9 +149,9 @@ def fitting(
     sizes, most = [], 0
     for rows, whole, _ in shapes:
         width = 1 + most_guesses(rows) if guessing else whole  # prompts find room by themselves (``room_for_prompts``)
-        sizes.append(rows * (waiting_bytes(loaded, width) + result_bytes))
+        sizes.append(rows * (waiting_bytes(loaded, width, behind=longest if guessing else 0) + result_bytes))
         logits = guess_bytes(loaded, 1 + least_guesses(loaded, rows)) if guessing else logit_bytes(loaded)
-        most = max(most, rows * max(whole * running_bytes(loaded), logits, logits_bytes))
+        most = max(most, rows * max(max(whole, width) * running_bytes(loaded), logits, logits_bytes))
     waits = guessing and wait_on_disk(loaded.offload, sum(sizes) + sum(cached) + most, sum(cached))
     share = 1 / loaded.n_layers if waits else 1.0  # of a cache on disk the layer that was used last is in memory
     sizes = [size + math.ceil(share * its) for size, its in zip(sizes, cached, strict=True)]

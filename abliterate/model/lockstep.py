@@ -85,18 +85,21 @@ def room_for(weights: Offloaded, sizes: Sequence[int], most: int, *, lasting: bo
 
     ``most`` bytes are for the pass that runs meanwhile; a part of all (``WAITING_SHARE``) is for what waits in any
     case, because no turns make that pass smaller.  A task in whose way others are waits until one of them is done; one
-    that is ``lasting``, with many passes to make, rather waits for those with one than to take turns with itself.
+    that is ``lasting``, with many passes to make, rather waits for those with one, and for prompts, than to take turns
+    with itself.
     """
     task = current()
 
+    def left() -> int:
+        return _left(weights, most) - sum(its.waits for its in weights.with_prompts)
+
     def is_in_the_way() -> bool:
-        left = _left(weights, most)
-        passing = any(not its.lasting for its in weights.reserved)
-        return sizes[0] > left or (lasting and passing and sum(sizes) > left)
+        passing = bool(weights.with_prompts) or any(not its.lasting for its in weights.reserved)
+        return sizes[0] > left() or (lasting and passing and sum(sizes) > left())
 
     while task is not None and weights.reserved and is_in_the_way():
         task.wait_for(ROOM)
-    fits = next(groups(sizes, _left(weights, most)))
+    fits = next(groups(sizes, left()))
     with reserved(weights, sum(sizes[place] for place in fits), most, lasting=lasting):
         yield len(fits)
 
@@ -118,7 +121,7 @@ def room_for_prompts(weights: Offloaded, waits: int, most: int) -> Iterator[None
 
     ``waits`` bytes wait between two blocks, ``most`` are for the pass itself.  A task in whose way others with prompts
     are waits until one of them has done with its own; those that write on after theirs are in nobody's way.  Several
-    take no more than a part of the memory (``PROMPTS_SHARE``), of which those that write on know nothing.
+    take no more than a part of the memory (``PROMPTS_SHARE``).
     """
     task, mine = current(), Reserved(waits, most, lasting=False)
 
@@ -156,7 +159,7 @@ def wait_on_disk(weights: Offloaded, needed_bytes: int, cached_bytes: int) -> bo
         return False
     free = shutil.disk_usage(weights.scratch).free
     if not weights.caches_on_disk:
-        taken = sum(its.waits for its in weights.reserved)
+        taken = sum(its.waits for its in weights.reserved if its.lasting)  # the others are waited for
         if needed_bytes + taken <= weights.working_bytes or free <= 2 * cached_bytes:
             return False
         weights.caches_on_disk = True

@@ -19,7 +19,7 @@ from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import reserved, room_for_prompts, run_together
 from abliterate.model.prefix import can_take_back, empty_cache, is_plain
 from abliterate.model.ranks import least
-from abliterate.model.room import guesses_that_fit, prompt_rows, reply_rows
+from abliterate.model.room import guesses_that_fit, prompt_tokens, reply_rows
 
 FIRST = "first"
 STRETCH = 16
@@ -78,13 +78,14 @@ def generate_tokens(
         )  # fmt: skip
 
     replies: list[list[int]] = [[] for _ in prompts]
-    batches = chat.batches(prompts, rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens))
+    rows, tokens = rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens), prompt_tokens(loaded)
+    batches = chat.batches(prompts, rows, None if tokens is None else least(tokens))
     options: dict[str, Any] = {"told": its.told, "new_tokens": max_new_tokens}
     options["guessed"] = partial(is_guessed, loaded, chat)
     options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))
-    for batch, rows in each_batch(loaded, batches, reply, **options):
-        for row, tokens in zip(batch.rows, rows.tolist(), strict=True):
-            replies[row] = until_end(tokens, ends_of(loaded))
+    for batch, found in each_batch(loaded, batches, reply, **options):
+        for row, its_own in zip(batch.rows, found.tolist(), strict=True):
+            replies[row] = until_end(its_own, ends_of(loaded))
     on_event(Finished(task=task))
     return replies
 
@@ -108,8 +109,7 @@ def rows_of_replies(
 ) -> int:
     """Rows of a batch in which replies to ``prompts`` are written; see ``reply_rows``."""
     longest = max((len(chat.encode(prompt)) for prompt in prompts), default=0)
-    rows = reply_rows(loaded, batch_size, longest + max_new_tokens)
-    return least(prompt_rows(loaded, rows, longest))
+    return least(reply_rows(loaded, batch_size, longest + max_new_tokens))
 
 
 def is_guessed(loaded: LoadedModel, chat: ChatFormat, tokens: int) -> bool:

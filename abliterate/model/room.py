@@ -59,16 +59,15 @@ def logits_room(loaded: LoadedModel, most_bytes: int) -> int:
     return most_bytes if loaded.offload is None else min(most_bytes, loaded.offload.working_bytes // 2)
 
 
-def prompt_rows(loaded: LoadedModel, most: int, tokens: int) -> int:
-    """Rows of a batch of prompts of ``tokens`` tokens to which replies are written: ``most`` or less.
+def prompt_tokens(loaded: LoadedModel) -> int | None:
+    """The most tokens of a batch of prompts to which replies are written; None for as many as there are.
 
     Out of core a pass over them is to take a part of the working memory (``PROMPTS_PART``): it is left free all the
     while that the others write.
     """
     if loaded.offload is None:
-        return most
-    share = loaded.offload.working_bytes // PROMPTS_PART
-    return max(1, min(most, share // (tokens * running_bytes(loaded))))
+        return None
+    return loaded.offload.working_bytes // PROMPTS_PART // running_bytes(loaded)
 
 
 def most_guesses(rows: int) -> int:

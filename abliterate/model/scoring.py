@@ -28,7 +28,7 @@ from abliterate.method.scope import WHOLE, Scope
 from abliterate.method.selection_metrics import Cosmic
 from abliterate.method.statistics import kl_nats, refusal_metric
 from abliterate.model.chat import Batch
-from abliterate.model.footprint import waiting_bytes
+from abliterate.model.footprint import logit_bytes, running_bytes, waiting_bytes
 from abliterate.model.forward import last_of_batch, last_states
 from abliterate.model.interventions import added_each, observed, plus_each, removed, rows_apart, without
 from abliterate.model.jobs import Base, Figures, Group, Job, prompt_groups
@@ -82,7 +82,7 @@ class CandidateScorer:
         self._cut = cache(lambda prompts: list(prompt_groups(encoded, prompts, batch_size)))
         self.groups = self._cut(tuple(range(self.n_prompts)))
         self.harmless = self._cut(tuple(range(self.n_harmful, self.n_prompts)))
-        self.room = int(WAITING * loaded.offload.working_bytes) if loaded.offload else 0
+        self.room = self._room(loaded.offload.working_bytes) if loaded.offload else 0
         self.prefix = 0
         self.base = self._base_run()
         self._share_prefix(shared_tokens(encoded))
@@ -249,8 +249,16 @@ class CandidateScorer:
 
     def _bytes(self, job: Job) -> int:
         """What a job takes that waits for the next block, with the forward passes of all its groups."""
-        sizes = [len(group.ids) * waiting_bytes(self.loaded, group.ids.shape[1]) for group in self._groups_of(job)]
+        changed = job.kind == "ablated"
+        shapes = [group.ids.shape for group in self._groups_of(job)]
+        sizes = [rows * waiting_bytes(self.loaded, width, changed=changed) for rows, width in shapes]
         return len(job.candidates) * sum(sizes)
+
+    def _room(self, working_bytes: int) -> int:
+        """Bytes for passes that wait: ``WAITING`` of all, or what the smallest that must run beside them leaves."""
+        shapes = [group.ids.shape for group in self.groups]
+        one = max(n * (width * running_bytes(self.loaded) + logit_bytes(self.loaded)) for n, width in shapes)
+        return min(int(WAITING * working_bytes), max(working_bytes - one, working_bytes // 4))
 
     # --- the base run, and what may be taken from it ------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Models tried on the test prompts, one after the other, never two in memory: the base, controls, and others."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -59,8 +59,8 @@ def side_by_side(
         View(name=name, its=session, hooks=partial(without, session.loaded, control), is_control=True)
         for name, control in control_candidates(directions if controls else None, seed=recipe.find.seed)
     ]
-    with _draft(session, bench, proof, others[proven:]) as draft:
-        hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
+    draft = _draft(session, bench, proof, others[proven:])
+    hooked, spoken = _try_base(session, bench, [base, *controls_of], draft, proof, prompts)
     pads = session.chat.pads if proof is not None else None  # an edit leaves that as it is
     session.release()
     compared = None
@@ -80,24 +80,25 @@ def side_by_side(
     return compared, None if bench is None else bench.report(session, third=third.name if third else "")
 
 
-@contextmanager
 def _draft(
     session: Session, bench: Bench | None, proof: EditPlan | None, others: Sequence[tuple[str, Checkpoint]]
-) -> Iterator[View | None]:
+) -> View | None:
     """The edited model as it is made of the base, where that spares weight passes: its replies are drafts.
 
     By its edited weights, or by hooks where these cannot be made on the way.
     """
-    out_of_core = session.recipe.evaluate.backend != "vllm" and session.loaded.offload is not None
-    if proof is None or proof.stream is None or bench is None or not others or not out_of_core:
-        yield None
-    elif (edited := EditedWeights.of(session.loaded, proof, session.recipe.edit.rounding)) is not None:
-        with edited.ready():
-            name = f"{others[0][0]}, made of the base"
-            yield View(name=name, its=session, hooks=edited.applied, is_control=True)
-    else:
-        name = f"{others[0][0]}, by hooks"
-        yield View(name=name, its=session, hooks=partial(as_planned, session.loaded, proof), is_control=True)
+    weights = session.loaded.offload if session.recipe.evaluate.backend != "vllm" else None
+    if proof is None or proof.stream is None or bench is None or not others or weights is None:
+        return None
+    name = others[0][0]
+    edited = EditedWeights.of(session.loaded, weights, proof, session.recipe.edit.rounding)
+    if not isinstance(edited, str):
+        hooks, ready = edited.applied, edited.ready
+        return View(name=f"{name}, made of the base", its=session, hooks=hooks, ready=ready, is_control=True)
+    said = f"{name}: its replies are drafted by hooks, as {edited}; what rounding makes it say otherwise it writes by"
+    session.on_event(Noted(text=f"{said} itself, in passes of its own"))
+    hooks = partial(as_planned, session.loaded, proof)
+    return View(name=f"{name}, by hooks", its=session, hooks=hooks, is_control=True)
 
 
 def _drafts_of(draft: View | None) -> dict[str, Mapping[str, Sequence[list[int]]]]:
@@ -129,7 +130,8 @@ def _try_base(
     stages += [stage for view in every if bench is not None for stage in bench.writing(view)]
     if stages:
         _ = session.chat  # made before stages take turns, as other processes are asked for it
-        share(session.loaded, stages)
+        with nullcontext() if draft is None else draft.ready():
+            share(session.loaded, stages)
     if bench is None:
         return found.get("hooked"), {}
     spoken = {mode: its.replies[HARMLESS] for mode, its in views[0].written.items()}

@@ -41,12 +41,13 @@ from abliterate.workflow.session import Session
 class View:
     """A model as it is tried: loaded as ``its``, under ``hooks``; a control is spared the tasks.
 
-    ``drafts``: by mode and kind, what it will probably reply.
+    ``ready`` is entered before it and others take turns.  ``drafts``: by mode and kind, what it will probably reply.
     """
 
     name: str
     its: Session
     hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+    ready: Callable[[], AbstractContextManager[None]] = nullcontext
     is_control: bool = False
     drafts: Mapping[str, Mapping[str, Sequence[list[int]]]] = field(default_factory=dict)
     written: dict[str, Written] = field(default_factory=dict)
