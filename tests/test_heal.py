@@ -37,6 +37,7 @@ from abliterate.recipe import Recipe
 from abliterate.verification.checkpoint_proof import verify_bytes
 from abliterate.workflow import healing as workflow
 from abliterate.workflow.healing import HealingOptions
+from abliterate.workflow.session import open_session
 from tests import checkpoints, equivalence, factories
 from tests.checkpoints import directions, overwrite, read, without
 from tests.test_lora import logits, with_adapter
@@ -339,6 +340,25 @@ def test_too_few_prompts(edit, tmp_path):
     refused(UsageError, "holds 1 prompts", edit, tmp_path, changes=changes)
     few = dataclasses.replace(FEW, most_prompts=1)
     refused(TooFewPromptsError, "1 harmless prompts to learn from, and it takes 8", edit, tmp_path, options=few)
+
+
+def test_what_the_base_refuses_is_not_learned_again():
+    """Refusals of harmless prompts are what an edit took away with the others."""
+    notes = []
+    recipe = Recipe().with_changes({"max_new_tokens": 12, "n_train": 24, "n_val": 6})
+    session = open_session(None, recipe, on_event=notes.append)
+    contrast = session.contrast
+    own, other = contrast.harmless_train.prompts[:9], contrast.harmful_train.prompts[:6]
+    mixed = dataclasses.replace(contrast.harmless_train, prompts=(*own, *other))
+    vars(session)["contrast"] = dataclasses.replace(contrast, harmless_train=mixed)
+    (learned, validation), refused = workflow._answers(session)
+    assert refused == {"training": 6, "validation": 0}
+    assert [its.prompt for its in learned] == [its.text for its in own]
+    assert len(validation) == 6
+    assert any("6 of 15 training prompts are left out" in getattr(its, "text", "") for its in notes)
+    vars(session)["contrast"] = dataclasses.replace(contrast, harmless_train=contrast.harmful_train)
+    with pytest.raises(TooFewPromptsError, match=r"the base answers . of 24 training prompts, and it takes 8"):
+        workflow._answers(session)
 
 
 def test_too_little_memory(edit, tmp_path, monkeypatch):

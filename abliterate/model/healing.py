@@ -80,11 +80,14 @@ def lessons(
     chat: ChatFormat,
     prompts: Sequence[str],
     *,
+    teaches: Callable[[str, str], bool] = lambda *_: True,
     max_new_tokens: int,
     batch_size: int,
     on_event: OnEvent = ignore,
 ) -> list[Lesson]:
-    """What the base, which is ``loaded``, teaches on ``prompts``; prompts it says nothing to are left out.
+    """What the base, which is ``loaded``, teaches on ``prompts``.
+
+    Prompts it says nothing to are left out, and those whose reply is not to be learned: ``teaches(prompt, reply)``.
 
     Raises:
         UsageError: half of the free memory does not hold its distributions.
@@ -100,7 +103,8 @@ def lessons(
     options = {"batch_size": batch_size, "on_event": on_event}
     task = "replies of the base to learn from"
     replies = generate_tokens(loaded, chat, prompts, max_new_tokens=max_new_tokens, task=task, **options)
-    said = [(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True) if reply]
+    asked = zip(prompts, replies, strict=True)
+    said = [(prompt, reply) for prompt, reply in asked if reply and teaches(prompt, chat.text(reply))]
     encoded, lengths = [chat.encode(prompt) + reply for prompt, reply in said], [len(reply) for _, reply in said]
     base: dict[int, Tensor] = {}
 

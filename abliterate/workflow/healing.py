@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +14,12 @@ from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.healing import healable, healed
 from abliterate.errors import AbliterateError, PlanRefusedError, TooFewPromptsError, UsageError, VerificationError
 from abliterate.evaluate.evaluation import EvalReport
+from abliterate.evaluate.replies import SCORERS, is_refusal
 from abliterate.events import Noted, OnEvent, ignore, working
 from abliterate.method.statistics import Difference, paired_difference
-from abliterate.model.healing import Adapter, Classroom, Healed, Schedule, lessons, peft_library, train
+from abliterate.model.healing import Adapter, Classroom, Healed, Lesson, Schedule, lessons, peft_library, train
 from abliterate.model.healing_dpo import pairs_of, train_by_preference, trl_library
+from abliterate.model.prompts import PromptSet
 from abliterate.model.room import check_held, out_of_memory_is
 from abliterate.publishing import manifest
 from abliterate.publishing.finished import FinishedEdit
@@ -136,16 +137,21 @@ def _check_prompts(session: Session) -> None:
     Raises:
         TooFewPromptsError: there are not.
     """
-    contrast = session.contrast
-    for what, part, fewest in (
-        ("to learn from", contrast.harmless_train, FEWEST_TRAINING),
-        ("to say when to stop", contrast.harmless_val, FEWEST_VALIDATION),
-    ):
+    for _, what, part, fewest in _parts(session):
         if len(part.prompts) < fewest:
             raise TooFewPromptsError(
                 f"{part.source}: {len(part.prompts)} harmless prompts {what}, and it takes {fewest}",
                 "give more by --harmless, or a larger --prompts",
             )
+
+
+def _parts(session: Session) -> tuple[tuple[str, str, PromptSet, int], ...]:
+    """The name of each part of the prompts, what it is for, its prompts, and how many it takes."""
+    contrast = session.contrast
+    return (
+        ("training", "to learn from", contrast.harmless_train, FEWEST_TRAINING),
+        ("validation", "to say when to stop", contrast.harmless_val, FEWEST_VALIDATION),
+    )
 
 
 def _fingerprint(session: Session, made: EditPlan, options: HealingOptions) -> str:
@@ -163,7 +169,7 @@ def _trained(
         session.on_event(Noted(text="continued: the adapter was trained before"))
         return known
     try:
-        found, pairs = _train(session, source, made, options)
+        found, counts = _train(session, source, made, options)
         if not found.kept:
             raise PlanRefusedError(
                 f"{source.name}: none of {found.steps} steps brought it closer to its base on the validation prompts "
@@ -179,22 +185,26 @@ def _trained(
             f"token; step {found.kept} of {found.steps} was best"
         )
     )
-    about = _about(session, found, options, pairs)
+    about = _about(session, found, options, counts)
     healing_file.save(found.added, file, about)
     return about
 
 
-def _train(session: Session, source: Checkpoint, made: EditPlan, options: HealingOptions) -> tuple[Healed, int | None]:
-    """What training gives and, with preferences, of how many pairs; the base, then the edited model is in memory.
+def _train(
+    session: Session, source: Checkpoint, made: EditPlan, options: HealingOptions
+) -> tuple[Healed, Mapping[str, int]]:
+    """What training gives, and counts: of pairs, with preferences, and of prompts that the base refuses, by part.
+
+    The base, and then the edited model is in memory.
 
     Raises:
         UsageError: memory does not suffice.
+        TooFewPromptsError: the base answers too few prompts.
     """
     recipe, on_event = session.recipe, session.on_event
     settings = {"batch_size": recipe.model.batch_size, "on_event": on_event}
     tokens = recipe.evaluate.max_new_tokens
-    ask = partial(lessons, _held(session).loaded, session.chat, max_new_tokens=tokens, **settings)
-    training, validation = (ask(its.texts) for its in (session.contrast.harmless_train, session.contrast.harmless_val))
+    (training, validation), refused = _answers(session)
     pads = session.chat.pads
     session.release()
     edited = _held(Session(checkpoint=source, recipe=recipe, on_event=on_event, pads=pads))
@@ -218,7 +228,44 @@ def _train(session: Session, source: Checkpoint, made: EditPlan, options: Healin
             else:
                 found = train_by_preference(room, adapter, pairs, schedule, seed=recipe.find.seed, advance=advance)
             advance(schedule.most_steps - found.steps)
-    return found, None if pairs is None else len(pairs)
+    return found, {**refused, **({} if pairs is None else {"pairs": len(pairs)})}
+
+
+def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, int]]:
+    """What the base teaches on the prompts of each part that it answers, and how many it refuses.
+
+    Its refusals of harmless prompts went with the others, and would be learned again: on Qwen2.5-Coder-0.5B those of
+    look-alikes came back, from 3 to 16 of 48, by other ways than the direction.
+
+    Raises:
+        UsageError: memory does not suffice.
+        TooFewPromptsError: too few are left.
+    """
+    recipe, found, refused = session.recipe, [], {}
+    scorer, loaded = SCORERS[recipe.evaluate.scorer], _held(session).loaded
+    for name, _, part, fewest in _parts(session):
+        refusing: list[str] = []
+
+        def answers(prompt: str, reply: str, refusing: list[str] = refusing) -> bool:
+            refusing += [prompt] if is_refusal(prompt, reply, scorer) else []
+            return prompt not in refusing
+
+        taught = lessons(
+            loaded, session.chat, part.texts, teaches=answers, max_new_tokens=recipe.evaluate.max_new_tokens,
+            batch_size=recipe.model.batch_size, on_event=session.on_event,
+        )  # fmt: skip
+        found.append(taught)
+        refused[name] = len(refusing)
+        if refusing:
+            said = f"{len(refusing)} of {len(part.prompts)} {name} prompts are left out: the base refuses them, and"
+            session.on_event(Noted(text=f"{said} refusing is not to be learned again"))
+        if len(taught) < fewest:
+            raise TooFewPromptsError(
+                f"{part.source}: the base answers {len(taught)} of {len(part.prompts)} {name} prompts, and it takes "
+                f"{fewest}",
+                "give prompts that it answers by --harmless, or a larger --prompts",
+            )
+    return found, refused
 
 
 def _held(session: Session) -> Session:
@@ -232,10 +279,8 @@ def _held(session: Session) -> Session:
     return session
 
 
-def _about(session: Session, found: Healed, options: HealingOptions, pairs: int | None) -> dict[str, Any]:
-    """What is to be said of training."""
-    contrast = session.contrast
-    parts = {"training": contrast.harmless_train, "validation": contrast.harmless_val}
+def _about(session: Session, found: Healed, options: HealingOptions, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What is to be said of training; ``counts`` as ``_train`` gives them."""
     libraries = ("peft", "trl") if options.method == "dpo" else ("peft",)
     return {
         "method": options.method,
@@ -244,9 +289,10 @@ def _about(session: Session, found: Healed, options: HealingOptions, pairs: int 
         "writers": len(found.added),
         "parameters": sum(its.a.numel() + its.b.numel() for its in found.added.values()),
         "prompts": {
-            name: {"source": its.source, "count": len(its.prompts), "sha256": its.sha256} for name, its in parts.items()
+            name: {"source": its.source, "count": len(its.prompts), "sha256": its.sha256, "refused": counts[name]}
+            for name, _, its, _ in _parts(session)
         },
-        **({} if pairs is None else {"pairs": pairs}),
+        **({"pairs": counts["pairs"]} if "pairs" in counts else {}),
         "reply_tokens": session.recipe.evaluate.max_new_tokens,
         "schedule": asdict(options.schedule),
         "seed": session.recipe.find.seed,
