@@ -91,7 +91,7 @@ bench-quarter: $(VENV)/installed-dev
 # How often a run out of core reads the weights, stage by stage.  Writes docs/passes.md; of another model, as
 # MODEL="/path/to/folder --memory 1000MiB --recipe bench/passes_few.toml", docs/passes-real.md.
 bench-passes: $(VENV)/installed-dev
-	$(BIN)/python -m bench.passes $(if $(MODEL),$(MODEL) --work out/passes-real,--apart) --write docs/passes$(if $(MODEL),-real).md
+	$(BIN)/python -m bench.passes $(if $(MODEL),$(MODEL) --work out/passes-real,--apart --recipe bench/passes_small.toml) --write docs/passes$(if $(MODEL),-real).md
 
 # A weight pass against dd on the same files, not cached; MODEL=/path/to/folder reads another than the shapes of an 8B.
 # Writes docs/disk.md.
