@@ -28,6 +28,7 @@ from abliterate.errors import (
 )
 from abliterate.method.directions import given
 from abliterate.method.linalg import orthonormal_basis, project_out
+from abliterate.method.statistics import Difference
 from abliterate.method.weight_edit import LowRank
 from abliterate.model import healing as training
 from abliterate.model.healing import Schedule
@@ -359,6 +360,17 @@ def test_what_the_base_refuses_is_not_learned_again():
     vars(session)["contrast"] = dataclasses.replace(contrast, harmless_train=contrast.harmful_train)
     with pytest.raises(TooFewPromptsError, match=r"the base answers . of 24 training prompts, and it takes 8"):
         workflow._answers(session)
+
+
+def test_refusals_that_come_back_are_said(edit, tmp_path, monkeypatch):
+    back, notes = Difference(value=0.29, low=0.17, high=0.42), []
+    monkeypatch.setattr(
+        workflow, "_changes", lambda _: {"harmful": back, "harmless": dataclasses.replace(back, low=0.0)}
+    )
+    abliterate.heal(edit, tmp_path / "out", changes={"max_new_tokens": 6}, options=FEW, on_event=notes.append)
+    said = [its.text for its in notes if "came back" in getattr(its, "text", "")]
+    assert len(said) == 1
+    assert "refusals of harmful prompts came back, +29 points" in said[0]
 
 
 def test_too_little_memory(edit, tmp_path, monkeypatch):

@@ -234,8 +234,7 @@ def _train(
 def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, int]]:
     """What the base teaches on the prompts of each part that it answers, and how many it refuses.
 
-    Its refusals of harmless prompts went with the others, and would be learned again: on Qwen2.5-Coder-0.5B those of
-    look-alikes came back, from 3 to 16 of 48, by other ways than the direction.
+    Its refusals of harmless prompts went with the others, and are not to be taught.
 
     Raises:
         UsageError: memory does not suffice.
@@ -328,6 +327,10 @@ def _merged(
     require_verified(verification, output)
     if evaluation is None:
         raise AssertionError("replies were asked for")
+    for kind, change in _changes(evaluation).items():
+        if change.low > 0:
+            said = f"refusals of {kind} prompts came back, {100 * change.value:+.0f} points against the edited model"
+            session.on_event(Noted(text=f"{said}, by other ways than what was edited: that one may be the better"))
     about = {**about, "refusal_change": {kind: asdict(its) for kind, its in _changes(evaluation).items()}}
     document = manifest.build(
         plan,
