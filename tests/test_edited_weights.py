@@ -61,7 +61,7 @@ def test_it_is_the_written_checkpoint_and_the_base_is_as_it_was(name, stored, tm
     base, made = base_and_plan(name, tmp_path, stored)
     loaded = offloaded(base, memory_bytes=2**28 if name in ("gpt2", "opt") else None)  # two embeddings
     before = loaded.offload.working_bytes
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     assert isinstance(weights, EditedWeights), weights
     with weights.ready():
         assert loaded.offload.working_bytes == before - weights.size_bytes
@@ -80,7 +80,7 @@ def test_it_is_the_written_checkpoint_and_the_base_is_as_it_was(name, stored, tm
 def test_blocks_that_stay_loaded_are_edited_too(tmp_path):
     base, made = base_and_plan("llama", tmp_path)
     loaded = offloaded(base, memory_bytes=2**28)
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     assert any(loaded.offload.stays(unit) for unit in loaded.offload.units if unit.is_block)
     written = alone(edit(made, None, tmp_path / "edited"))
     with weights.ready():
@@ -94,7 +94,7 @@ def test_a_broken_edit_is_another_model(tmp_path, monkeypatch):
     written = alone(edit(made, None, tmp_path / "edited"))
     monkeypatch.setattr(TensorEdit, "edit_columns", lambda *_: None)
     loaded = offloaded(base)
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     with weights.ready():
         _, edited = side_by_side(loaded, weights)
     assert not any(torch.equal(ours, theirs) for ours, theirs in zip(edited, written, strict=True))
@@ -105,7 +105,7 @@ def test_each_block_is_edited_once_in_a_weight_pass(tmp_path, monkeypatch):
     loaded, asked = offloaded(base), []
     whole = edited_weights.edit_whole
     monkeypatch.setattr(edited_weights, "edit_whole", lambda *its: (asked.append(its[1].name), whole(*its)))
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     with weights.ready():
         side_by_side(loaded, weights)
     assert sorted(asked) == sorted(w.name for w in made.writers if w.layer is not None)
@@ -135,13 +135,13 @@ def test_a_head_that_is_edited_with_the_embedding_is_left_to_hooks(tmp_path):
 
 
 def why_not(loaded, made):
-    return EditedWeights.of(loaded, loaded.offload, made, "direction")
+    return EditedWeights.of(loaded.offload, made, "direction")
 
 
 def test_in_the_stored_dtype_too(tmp_path):
     base, made = base_and_plan("llama", tmp_path)
     loaded = offloaded(base, torch.bfloat16)
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     with weights.ready():
         _, edited = side_by_side(loaded, weights)
     written = offloaded(edit(made, None, tmp_path / "edited"), torch.bfloat16)
@@ -174,7 +174,7 @@ def test_rows_by_themselves_are_edited_as_in_the_whole_matrix(k):
 def test_a_writer_that_cannot_be_edited_leaves_the_base_as_it_was(tmp_path, monkeypatch):
     base, made = base_and_plan("llama-biases", tmp_path)
     loaded = offloaded(base, memory_bytes=2**28)
-    weights = EditedWeights.of(loaded, loaded.offload, made, "direction")
+    weights = EditedWeights.of(loaded.offload, made, "direction")
     whole = edited_weights.edit_whole
 
     def fail_at_biases(rows, writer, its):

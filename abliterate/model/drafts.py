@@ -133,8 +133,7 @@ def _write_on(
         return generate_ids(loaded, chat, batch, max(needs[row] for row in batch.rows))
 
     rows = least(reply_rows(loaded, batch_size, max(map(len, begun), default=0) + most))
-    tokens = prompt_tokens(loaded)
-    batches = chat.pack(begun, rows, None if tokens is None else least(tokens))
+    batches = chat.pack(begun, rows, prompt_tokens(loaded))
     guessed = partial(is_guessed, loaded, chat)
     for batch, written in each_batch(loaded, batches, write, new_tokens=most, guessed=guessed):
         for row, its in zip(batch.rows, written.tolist(), strict=True):

@@ -22,7 +22,6 @@ from abliterate.checkpoint.transfer import one_core
 from abliterate.editing.blocks import WORK_ELEMENTS, Rounding
 from abliterate.editing.shards import InPlace, edit_whole
 from abliterate.editing.writing import edits_of
-from abliterate.model.load import LoadedModel
 from abliterate.model.memory import rows_bytes
 from abliterate.model.offload import Offloaded
 from abliterate.model.rows import Rows
@@ -52,8 +51,7 @@ class EditedWeights:
     loaded again.
     """
 
-    def __init__(self, loaded: LoadedModel, weights: Offloaded, plan: EditPlan, rounding: Rounding) -> None:
-        self._loaded = loaded
+    def __init__(self, weights: Offloaded, plan: EditPlan, rounding: Rounding) -> None:
         self._weights = weights
         self._edit_of = edits_of(plan, rounding)
         self._edits: dict[str, InPlace] = {}
@@ -64,7 +62,7 @@ class EditedWeights:
         self._writings, self.is_whole = _found(weights, plan)
 
     @classmethod
-    def of(cls, loaded: LoadedModel, weights: Offloaded, plan: EditPlan, rounding: Rounding) -> "EditedWeights | str":
+    def of(cls, weights: Offloaded, plan: EditPlan, rounding: Rounding) -> "EditedWeights | str":
         """The weights as ``plan`` edits them, or why they cannot be made on the way."""
         if weights.device.type != "cpu":
             return "the model runs on an accelerator"
@@ -72,7 +70,7 @@ class EditedWeights:
             return "writers are quantised"
         if plan.model_map.tied and plan.tied == "shared":
             return "the head is edited with the embedding"
-        found = cls(loaded, weights, plan, rounding)
+        found = cls(weights, plan, rounding)
         if not found.is_whole:
             return "writers are converted as they are loaded, or cast to a narrower dtype"
         if found.size_bytes > weights.working_bytes // SHARE:

@@ -11,7 +11,7 @@ Where several thunks take turns at one model (``lockstep``), an intervention act
 it, and of those that are parts of it; one made outside of them acts on all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -244,11 +244,8 @@ def everywhere(loaded: LoadedModel, change: Change) -> Iterator[None]:
     undoing = [_on_output(loaded.embedding, change)]
     undoing += [_on_input(block, change) for block in loaded.blocks]
     undoing += [_on_output(site, change) for sites in loaded.sites for site in sites]
-    try:
+    with _until_done(undoing):
         yield
-    finally:
-        for undo in undoing:
-            undo()
 
 
 @contextmanager
@@ -261,11 +258,8 @@ def at_writers(loaded: LoadedModel, change_at: Callable[[Place, nn.Module], Chan
             places.append((place, site))
     changes = [(module, change_at(place, module)) for place, module in places]
     undoing = [_on_output(module, change) for module, change in changes if change is not None]
-    try:
+    with _until_done(undoing):
         yield
-    finally:
-        for undo in undoing:
-            undo()
 
 
 def where(loaded: LoadedModel, change: Change, scope: Scope) -> AbstractContextManager[None]:
@@ -298,11 +292,8 @@ def observed(loaded: LoadedModel, see: Callable[[int, Tensor], None], *, leaving
     undoing = [_on_input(block, _showing(partial(see, layer))) for layer, block in enumerate(loaded.blocks)]
     if leaving_last:
         undoing.append(_on_output(loaded.blocks[-1], _showing(partial(see, loaded.n_layers))))
-    try:
+    with _until_done(undoing):
         yield
-    finally:
-        for undo in undoing:
-            undo()
 
 
 @contextmanager
@@ -312,6 +303,12 @@ def watched(
     """Run while ``entering`` is shown what goes into ``module``, and ``leaving`` what comes out of it."""
     undoing = [] if entering is None else [_on_input(module, _showing(entering))]
     undoing.append(_on_output(module, _showing(leaving)))
+    with _until_done(undoing):
+        yield
+
+
+@contextmanager
+def _until_done(undoing: Sequence[Undo]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -78,8 +78,8 @@ def generate_tokens(
         )  # fmt: skip
 
     replies: list[list[int]] = [[] for _ in prompts]
-    rows, tokens = rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens), prompt_tokens(loaded)
-    batches = chat.batches(prompts, rows, None if tokens is None else least(tokens))
+    rows = rows_of_replies(loaded, chat, prompts, batch_size, max_new_tokens)
+    batches = chat.batches(prompts, rows, prompt_tokens(loaded))
     options: dict[str, Any] = {"told": its.told, "new_tokens": max_new_tokens}
     options["guessed"] = partial(is_guessed, loaded, chat)
     options["advance"] = lambda n: on_event(Advanced(task=task, amount=n))

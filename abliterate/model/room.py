@@ -10,6 +10,7 @@ from abliterate.errors import UsageError
 from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, running_bytes
 from abliterate.model.guessing import LEAST_GUESSES, MOST_GUESSES, PASS_TOKENS
 from abliterate.model.load import LoadedModel, free_on_gpu
+from abliterate.model.ranks import least
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """More tokens in a pass make it no faster: a processor's caches are full, a card is busy."""
@@ -60,14 +61,14 @@ def logits_room(loaded: LoadedModel, most_bytes: int) -> int:
 
 
 def prompt_tokens(loaded: LoadedModel) -> int | None:
-    """The most tokens of a batch of prompts to which replies are written; None for as many as there are.
+    """The most tokens of a batch of prompts to which replies are written; None: any. Processes agree on it.
 
     Out of core a pass over them is to take a part of the working memory (``PROMPTS_PART``): it is left free all the
     while that the others write.
     """
     if loaded.offload is None:
         return None
-    return loaded.offload.working_bytes // PROMPTS_PART // running_bytes(loaded)
+    return least(loaded.offload.working_bytes // PROMPTS_PART // running_bytes(loaded))
 
 
 def most_guesses(rows: int) -> int:

@@ -91,7 +91,7 @@ def _draft(
     if proof is None or proof.stream is None or bench is None or not others or weights is None:
         return None
     name = others[0][0]
-    edited = EditedWeights.of(session.loaded, weights, proof, session.recipe.edit.rounding)
+    edited = EditedWeights.of(weights, proof, session.recipe.edit.rounding)
     if not isinstance(edited, str):
         hooks, ready = edited.applied, edited.ready
         return View(name=f"{name}, made of the base", its=session, hooks=hooks, ready=ready, is_control=True)
