@@ -20,6 +20,7 @@ class Trait(Enum):
     SAME_WORK = "two runs may differ in it and still be the same work"
     OF_A_MACHINE = "whoever uses a manifest decides it"
     FILE_ONLY = "it stands in recipe files, and the command line does not offer it"
+    OF_PROCESSES = "only a command that several processes can share offers it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,10 @@ class ModelOptions(Section):
             ge=2**20,
             description="Memory of each GPU to stay within, e.g. 20GiB. Default: what is free.",
         )
+    )
+    tensor_parallel: Annotated[bool, Trait.SAME_WORK, Trait.OF_A_MACHINE, Trait.OF_PROCESSES] = Field(
+        default=False,
+        description="Have the processes that torchrun started on a machine hold one model together, a part each.",
     )
     system: str | None = Field(
         default=None, description="System prompt. Default: none (the template's own, if it has one)."

@@ -6,15 +6,25 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 
 import psutil
 import pytest
 import torch
 from torch.distributed import HashStore
 
-from abliterate.errors import InterruptedRunError, VerificationError
+from abliterate.checkpoint import direction_file
+from abliterate.checkpoint.source import open_folder
+from abliterate.data.bundled import open_model
+from abliterate.errors import InterruptedRunError, UsageError, VerificationError
+from abliterate.model import parallel
 from abliterate.model import ranks as ranks_module
 from abliterate.model.ranks import PLAIN, Ranks, spread
+from abliterate.recipe import load_recipe
+from abliterate.workflow import pipeline
+from tests.quantising import quantised_llama
+
+DIRECTION = "abliterate/direction.safetensors"
 
 RECIPE = """
 [find]
@@ -172,6 +182,77 @@ def test_a_run_of_several_processes_is_that_of_one(tmp_path):
         assert path.read_bytes() == (several / path.name).read_bytes()
     shown = [[model["prompts"] for model in its["evaluation"]["models"]] for its in documents]
     assert shown[0] == shown[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as the test above")
+def test_processes_that_hold_one_model_together_find_what_one_finds(tmp_path):
+    """Hooks see whole residuals: of parts the direction would be another, and the proof against hooks would fail."""
+    recipe = tmp_path / "few.toml"
+    recipe.write_text(RECIPE)
+    out = tmp_path / "two"
+    two = launched(2, "run", "tiny-chat", "--recipe", recipe, "--no-eval", "--tensor-parallel", "--out", out)
+    alone = pipeline.run(None, tmp_path / "one", load_recipe(str(recipe)), with_evaluation=False)
+    said, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, said
+    assert "2 processes share one model" in said
+    document = json.loads((out / "abliterate.json").read_text())
+    assert document["processes"] == 2
+    assert document["verification"]["ok"]
+    assert document["direction"]["choice"]["candidate"] == alone.directions.choice.candidate
+    ours, theirs = (its.chosen.vector for its in (direction_file.load(out / DIRECTION), alone.directions))
+    assert not torch.equal(ours, theirs)  # sums of parts are rounded otherwise: it was divided
+    assert float(ours @ theirs) > 1 - 1e-9
+
+
+def test_what_cannot_be_held_together_is_said(tmp_path, monkeypatch):
+    place, plain = torch.device("cpu"), open_model(None)
+    monkeypatch.setattr(parallel, "here", lambda: None)
+    with pytest.raises(UsageError, match="one process holds the whole model"):
+        parallel.check_parallel(plain, place)
+    ranks = Ranks(HashStore(), 0, 4)
+    ranks.one_model = True
+    monkeypatch.setattr(parallel, "here", lambda: ranks)
+    monkeypatch.setattr(parallel, "on_this_machine", lambda: (0, 2))
+    with pytest.raises(UsageError, match="4 processes, of which 2 are on this machine"):
+        parallel.check_parallel(plain, place)
+    monkeypatch.setattr(parallel, "on_this_machine", lambda: (0, 4))
+    parallel.check_parallel(plain, place)
+    base, _ = quantised_llama(tmp_path / "fp8", "blocks")
+    with pytest.raises(UsageError, match="is quantised"):
+        parallel.check_parallel(open_folder(base, name="fp8"), place)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="on cpu, beside cards"):
+        parallel.check_parallel(plain, place)
+
+
+def test_a_model_that_is_not_divided_is_refused(monkeypatch):
+    class Whole:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            return torch.nn.Linear(2, 2)
+
+    with pytest.raises(UsageError, match="transformers has no plan"):
+        parallel.load_parallel(open_model(None), Whole, torch.float32)
+    monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
+    with pytest.raises(UsageError, match="does not know it"):
+        parallel.load_parallel(open_model(None), Whole, torch.float32)
+
+
+def test_what_decides_a_pass_is_agreed_on_where_it_is_run_together(monkeypatch):
+    """And only there: processes with a model each come to it at different times."""
+
+    def work(ranks):
+        ranks.one_model = True
+        of_thread[get_ident()] = ranks
+        together = ranks_module.agreed(10 - ranks.rank), ranks_module.count(), ranks_module.processes()
+        ranks.one_model = False
+        return together, ranks_module.agreed(10 - ranks.rank), ranks_module.count()
+
+    of_thread = {}
+    monkeypatch.setattr(ranks_module, "here", lambda: of_thread[get_ident()])
+    found, _ = of_each(3, work)
+    assert [its[0] for its in found] == [(8, 1, 3)] * 3
+    assert [its[1:] for its in found] == [(10, 3), (9, 3), (8, 3)]
 
 
 def test_other_commands_are_for_one_process(tmp_path):

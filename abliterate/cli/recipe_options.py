@@ -85,10 +85,13 @@ def flag_of(name: str) -> Flag:
 def _offered(wanted: Collection[str]) -> Iterator[str]:
     for name in wanted:
         for each in SECTIONS[name].model_fields if name in SECTIONS else [name]:
-            if Trait.FILE_ONLY not in option(each).metadata:
-                yield each
-            elif each == name:
+            traits = option(each).metadata
+            if each == name and Trait.FILE_ONLY in traits:
                 raise ValueError(f"{name} stands in recipe files only")
+            if each == name or not {Trait.FILE_ONLY, Trait.OF_PROCESSES} & {
+                its for its in traits if type(its) is Trait
+            }:
+                yield each
 
 
 def _other_parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:  # noqa: ANN401

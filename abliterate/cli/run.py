@@ -33,7 +33,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, check pr
 
 
 @guarded
-@takes("find", "edit", "model", "evaluate", "publish", file=True, method=True, quick=True, add=True)
+@takes("find", "edit", "model", "tensor_parallel", "evaluate", "publish", file=True, method=True, quick=True, add=True)
 def run(
     model: opt.OptionalModel = None,
     *,

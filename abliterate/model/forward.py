@@ -102,7 +102,7 @@ def each_batch(
             yield {"": result, **{f"{number} {name}": value for number, (name, value) in enumerate(its)}}
             its.clear()
 
-    found = spread(every, run, by_others=lambda place: advance(len(every[place].rows)))
+    found = run(every) if alone else spread(every, run, by_others=lambda place: advance(len(every[place].rows)))
     for batch, its in zip(every, found, strict=True):
         for key in sorted((key for key in its if key), key=lambda key: int(key.partition(" ")[0])):
             told(batch, key.partition(" ")[2], its[key])

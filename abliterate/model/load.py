@@ -21,6 +21,7 @@ from abliterate.method.places import Kind
 from abliterate.model.devices import Device, resolve_device
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded
+from abliterate.model.parallel import check_parallel, load_parallel
 from abliterate.model.rendering import settle_template
 from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
@@ -72,6 +73,7 @@ def load_model(
     trust_remote_code: bool = False,
     memory_bytes: int | None = None,
     device_bytes: int | None = None,
+    tensor_parallel: bool = False,
     on_event: OnEvent = ignore,
 ) -> LoadedModel:
     """Load ``checkpoint`` (whose files must be local) with its tokenizer.
@@ -81,12 +83,13 @@ def load_model(
     faster and closer to the maths.  With ``memory_bytes``, a model whose weights need more stays on disk and is read
     block by block (see ``offload`` and ``lockstep``).  On GPUs it is their memory that counts: what is free, and of
     each at most ``device_bytes``.  FP8 and MXFP4 are decoded to the dtype as they are read (see ``stored``), there and
-    on the CPU; held by an accelerator, they are what transformers makes of them.
+    on the CPU; held by an accelerator, they are what transformers makes of them.  With ``tensor_parallel`` this process
+    holds its part of the model (see ``parallel``), and no memory budget is looked at.
 
     Raises:
         CheckpointError: transformers cannot load the checkpoint.
-        UsageError: the device does not exist, the memory is too small for one block, or the model needs remote code
-            and that is not allowed.
+        UsageError: the device does not exist, the memory is too small for one block, the model needs remote code and
+            that is not allowed, or the processes cannot hold it together.
         UnsupportedFormatError: a model quantised in a way that is not known here does not fit into the memory, or is
             one that transformers does not know either.
     """
@@ -96,7 +99,11 @@ def load_model(
     decoded = place.type == "cpu" and is_decodable(checkpoint)
     widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
     rooms = _rooms(device, place, device_bytes)
-    where = _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)
+    if tensor_parallel:
+        check_parallel(checkpoint, place)
+        where = Placement()
+    else:
+        where = _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)
     budget = where.budget_bytes
     if budget is None and not decoded:
         _check_known_method(checkpoint)
@@ -106,7 +113,9 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
-        if budget is None and not decoded:
+        if tensor_parallel:
+            model = load_parallel(checkpoint, _auto_class(checkpoint), wanted, **options)
+        elif budget is None and not decoded:
             at = {"": place} if place.type == "mps" else where.device_map
             options |= {"device_map": at, "max_memory": where.max_memory, "use_safetensors": True}
             held_as = "auto" if widened else wanted

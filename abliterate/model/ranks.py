@@ -69,12 +69,14 @@ PLAIN: Codec[Any] = Codec(lambda its: json.dumps(its).encode(), json.loads)
 class Ranks:
     """This process, number ``rank`` of ``count``, and its way to the others.
 
-    ``store`` is one of torch.distributed.  ``lost`` says what stopped another rank, once that is known.
+    ``store`` is one of torch.distributed.  ``lost`` says what stopped another rank, once that is known.  ``one_model``:
+    all hold parts of one model and run it together (``parallel``), so that nothing that goes through it is dealt out.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:  # noqa: ANN401 - a store of torch
         self.store, self.rank, self.count = store, rank, count
         self.lost: AbliterateError | None = None
+        self.one_model = False
         self._turns: Counter[tuple[int, ...]] = Counter()
         self._heard = {other: (0, time.monotonic()) for other in range(count) if other != rank}
 
@@ -169,10 +171,16 @@ def here() -> Ranks | None:
     return Ranks(PrefixStore(f"abliterate/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, count)
 
 
-def count() -> int:
+def processes() -> int:
     """How many processes there are."""
     ranks = here()
     return 1 if ranks is None else ranks.count
+
+
+def count() -> int:
+    """How many processes share what goes through a model: 1 where they hold one together."""
+    ranks = here()
+    return 1 if ranks is None or ranks.one_model else ranks.count
 
 
 def is_first() -> bool:
@@ -233,12 +241,18 @@ def spread(
 
 def everyone(document: Any) -> list[Any]:  # noqa: ANN401 - anything JSON can hold
     """What each process gives here, in the order of their numbers."""
-    return list(spread(range(count()), lambda mine: (document for _ in mine), PLAIN))
+    return list(spread(range(processes()), lambda mine: (document for _ in mine), PLAIN))
 
 
 def least(number: int) -> int:
     """The least of what each process gives: what they measured of their memory, say."""
     return min(everyone(number))
+
+
+def agreed(number: int) -> int:
+    """``number`` or, where processes run one model together, the least of theirs: on it depends what they run."""
+    ranks = here()
+    return number if ranks is None or not ranks.one_model else least(number)
 
 
 def first(make: Callable[[], T]) -> T:
@@ -252,8 +266,10 @@ def meet() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, one_model: bool = False) -> Iterator[None]:
     """Run while the processes look after each other: if one fails or dies, all stop within seconds.
+
+    With ``one_model`` they hold one model together.
 
     Raises:
         AbliterateError: another process was lost.
@@ -262,6 +278,7 @@ def together() -> Iterator[None]:
     if ranks is None:
         yield
         return
+    ranks.one_model = one_model
     over = Event()
     watching = Thread(target=_watch, args=(ranks, over), daemon=True)
     watching.start()
@@ -279,6 +296,8 @@ def together() -> Iterator[None]:
     except DistError as error:
         raise _gone(error) from error
     except Exception as error:
+        if one_model and _lost_soon(ranks):  # a pass that others were to take part in
+            raise ranks.lost or error from None
         ranks.fail(AbliterateError(f"unexpected {type(error).__name__}: {error}", "look at what it printed"))
         raise
     finally:
@@ -297,6 +316,14 @@ def _watch(ranks: Ranks, over: Event) -> None:
             if not over.wait(POLL_S):
                 _thread.interrupt_main(signal.SIGTERM)
             return
+
+
+def _lost_soon(ranks: Ranks) -> bool:
+    """Whether another rank turns out to be lost."""
+    until = time.monotonic() + SILENT_S + 2 * BEAT_S
+    while ranks.lost is None and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return ranks.lost is not None
 
 
 def _gone(error: DistError) -> AbliterateError:

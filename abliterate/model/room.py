@@ -10,7 +10,7 @@ from abliterate.errors import UsageError
 from abliterate.model.footprint import cache_bytes, guess_bytes, logit_bytes, running_bytes
 from abliterate.model.guessing import LEAST_GUESSES, MOST_GUESSES, PASS_TOKENS
 from abliterate.model.load import LoadedModel, free_on_gpu
-from abliterate.model.ranks import least
+from abliterate.model.ranks import agreed, least
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}
 """More tokens in a pass make it no faster: a processor's caches are full, a card is busy."""
@@ -21,10 +21,10 @@ PROMPTS_PART = 2
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, or of the host."""
+    """Free memory of a device, or of the host; of processes that run one model together, that of the poorest."""
     if device.type == "cuda":
-        return free_on_gpu(device.index or 0)
-    return int(psutil.virtual_memory().available)
+        return agreed(free_on_gpu(device.index or 0))
+    return agreed(int(psutil.virtual_memory().available))
 
 
 def pass_tokens(loaded: LoadedModel, cached: int, shortest: int, *, share: float = 0.5) -> int:

@@ -35,7 +35,7 @@ from abliterate.model.jobs import Base, Figures, Group, Job, prompt_groups
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import groups, run_together
 from abliterate.model.prefix import empty_cache, is_plain, repeated, shared_tokens
-from abliterate.model.ranks import count, least, spread
+from abliterate.model.ranks import count, least, processes, spread
 from abliterate.model.room import free_bytes, is_out_of_memory, pass_tokens
 from abliterate.model.rowwise import subspaces_ablated
 from abliterate.model.shortened import Shortened, shortened
@@ -140,7 +140,8 @@ class CandidateScorer:
         try:
             found = iter(run_together(self.loaded, [thunk for some in thunks for thunk in some]))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or (len(jobs) == 1 and len(jobs[0].candidates) == 1):
+            whole = len(jobs) == 1 and len(jobs[0].candidates) == 1
+            if whole or processes() > count() or not is_out_of_memory(error):  # others of one model go on as they are
                 raise
             return None
         return [self._gather(job, [next(found) for _ in some]) for job, some in zip(jobs, thunks, strict=True)]

@@ -86,7 +86,7 @@ def build(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
-        **({} if ranks.count() == 1 else {"processes": ranks.count()}),
+        **({} if ranks.processes() == 1 else {"processes": ranks.processes()}),
         "source": source_of(checkpoint),
         "edit": {
             **{key: value for key, value in edit_plan.to_json().items() if key not in _NOT_KEPT},

@@ -21,6 +21,7 @@ from abliterate.model.forward import run_batch
 from abliterate.model.interventions import observed
 from abliterate.model.load import LoadedModel
 from abliterate.model.lockstep import run_together
+from abliterate.model.ranks import agreed
 from abliterate.recipe import Recipe
 from abliterate.workflow.reading import reads_replies
 from abliterate.workflow.session import Session
@@ -346,10 +347,10 @@ def timed(
     tails = [ids[-WIDTH:] for ids in encoded]
     (few,) = left_padded([tails[row % len(tails)] for row in range(rows)], rows, chat.pad_id)
     step = run(few)
-    if step < SHORT_S:
+    if agreed(int(step >= SHORT_S)) == 0:
         step = min(step, run(few))  # the first one may have warmed up
     width = max(map(len, encoded))
-    fitting = int(SHORT_S / max(step, 1e-9) * batch_size / width)
+    fitting = agreed(int(SHORT_S / max(step, 1e-9) * batch_size / width))
     whole = encoded[: max(1, min(fitting, batch_size))]
     batches = list(chat.pack(whole, batch_size))
     if loaded.offload is not None:

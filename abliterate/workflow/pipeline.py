@@ -182,7 +182,7 @@ def run(
     check_names(recipe)
     if with_evaluation:
         check_evaluation(recipe)
-    with ranks.together():
+    with ranks.together(one_model=recipe.model.tensor_parallel):
         return _run(
             model, out, recipe, revision=revision, direction=direction, with_evaluation=with_evaluation,
             on_event=on_event,
@@ -201,8 +201,9 @@ def _run(
 ) -> RunResult:
     scratch = unfinished(out) / PRIVATE_FOLDER
     session = open_session(model, recipe, revision=revision, scratch=scratch, on_event=on_event)
-    if ranks.count() > 1:
-        on_event(Noted(text=f"{ranks.count()} processes share prompts, candidates and shards; the first one tells"))
+    if (processes := ranks.processes()) > 1:
+        shared = "prompts, candidates and shards" if ranks.count() > 1 else "one model, a part of which each holds"
+        on_event(Noted(text=f"{processes} processes share {shared}; the first one tells"))
     edit_plan = plan(session.checkpoint, **recipe.plan_options)
     edit_plan = within(edit_plan, scope_asked(session.recipe.edit, edit_plan.model_map.n_layers).holds)
     if direction is None:

@@ -60,6 +60,7 @@ class Session:
             trust_remote_code=self.recipe.model.trust_remote_code,
             memory_bytes=self.recipe.model.memory_bytes or available_bytes(),
             device_bytes=self.recipe.model.device_memory_bytes,
+            tensor_parallel=self.recipe.model.tensor_parallel,
             on_event=self.on_event,
         )
         if loaded.offload is not None:
