@@ -48,7 +48,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = torch.float64, shard: str = "60KB") -> Path:
+def save(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = torch.float64, shard: str = "250KB") -> Path:
     """Save with transformers: several shards, real names; ``dtype`` None keeps that of the model."""
     with without_bars():
         (cast(model, dtype) if dtype else model).save_pretrained(folder, max_shard_size=shard)

@@ -1,6 +1,7 @@
 """The command line: two lines for every failure, one document for every ``--json``, nothing slow before ``--help``."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -133,6 +134,7 @@ def test_looking_around_does_not_import_torch(args):
 OFFERED = [name for name in SECTION_OF if Trait.FILE_ONLY not in option(name).metadata]
 
 
+@functools.cache
 def options_of(command):
     """The parameters of a command as Typer made them, by name."""
     return {its.name: its for its in typer.main.get_command(app).commands[command].params}
