@@ -222,6 +222,7 @@ def test_it_comes_closer_and_is_proven(done):
     jsonschema.validate(document, SCHEMA)
     assert document["edit"]["healed"] == 16
     assert set(document["healing"]["refusal_change"]) == {"harmful", "harmless"}
+    assert document["healing"]["kept"]["training"]["count"] == FEW.most_prompts
     assert not list(done.out.parent.glob("*.partial"))
 
 
@@ -353,13 +354,40 @@ def test_what_the_base_refuses_is_not_learned_again():
     mixed = dataclasses.replace(contrast.harmless_train, prompts=(*own, *other))
     vars(session)["contrast"] = dataclasses.replace(contrast, harmless_train=mixed)
     (learned, validation), refused = workflow._answers(session)
-    assert refused == {"training": 6, "validation": 0}
+    assert refused == {"training": [its.text for its in other], "validation": []}
     assert [its.prompt for its in learned] == [its.text for its in own]
     assert len(validation) == 6
-    assert any("6 of 15 training prompts are left out" in getattr(its, "text", "") for its in notes)
+    assert any("refuses 6 of 15 harmless training prompts" in getattr(its, "text", "") for its in notes)
     vars(session)["contrast"] = dataclasses.replace(contrast, harmless_train=contrast.harmful_train)
     with pytest.raises(TooFewPromptsError, match=r"the base answers . of 24 training prompts, and it takes 8"):
         workflow._answers(session)
+
+
+def test_what_is_to_be_kept_pulls_as_what_is_learned(edit, tmp_path, monkeypatch):
+    """Where only that is trained on, and another model teaches it, the model comes closer to that one."""
+    train, found = training.train, []
+
+    def swapped(room, *rest, **named):
+        parts = (room.training, room.validation)
+        of_training, of_validation = (its._replace(learned=(), kept=its.learned) for its in parts)
+        room = dataclasses.replace(room, training=of_training, validation=of_validation)
+        found.append(train(room, *rest, **named))
+        return found[0]
+
+    monkeypatch.setattr(workflow, "train", swapped)
+    heal(edit, tmp_path / "healed")
+    (its,) = found
+    assert its.before.learned == its.after.learned == 0
+    assert its.after.kept < 0.9 * its.before.kept
+
+
+def test_prompts_are_drawn_each_once_before_one_comes_again():
+    generator = torch.Generator().manual_seed(0)
+    its = [training.Lesson(prompt=str(n), ids=[n], length=1, taught=torch.zeros(1, 2)) for n in range(6)]
+    drawn = training._drawn(its, 4, generator)
+    first = [one.prompt for _ in range(3) for one in next(drawn)]
+    assert sorted(first[:6]) == sorted(first[6:]) == list("012345")
+    assert next(training._drawn([], 4, generator)) == []
 
 
 def test_refusals_that_come_back_are_said(edit, tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """Healing: a small LoRA on edited writers, trained until harmless prompts are answered as the base answers them.
 
 What it is taught are the distributions of the base along the base's own greedy replies; the loss is KL(base || healed),
-a mean over the tokens of replies.  After every step of the optimiser ``B`` loses what it holds along what the edit
+a mean over the tokens of replies.  Beside it stands KL(edited || healed) on prompts that the base is likely to refuse,
+so that these are answered as before.  After every step of the optimiser ``B`` loses what it holds along what the edit
 reads (``B <- B - U U^T B``), so that at no time the adapter can write it.  Validation prompts say which step is kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,30 +51,44 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Lesson:
-    """A prompt and the base's reply, as token ids of which the last ``length`` are the reply.
+    """A prompt and the reply of the model that teaches, as token ids of which the last ``length`` are the reply.
 
-    ``base``: the base's log-probabilities there, in float32, on the host.
+    ``taught``: its log-probabilities there, in float32, on the host.
     """
 
     prompt: str
     ids: list[int]
     length: int
-    base: Float[Tensor, "length vocab"]
+    taught: Float[Tensor, "length vocab"]
+
+
+class Distances(NamedTuple):
+    """Mean KL on validation prompts, nats per token: to the base, and to the edited model where that teaches."""
+
+    learned: float
+    kept: float
+
+
+class Lessons(NamedTuple):
+    """What the base teaches, and what the edited model does, so that it is kept."""
+
+    learned: Sequence[Lesson]
+    kept: Sequence[Lesson]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Healed:
     """What training came to: ``added`` by tensor name, as it was best on the validation prompts.
 
-    ``before`` and ``after`` are the mean KL(base || model) there, in nats per token; ``steps`` were taken, and after
-    step ``kept`` it was best (0: before the first, so that nothing was healed).
+    ``before`` and ``after`` are the distances there; ``steps`` were taken, and after step ``best`` their sum was least
+    (0: before the first, so that nothing was healed).
     """
 
     added: Mapping[str, LowRank]
-    before: float
-    after: float
+    before: Distances
+    after: Distances
     steps: int
-    kept: int
+    best: int
 
 
 def lessons(
@@ -83,9 +99,10 @@ def lessons(
     teaches: Callable[[str, str], bool] = lambda *_: True,
     max_new_tokens: int,
     batch_size: int,
+    task: str,
     on_event: OnEvent = ignore,
 ) -> list[Lesson]:
-    """What the base, which is ``loaded``, teaches on ``prompts``.
+    """What the model that is ``loaded`` teaches on ``prompts``.
 
     Prompts it says nothing to are left out, and those whose reply is not to be learned: ``teaches(prompt, reply)``.
 
@@ -101,23 +118,22 @@ def lessons(
             "give fewer --prompts, or a smaller --max-new-tokens",
         )
     options = {"batch_size": batch_size, "on_event": on_event}
-    task = "replies of the base to learn from"
     replies = generate_tokens(loaded, chat, prompts, max_new_tokens=max_new_tokens, task=task, **options)
     asked = zip(prompts, replies, strict=True)
     said = [(prompt, reply) for prompt, reply in asked if reply and teaches(prompt, chat.text(reply))]
     encoded, lengths = [chat.encode(prompt) + reply for prompt, reply in said], [len(reply) for _, reply in said]
-    base: dict[int, Tensor] = {}
+    taught: dict[int, Tensor] = {}
 
     def figures(_: int, log_probs: Tensor, __: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "", log_probs.float().clone()
 
     def see(row: int, _: str, log_probs: Tensor) -> None:
-        base[row] = log_probs
+        taught[row] = log_probs
 
-    with working(on_event, "what the base predicts along them", len(said), "replies") as advance:
+    with working(on_event, f"{task}: what is predicted along them", len(said), "replies") as advance:
         predict(loaded, chat.pack, encoded, lengths, figures, see, batch_size=batch_size, advance=advance)
     return [
-        Lesson(prompt=prompt, ids=ids, length=len(reply), base=base[row])
+        Lesson(prompt=prompt, ids=ids, length=len(reply), taught=taught[row])
         for row, ((prompt, reply), ids) in enumerate(zip(said, encoded, strict=True))
     ]
 
@@ -199,7 +215,7 @@ class Watch:
     """What keeps an adapter orthogonal while it is trained, and the best of it by the validation prompts."""
 
     adapter: Adapter
-    measured: Callable[[], float]
+    measured: Callable[[], Distances]
     schedule: Schedule
     advance: Callable[[int], None] = lambda _: None
     best: Healed = field(init=False)
@@ -208,7 +224,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         loss = self.measured()
-        self.best = Healed(added={}, before=loss, after=loss, steps=0, kept=0)
+        self.best = Healed(added={}, before=loss, after=loss, steps=0, best=0)
 
     @property
     def ended(self) -> bool:
@@ -218,8 +234,7 @@ class Watch:
     @property
     def result(self) -> Healed:
         """The best, and how many steps were taken."""
-        best = self.best
-        return Healed(added=best.added, before=best.before, after=best.after, steps=self.step, kept=best.kept)
+        return replace(self.best, steps=self.step)
 
     def stepped(self) -> None:
         """To be called after every step of the optimiser.
@@ -233,11 +248,10 @@ class Watch:
         if self.step % self.schedule.checked_every and self.step < self.schedule.most_steps:
             return
         loss = self.measured()
-        if not loss < float("inf"):
+        if not sum(loss) < float("inf"):
             raise NonFiniteError("healing made the model's distributions NaN or infinite", "give a smaller --rate")
-        if loss < self.best.after:
-            before, added = self.best.before, self.adapter.added()
-            self.best = Healed(added=added, before=before, after=loss, steps=self.step, kept=self.step)
+        if sum(loss) < sum(self.best.after):
+            self.best = replace(self.best, added=self.adapter.added(), after=loss, best=self.step)
             self.looks = 0
         else:
             self.looks += 1
@@ -249,29 +263,29 @@ class Classroom:
 
     loaded: LoadedModel
     chat: ChatFormat
-    training: Sequence[Lesson]
-    validation: Sequence[Lesson]
+    training: Lessons
+    validation: Lessons
     rows: int
 
     @classmethod
     def of(
-        cls, loaded: LoadedModel, chat: ChatFormat, training: Sequence[Lesson], validation: Sequence[Lesson], batch: int
+        cls, loaded: LoadedModel, chat: ChatFormat, training: Lessons, validation: Lessons, batch: int
     ) -> "Classroom":
         """With as many rows as the free memory holds the gradients of."""
-        every = [*training, *validation]
+        every = [one for part in (training, validation) for its in part for one in its]
         longest, kept = max(len(its.ids) for its in every), 1 + max(its.length for its in every)
         return cls(
             loaded=loaded, chat=chat, training=training, validation=validation,
             rows=gradient_rows(loaded, batch, longest, kept),
         )  # fmt: skip
 
-    def measured(self) -> float:
-        """Mean KL(base || model) on the validation prompts, in nats per token."""
+    def measured(self) -> Distances:
+        """The distances on the validation prompts."""
         with torch.no_grad():
-            return float(sum(float(part) for part in self.losses(self.validation, gradients=False)))
+            return Distances(*(float(sum(map(float, self.losses(its, gradients=False)))) for its in self.validation))
 
     def losses(self, its: Sequence[Lesson], *, gradients: bool = True) -> Iterator[Tensor]:
-        """Parts of the mean KL(base || model) per token, a few rows at a time."""
+        """Parts of the mean KL(teacher || model) per token, a few rows at a time."""
         tokens = sum(one.length for one in its)
         for first in range(0, len(its), self.rows):
             part = its[first : first + self.rows]
@@ -282,14 +296,14 @@ class Classroom:
                 for place, row in enumerate(batch.rows):
                     its_own = logits[place, -part[row].length - 1 : -1]
                     ours = its_own.to(wide(its_own.dtype)).log_softmax(-1)
-                    sums.append(exact_kl_nats(part[row].base.to(ours), ours).sum())
+                    sums.append(exact_kl_nats(part[row].taught.to(ours), ours).sum())
                 yield torch.stack(sums).sum() / tokens
 
 
 def train(
     room: Classroom, adapter: Adapter, schedule: Schedule, *, seed: int, advance: Callable[[int], None] = lambda _: None
 ) -> Healed:
-    """Train ``adapter`` by KL; the same seed gives the same result.
+    """Train ``adapter`` by KL to the base, and to the edited model where that teaches; the same seed, the same result.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
@@ -297,15 +311,24 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     watch = Watch(adapter=adapter, measured=room.measured, schedule=schedule, advance=advance)
     optimizer = torch.optim.AdamW(adapter.parameters, lr=schedule.rate, weight_decay=0.0, foreach=False)
-    order: list[int] = []
+    learned = _drawn(room.training.learned, schedule.batch, generator)
+    kept = _drawn(room.training.kept, ceil(schedule.batch / 2), generator)
     while not watch.ended:
-        if len(order) < schedule.batch:
-            order += torch.randperm(len(room.training), generator=generator).tolist()
-        chosen, order = order[: schedule.batch], order[schedule.batch :]
         optimizer.zero_grad()
-        for part in room.losses([room.training[place] for place in chosen]):
-            part.backward()
+        for lessons_of_step in (next(learned), next(kept)):
+            for part in room.losses(lessons_of_step):
+                part.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters, 1.0)
         optimizer.step()
         watch.stepped()
     return watch.result
+
+
+def _drawn(its: Sequence[Lesson], count: int, generator: torch.Generator) -> Iterator[list[Lesson]]:
+    """``count`` of ``its`` at a time, all of them before one comes again; none where there are none."""
+    order: list[int] = []
+    while True:
+        while its and len(order) < count:
+            order += torch.randperm(len(its), generator=generator).tolist()
+        yield [its[place] for place in order[:count]]
+        order = order[count:]

@@ -16,6 +16,7 @@ from abliterate.model.chat import ChatFormat
 from abliterate.model.healing import (
     Adapter,
     Classroom,
+    Distances,
     Healed,
     Lesson,
     Schedule,
@@ -108,7 +109,7 @@ def train_by_preference(
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
 
-    def measured() -> float:
+    def measured() -> Distances:
         adapter.model.eval()
         return room.measured()
 

@@ -17,7 +17,17 @@ from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.replies import SCORERS, is_refusal
 from abliterate.events import Noted, OnEvent, ignore, working
 from abliterate.method.statistics import Difference, paired_difference
-from abliterate.model.healing import Adapter, Classroom, Healed, Lesson, Schedule, lessons, peft_library, train
+from abliterate.model.healing import (
+    Adapter,
+    Classroom,
+    Healed,
+    Lesson,
+    Lessons,
+    Schedule,
+    lessons,
+    peft_library,
+    train,
+)
 from abliterate.model.healing_dpo import pairs_of, train_by_preference, trl_library
 from abliterate.model.prompts import PromptSet
 from abliterate.model.room import check_held, out_of_memory_is
@@ -31,13 +41,15 @@ from abliterate.workflow.trials import EDITED, side_by_side
 
 Method = Literal["kl", "dpo"]
 METHODS: Mapping[Method, str] = {
-    "kl": "KL to the base's distributions along its own replies",
+    "kl": "KL to the base's distributions along its own replies, and to the edited model's where it is to stay",
     "dpo": "direct preference optimisation (trl): the base's reply is preferred to the edited model's",
 }
 HEALED = "healed"
 FEWEST_TRAINING, FEWEST_VALIDATION = 8, 4
 TOKENS = 48
 """Of a reply, unless said otherwise."""
+KEPT_TOKENS = 16
+"""Of a reply of the edited model that is to stay as it is: whether a model refuses shows in these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +158,17 @@ def _check_prompts(session: Session) -> None:
 
 
 def _parts(session: Session) -> tuple[tuple[str, str, PromptSet, int], ...]:
-    """The name of each part of the prompts, what it is for, its prompts, and how many it takes."""
+    """The name of each part of the harmless prompts, what it is for, its prompts, and how many it takes."""
     contrast = session.contrast
     return (
         ("training", "to learn from", contrast.harmless_train, FEWEST_TRAINING),
         ("validation", "to say when to stop", contrast.harmless_val, FEWEST_VALIDATION),
     )
+
+
+def _harmful(session: Session) -> dict[str, PromptSet]:
+    """The harmful prompts of each part."""
+    return {"training": session.contrast.harmful_train, "validation": session.contrast.harmful_val}
 
 
 def _fingerprint(session: Session, made: EditPlan, options: HealingOptions) -> str:
@@ -170,10 +187,10 @@ def _trained(
         return known
     try:
         found, counts = _train(session, source, made, options)
-        if not found.kept:
+        if not found.best:
             raise PlanRefusedError(
                 f"{source.name}: none of {found.steps} steps brought it closer to its base on the validation prompts "
-                f"(KL {found.before:.4f} nats per token), so nothing is written",
+                f"(KL {found.before.learned:.4f} nats per token), so nothing is written",
                 "the edit leaves little to heal, or try more --prompts, another --rank or a smaller --rate",
             )
     except AbliterateError:
@@ -181,8 +198,9 @@ def _trained(
         raise
     session.on_event(
         Noted(
-            text=f"trained: KL to the base on validation prompts from {found.before:.4f} to {found.after:.4f} nats per "
-            f"token; step {found.kept} of {found.steps} was best"
+            text=f"trained: on validation prompts KL to the base from {found.before.learned:.4f} to "
+            f"{found.after.learned:.4f} nats per token, to the edited model where it is to stay "
+            f"{found.after.kept:.4f}; step {found.best} of {found.steps} was best"
         )
     )
     about = _about(session, found, options, counts)
@@ -193,7 +211,7 @@ def _trained(
 def _train(
     session: Session, source: Checkpoint, made: EditPlan, options: HealingOptions
 ) -> tuple[Healed, Mapping[str, int]]:
-    """What training gives, and counts: of pairs, with preferences, and of prompts that the base refuses, by part.
+    """What training gives, and counts of prompts: of pairs, with preferences, and by part.
 
     The base, and then the edited model is in memory.
 
@@ -204,7 +222,8 @@ def _train(
     recipe, on_event = session.recipe, session.on_event
     settings = {"batch_size": recipe.model.batch_size, "on_event": on_event}
     tokens = recipe.evaluate.max_new_tokens
-    (training, validation), refused = _answers(session)
+    learned, refused = _answers(session)
+    stay = [[*refused[name], *its.texts] for name, its in _harmful(session).items()]
     pads = session.chat.pads
     session.release()
     edited = _held(Session(checkpoint=source, recipe=recipe, on_event=on_event, pads=pads))
@@ -215,11 +234,14 @@ def _train(
     with out_of_memory_is(said), ExitStack() as afterwards:
         afterwards.callback(edited.release)
         loaded, chat, schedule = edited.loaded, edited.chat, options.schedule
+        task, most = "replies of the edited model that are to stay", min(tokens, KEPT_TOKENS)
+        kept = [lessons(loaded, chat, its, max_new_tokens=most, task=task, **settings) for its in stay]
+        training, validation = (Lessons(*its) for its in zip(learned, kept, strict=True))
         pairs = None
         if options.method == "dpo":
-            pairs = pairs_of(loaded, chat, training, max_new_tokens=tokens, **settings)
-            dropped = len(training) - len(pairs)
-            on_event(Noted(text=f"{dropped} of {len(training)} pairs are dropped: both models reply the same"))
+            pairs = pairs_of(loaded, chat, training.learned, max_new_tokens=tokens, **settings)
+            dropped = len(training.learned) - len(pairs)
+            on_event(Noted(text=f"{dropped} of {len(training.learned)} pairs are dropped: both models reply the same"))
         adapter = Adapter(loaded, made, healable(made), rank=options.rank, seed=recipe.find.seed)
         room = Classroom.of(loaded, chat, training, validation, schedule.batch)
         with working(on_event, "heal", schedule.most_steps, "steps") as advance:
@@ -228,11 +250,14 @@ def _train(
             else:
                 found = train_by_preference(room, adapter, pairs, schedule, seed=recipe.find.seed, advance=advance)
             advance(schedule.most_steps - found.steps)
-    return found, {**refused, **({} if pairs is None else {"pairs": len(pairs)})}
+    return found, {
+        **{name: len(its) for name, its in refused.items()},
+        **({} if pairs is None else {"pairs": len(pairs)}),
+    }
 
 
-def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, int]]:
-    """What the base teaches on the prompts of each part that it answers, and how many it refuses.
+def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, list[str]]]:
+    """What the base teaches on the harmless prompts of each part that it answers, and those that it refuses.
 
     Its refusals of harmless prompts went with the others, and are not to be taught.
 
@@ -240,7 +265,7 @@ def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, int]]:
         UsageError: memory does not suffice.
         TooFewPromptsError: too few are left.
     """
-    recipe, found, refused = session.recipe, [], {}
+    recipe, found, every = session.recipe, [], {}
     scorer, loaded = SCORERS[recipe.evaluate.scorer], _held(session).loaded
     for name, _, part, fewest in _parts(session):
         refusing: list[str] = []
@@ -251,20 +276,20 @@ def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, int]]:
 
         taught = lessons(
             loaded, session.chat, part.texts, teaches=answers, max_new_tokens=recipe.evaluate.max_new_tokens,
-            batch_size=recipe.model.batch_size, on_event=session.on_event,
+            batch_size=recipe.model.batch_size, task="replies of the base to learn from", on_event=session.on_event,
         )  # fmt: skip
         found.append(taught)
-        refused[name] = len(refusing)
+        every[name] = refusing
         if refusing:
-            said = f"{len(refusing)} of {len(part.prompts)} {name} prompts are left out: the base refuses them, and"
-            session.on_event(Noted(text=f"{said} refusing is not to be learned again"))
+            said = f"the base refuses {len(refusing)} of {len(part.prompts)} harmless {name} prompts: these are not"
+            session.on_event(Noted(text=f"{said} learned from it, and replied to as before"))
         if len(taught) < fewest:
             raise TooFewPromptsError(
                 f"{part.source}: the base answers {len(taught)} of {len(part.prompts)} {name} prompts, and it takes "
                 f"{fewest}",
                 "give prompts that it answers by --harmless, or a larger --prompts",
             )
-    return found, refused
+    return found, every
 
 
 def _held(session: Session) -> Session:
@@ -291,13 +316,21 @@ def _about(session: Session, found: Healed, options: HealingOptions, counts: Map
             name: {"source": its.source, "count": len(its.prompts), "sha256": its.sha256, "refused": counts[name]}
             for name, _, its, _ in _parts(session)
         },
+        "kept": {
+            name: {"source": its.source, "count": len(its.prompts), "sha256": its.sha256, "tokens": KEPT_TOKENS}
+            for name, its in _harmful(session).items()
+        },
         **({"pairs": counts["pairs"]} if "pairs" in counts else {}),
         "reply_tokens": session.recipe.evaluate.max_new_tokens,
         "schedule": asdict(options.schedule),
         "seed": session.recipe.find.seed,
         "steps": found.steps,
-        "kept_step": found.kept,
-        "validation_kl_nats": {"before": found.before, "after": found.after},
+        "kept_step": found.best,
+        "validation_kl_nats": {
+            "before": found.before.learned,
+            "after": found.after.learned,
+            "to_edited": found.after.kept,
+        },
         "versions": {name: version(name) for name in libraries},
     }
 
