@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import abliterate
 from abliterate.checkpoint.direction_file import load
 from abliterate.cli.lines import Lines
+from abliterate.data.bundled import open_model
 from abliterate.events import Advanced, Finished, Started
+from abliterate.model import devices
+from abliterate.model import load as loading
 from tests import factories
 from tests.checkpoints import write_llama
 from tests.edge_tools import done, refused
@@ -150,3 +154,29 @@ def test_absurd_options(command, option, value, tmp_path, monkeypatch):
     said = refused(2, "", *filled, f"{option}={value}")
     assert len(said) < 2000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("known", "kind", "dtype", "says"),
+    [
+        (False, "x86_64", torch.bfloat16, True),
+        (False, "AMD64", torch.bfloat16, True),
+        (True, "x86_64", torch.bfloat16, False),
+        (False, "aarch64", torch.bfloat16, False),
+        (False, "x86_64", torch.float32, False),
+        (None, "x86_64", torch.bfloat16, False),
+    ],
+)
+def test_a_processor_that_computes_bfloat16_in_software(known, kind, dtype, says, monkeypatch):
+    """It takes ten times as long, which is said before it does; what another torch does not tell is not said."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", None if known is None else lambda: known, raising=False)
+    monkeypatch.setattr(devices.platform, "machine", lambda: kind)
+    assert (devices.slowness(torch.device("cpu"), dtype) is not None) == says
+    assert devices.slowness(torch.device("cuda"), dtype) is None
+
+
+def test_it_is_said_when_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(loading, "slowness", lambda place, dtype: f"{dtype} on {place}")
+    notes = []
+    loading.load_model(open_model(None), device="cpu", dtype="bfloat16", on_event=notes.append)
+    assert "torch.bfloat16 on cpu" in [getattr(its, "text", "") for its in notes]

@@ -18,7 +18,7 @@ from abliterate.checkpoint.source import Checkpoint, read_json
 from abliterate.errors import CheckpointError, UnsupportedFormatError, UsageError
 from abliterate.events import Finished, Noted, OnEvent, Started, ignore
 from abliterate.method.places import Kind
-from abliterate.model.devices import Device, resolve_device
+from abliterate.model.devices import Device, resolve_device, slowness
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded
 from abliterate.model.parallel import check_parallel, load_parallel
@@ -96,6 +96,8 @@ def load_model(
     family = family_of(checkpoint.config, where=checkpoint.name)
     place = resolve_device(device)
     wanted = _dtype(dtype, place)
+    if said := slowness(place, wanted):
+        on_event(Noted(text=said))
     decoded = place.type == "cpu" and is_decodable(checkpoint)
     widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
     rooms = _rooms(device, place, device_bytes)
