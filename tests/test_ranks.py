@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -127,11 +128,11 @@ def test_a_rank_that_has_ended_is_not_missed(monkeypatch):
     one.end()
 
 
-def launched(count, *arguments):
-    """The command under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "abliterate"]
+def launched(count, *arguments, among=()):
+    """The command under torchrun; ``among`` are options for a machine among several."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, *among, "-m", "abliterate"]
     return subprocess.Popen(
-        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*map(str, [*command, *arguments])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
@@ -147,7 +148,7 @@ def workers(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_of_several_processes_is_that_of_one(tmp_path):
-    """One of two processes is killed; three go on, out of core, and end with the direction and bytes of one alone."""
+    """One of two is killed; three of two launchers, as on two machines, end with direction and bytes of one alone."""
     recipe = tmp_path / "few.toml"
     recipe.write_text(RECIPE)
     one, several = tmp_path / "one", tmp_path / "several"
@@ -164,9 +165,16 @@ def test_a_run_of_several_processes_is_that_of_one(tmp_path):
     assert killed.returncode != 0
     assert not several.exists()
 
-    three = launched(3, *options, several, "--memory", "36MiB")
-    said, _ = three.communicate(timeout=300)
-    assert three.returncode == 0, said
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", free.getsockname()[1], "--node-rank"]
+    machines = [
+        launched(count, *options, several, "--memory", "36MiB", among=[*place, number])
+        for number, count in enumerate((2, 1))
+    ]
+    said, others = (its.communicate(timeout=300)[0] for its in machines)
+    assert [its.returncode for its in machines] == [0, 0], said + others
+    assert "done and verified" not in others
     assert said.count("done and verified") == 1  # one of them tells
     assert "3 processes share" in said
     alone = subprocess.run(
