@@ -50,8 +50,9 @@ the same in all.
   {peak} FLOP/s. A block's largest product on a batch of prompts ({rows} rows) reaches {inner} of it.
 - Counted is what a stage needs: two operations for each weight of the blocks and each token of a prompt. Padding,
   norms, hooks, attention itself (below 0.1 % at this length) and, in measuring, logits take time and count for nothing.
-  In selecting, tokens that all prompts share count once for each candidate, as they are run, and one row of logits for
-  each prompt and candidate.
+  In selecting, the products of the blocks as they are run count: tokens that all prompts share once for each
+  candidate, additions from their block on (tokens are those of a block in the mean), and one row of logits for each
+  prompt and candidate.
 - On a card the goal is 50 % or more.
 - Fewer blocks make embedding and head a larger share of the time than they are in the whole model.
 
@@ -155,6 +156,7 @@ def run(loaded: LoadedModel, chat: ChatFormat, args: argparse.Namespace) -> Iter
         harmful=tuple(harmful), harmless=tuple(harmless), harmful_before=len(harmful), harmless_before=len(harmless)
     )
     on = Validation(prompts=prompts, refusal_ids=REFUSAL_IDS)
+    score_candidates(loaded, chat, candidates[:1], on, batch_size=args.batch_size)
     with counted(loaded) as done:
         started = time.perf_counter()
         score_candidates(loaded, chat, candidates, on, batch_size=args.batch_size)
@@ -165,18 +167,18 @@ def run(loaded: LoadedModel, chat: ChatFormat, args: argparse.Namespace) -> Iter
 
 @contextmanager
 def counted(loaded: LoadedModel) -> Iterator[dict[str, int]]:
-    """What the linear layers are given, while this is entered: FLOP, and tokens of the first block; none is padding."""
-    done = {"work": 0, "tokens": 0}
+    """What linear layers are given, while this is entered: FLOP, and tokens in the mean of blocks; none is padding."""
+    done, entered = {"work": 0, "tokens": 0}, 0
+    firsts = {next(its for its in block.modules() if isinstance(its, nn.Linear)) for block in loaded.blocks}
 
     def see(layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
         rows = inputs[0].numel() // inputs[0].shape[-1]
         done["work"] += 2 * rows * layer.weight.numel()  # pyright: ignore[reportCallIssue]
-
-    def enter(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        done["tokens"] += inputs[0].numel() // inputs[0].shape[-1]
+        nonlocal entered
+        entered += rows * (layer in firsts)
+        done["tokens"] = entered // loaded.n_layers
 
     handles = [its.register_forward_hook(see) for its in loaded.model.modules() if isinstance(its, nn.Linear)]
-    handles.append(loaded.blocks[0].register_forward_pre_hook(enter))
     try:
         yield done
     finally:

@@ -42,7 +42,7 @@ def heal(
     """Train a small LoRA on harmless prompts to bring an edited checkpoint back to its base, and merge it.
 
     What it adds is kept orthogonal to what was removed at every step, so the proof still holds on the merged bytes;
-    replies to harmful prompts are trained to stay as they are.
+    by --method kl, replies to harmful prompts are trained to stay as they are.
     Needs the extra: abliterate[train].
 
     Example: abliterate heal tiny-chat-abl --out tiny-chat-healed
@@ -88,8 +88,8 @@ def _show(result: "HealResult") -> None:
         f"healed by {about['objective']}: rank {about['rank']} on {about['writers']} of {len(result.plan.writers)} "
         f"writers, from {parts['training']['count']} harmless prompts; KL on {parts['validation']['count']} validation "
         f"prompts from {kl['before']:.4f} to {kl['after']:.4f} nats per token "
-        f"(step {about['kept_step']} of {about['steps']}); to the edited model on "
-        f"{about['kept']['validation']['count']} harmful ones {kl['to_edited']:.4f}",
+        f"(step {about['kept_step']} of {about['steps']}), to the edited model on what is to stay "
+        f"{kl['to_edited']:.4f}",
         markup=False,
         soft_wrap=True,
     )

@@ -102,7 +102,7 @@ def load_model(
     widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
     rooms = _rooms(device, place, device_bytes)
     if tensor_parallel:
-        check_parallel(checkpoint, place)
+        check_parallel(checkpoint, device)
         where = Placement()
     else:
         where = _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)

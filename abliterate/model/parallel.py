@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from abliterate.arch.packed import quantisation
+from abliterate.arch.packed import quantisation, text_config
 from abliterate.checkpoint.source import Checkpoint
 from abliterate.errors import UsageError
+from abliterate.model.devices import Device, resolve_device
 from abliterate.model.ranks import here, on_this_machine
 
 START = "torchrun --nproc-per-node N -m abliterate run MODEL --tensor-parallel"
 
 
-def check_parallel(checkpoint: Checkpoint, place: torch.device) -> None:
-    """Check that ``checkpoint`` can be held by the processes that there are, on ``place``.
+def check_parallel(checkpoint: Checkpoint, device: Device) -> None:
+    """Check that ``checkpoint`` can be held by the processes that there are, on ``device``; only its headers are read.
 
     Raises:
         UsageError: it cannot.
@@ -35,8 +36,37 @@ def check_parallel(checkpoint: Checkpoint, place: torch.device) -> None:
             f"{checkpoint.name}: is quantised, and --tensor-parallel is for plain weights",
             "leave it out, or write it as bfloat16 first: abliterate dequantize MODEL --out FOLDER",
         )
-    if place.type != "cuda" and torch.accelerator.is_available():
-        raise UsageError(f"--tensor-parallel: on {place.type}, beside cards", "leave --device out")
+    config = text_config(checkpoint.config)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = config.get(name)
+        if isinstance(heads, int) and heads % ranks.count:
+            raise UsageError(
+                f"{checkpoint.name}: its {heads} heads ({name}) cannot be divided among {ranks.count} processes",
+                "start as many as divide them",
+            )
+    _check_devices(device, ranks.count)
+
+
+def _check_devices(device: Device, count: int) -> None:
+    """Check that each of ``count`` processes has a card, or that all compute on a host without cards.
+
+    Raises:
+        UsageError: neither.
+    """
+    place = resolve_device(device)
+    if place.type == "cuda":
+        if device not in ("auto", "cuda"):
+            raise UsageError(f"--device {device}: with --tensor-parallel each process takes its own", "leave it out")
+        if torch.cuda.device_count() < count:
+            raise UsageError(
+                f"--tensor-parallel: {count} processes, and {torch.cuda.device_count()} cards",
+                "start one for each card",
+            )
+    elif torch.accelerator.is_available():
+        raise UsageError(
+            f"--tensor-parallel: transformers divides a model among cards where there are any, not on {place.type}",
+            "leave out --device, or, on a Mac, --tensor-parallel",
+        )
 
 
 def load_parallel(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype | str, **options: Any) -> Any:  # noqa: ANN401

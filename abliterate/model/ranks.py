@@ -22,8 +22,8 @@ from threading import Event, Thread
 from typing import Any, Generic, TypeVar
 
 from safetensors.torch import load, save
-from torch import Tensor
-from torch.distributed import DistError
+from torch import OutOfMemoryError, Tensor
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 
 from abliterate.errors import (
     AbliterateError,
@@ -293,14 +293,15 @@ def together(*, one_model: bool = False) -> Iterator[None]:
     except AbliterateError as error:
         ranks.fail(error)
         raise
-    except DistError as error:
+    except (DistNetworkError, DistStoreError) as error:
         raise _gone(error) from error
     except Exception as error:
-        if one_model and _lost_soon(ranks):  # a pass that others were to take part in
-            raise ranks.lost or error from None
+        if lost := _lost_soon(ranks, error):
+            raise lost from None
         ranks.fail(AbliterateError(f"unexpected {type(error).__name__}: {error}", "look at what it printed"))
         raise
     finally:
+        ranks.one_model = False
         over.set()
         watching.join()
 
@@ -318,14 +319,21 @@ def _watch(ranks: Ranks, over: Event) -> None:
             return
 
 
-def _lost_soon(ranks: Ranks) -> bool:
-    """Whether another rank turns out to be lost."""
+def _lost_soon(ranks: Ranks, error: Exception) -> AbliterateError | None:
+    """What stopped another rank, where ``error`` may come of a pass that it was to take part in."""
+    if not ranks.one_model or not isinstance(error, RuntimeError) or isinstance(error, OutOfMemoryError):
+        return None
     until = time.monotonic() + SILENT_S + 2 * BEAT_S
-    while ranks.lost is None and time.monotonic() < until:
-        time.sleep(POLL_S)
-    return ranks.lost is not None
+    try:
+        while ranks.lost is None and time.monotonic() < until:
+            time.sleep(POLL_S)
+        time.sleep(10 * POLL_S)
+    except KeyboardInterrupt:  # by which ``_watch`` stops whatever goes on
+        if ranks.lost is None:
+            raise
+    return ranks.lost
 
 
-def _gone(error: DistError) -> AbliterateError:
+def _gone(error: Exception) -> AbliterateError:
     """The store was lost, with the process that held it."""
     return InterruptedRunError(f"the other processes are gone: {str(error).splitlines()[0]}", CONTINUE)

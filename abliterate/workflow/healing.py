@@ -17,17 +17,7 @@ from abliterate.evaluate.evaluation import EvalReport
 from abliterate.evaluate.replies import SCORERS, is_refusal
 from abliterate.events import Noted, OnEvent, ignore, working
 from abliterate.method.statistics import Difference, paired_difference
-from abliterate.model.healing import (
-    Adapter,
-    Classroom,
-    Healed,
-    Lesson,
-    Lessons,
-    Schedule,
-    lessons,
-    peft_library,
-    train,
-)
+from abliterate.model.healing import Adapter, Classroom, Healed, Lesson, Lessons, Schedule, lessons, peft_library, train
 from abliterate.model.healing_dpo import pairs_of, train_by_preference, trl_library
 from abliterate.model.prompts import PromptSet
 from abliterate.model.room import check_held, out_of_memory_is
@@ -173,8 +163,9 @@ def _harmful(session: Session) -> dict[str, PromptSet]:
 
 def _fingerprint(session: Session, made: EditPlan, options: HealingOptions) -> str:
     recipe = pipeline.fingerprint_of(made, session.recipe, None)
+    aim = METHODS[options.method], KEPT_TOKENS
     prompts = {name: part["sha256"] for name, part in session.contrast.hashes().items()}
-    return fingerprint({"heal": asdict(options), "edit": recipe, "prompts": prompts})
+    return fingerprint({"heal": asdict(options), "aim": aim, "edit": recipe, "prompts": prompts})
 
 
 def _trained(
@@ -190,7 +181,7 @@ def _trained(
         if not found.best:
             raise PlanRefusedError(
                 f"{source.name}: none of {found.steps} steps brought it closer to its base on the validation prompts "
-                f"(KL {found.before.learned:.4f} nats per token), so nothing is written",
+                f"(KL {found.before.learned:.4f} nats per token) without moving what is to stay: nothing is written",
                 "the edit leaves little to heal, or try more --prompts, another --rank or a smaller --rate",
             )
     except AbliterateError:
@@ -224,6 +215,8 @@ def _train(
     tokens = recipe.evaluate.max_new_tokens
     learned, refused = _answers(session)
     stay = [[*refused[name], *its.texts] for name, its in _harmful(session).items()]
+    if options.method == "dpo":
+        stay[0] = []
     pads = session.chat.pads
     session.release()
     edited = _held(Session(checkpoint=source, recipe=recipe, on_event=on_event, pads=pads))
@@ -234,8 +227,8 @@ def _train(
     with out_of_memory_is(said), ExitStack() as afterwards:
         afterwards.callback(edited.release)
         loaded, chat, schedule = edited.loaded, edited.chat, options.schedule
-        task, most = "replies of the edited model that are to stay", min(tokens, KEPT_TOKENS)
-        kept = [lessons(loaded, chat, its, max_new_tokens=most, task=task, **settings) for its in stay]
+        settings_of_kept = {"max_new_tokens": _kept_tokens(session), "task": "replies of the edited model to stay"}
+        kept = [lessons(loaded, chat, its, **settings_of_kept, **settings) for its in stay]
         training, validation = (Lessons(*its) for its in zip(learned, kept, strict=True))
         pairs = None
         if options.method == "dpo":
@@ -254,6 +247,11 @@ def _train(
         **{name: len(its) for name, its in refused.items()},
         **({} if pairs is None else {"pairs": len(pairs)}),
     }
+
+
+def _kept_tokens(session: Session) -> int:
+    """Of a reply that is to stay, how many tokens count."""
+    return min(session.recipe.evaluate.max_new_tokens, KEPT_TOKENS)
 
 
 def _answers(session: Session) -> tuple[list[list[Lesson]], dict[str, list[str]]]:
@@ -317,8 +315,14 @@ def _about(session: Session, found: Healed, options: HealingOptions, counts: Map
             for name, _, its, _ in _parts(session)
         },
         "kept": {
-            name: {"source": its.source, "count": len(its.prompts), "sha256": its.sha256, "tokens": KEPT_TOKENS}
+            name: {
+                "source": its.source,
+                "count": len(its.prompts),
+                "sha256": its.sha256,
+                "tokens": _kept_tokens(session),
+            }
             for name, its in _harmful(session).items()
+            if name == "validation" or options.method == "kl"  # by preferences nothing is trained on them
         },
         **({"pairs": counts["pairs"]} if "pairs" in counts else {}),
         "reply_tokens": session.recipe.evaluate.max_new_tokens,

@@ -17,13 +17,14 @@ from abliterate.checkpoint.source import Checkpoint, open_folder
 from abliterate.editing.asked import check_room, plan_asked, scope_asked, stream_asked
 from abliterate.editing.planning import plan, within
 from abliterate.editing.writing import edit_checkpoint
-from abliterate.errors import AbliterateError, OutputError, SourceError
+from abliterate.errors import AbliterateError, OutputError, SourceError, UsageError
 from abliterate.evaluate.evaluation import EvalReport
 from abliterate.events import Noted, OnEvent, ignore
 from abliterate.method.directions import DirectionSet
 from abliterate.method.edits import check_edit
 from abliterate.method.estimators import needs_of
 from abliterate.model import harness, ranks, vllm_backend
+from abliterate.model.parallel import check_parallel
 from abliterate.model.words import WordList
 from abliterate.publishing import manifest
 from abliterate.publishing.keeping import DIRECTION_FILE, keep_origin, require_verified
@@ -127,6 +128,10 @@ def check_evaluation(recipe: Recipe) -> None:
         UsageError: a task cannot be had, or vLLM not be used; see ``harness.check_tasks``, ``vllm_backend.check_vllm``.
     """
     if recipe.evaluate.backend == "vllm":
+        if recipe.model.tensor_parallel:
+            raise UsageError(
+                "--backend vllm: spreads a model by itself, beside --tensor-parallel", "leave one of them out"
+            )
         vllm_backend.check_vllm(dtype=recipe.model.dtype, controls=recipe.evaluate.controls)
     harness.check_tasks(task_request(recipe))
 
@@ -201,6 +206,8 @@ def _run(
 ) -> RunResult:
     scratch = unfinished(out) / PRIVATE_FOLDER
     session = open_session(model, recipe, revision=revision, scratch=scratch, on_event=on_event)
+    if recipe.model.tensor_parallel:
+        check_parallel(session.checkpoint, recipe.model.device)
     if (processes := ranks.processes()) > 1:
         shared = "prompts, candidates and shards" if ranks.count() > 1 else "one model, a part of which each holds"
         on_event(Noted(text=f"{processes} processes share {shared}; the first one tells"))
