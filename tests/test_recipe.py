@@ -155,8 +155,9 @@ def test_no_two_options_have_one_name():
 
 def test_the_sets_of_options_that_do_not_matter():
     assert {"memory_bytes", "device_memory_bytes", "batch_size", "title", "private"} == NOT_IN_NUMBERS
-    assert NOT_IN_NUMBERS | {"device", "dtype"} == NOT_IN_WORK
-    assert {"device", "memory_bytes", "device_memory_bytes", "trust_remote_code", "private"} == OF_A_MACHINE
+    assert NOT_IN_NUMBERS | {"device", "dtype", "tensor_parallel"} == NOT_IN_WORK
+    of_a_machine = {"device", "memory_bytes", "device_memory_bytes", "tensor_parallel", "trust_remote_code", "private"}
+    assert of_a_machine == OF_A_MACHINE
 
 
 # --- with tables and without ------------------------------------------------------------------------------------------
@@ -180,6 +181,7 @@ LATER = {
     "roles": ("embedding", "attention", "mlp"),
     "exclude_layers": "",
     "strength": 1.0,
+    "tensor_parallel": False,
 }
 """Options that version 1 did not have, with what it did."""
 
