@@ -187,6 +187,7 @@ TAKEN = {
 @pytest.mark.parametrize("command", TAKEN)
 def test_a_command_has_the_options_of_its_stages(command):
     expected = {its for name in TAKEN[command] for its in (SECTIONS[name].model_fields if name in SECTIONS else [name])}
+    expected -= {its for its in expected if Trait.OF_PROCESSES in option(its).metadata}  # other than `run`: one process
     assert options_of(command).keys() & SECTION_OF.keys() == expected & set(OFFERED)
 
 

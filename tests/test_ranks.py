@@ -250,11 +250,12 @@ def test_a_model_that_is_not_divided_is_refused(monkeypatch):
         def from_pretrained(*_, **__):
             return torch.nn.Linear(2, 2)
 
+    monkeypatch.setattr(parallel, "check_parallel", lambda *_: None)
     with pytest.raises(UsageError, match="transformers has no plan"):
-        parallel.load_parallel(open_model(None), Whole, torch.float32)
+        parallel.load_parallel(open_model(None), "cpu", Whole, torch.float32)
     monkeypatch.setitem(sys.modules, "transformers.distributed.configuration_utils", None)
     with pytest.raises(UsageError, match="does not know it"):
-        parallel.load_parallel(open_model(None), Whole, torch.float32)
+        parallel.load_parallel(open_model(None), "cpu", Whole, torch.float32)
 
 
 def test_what_decides_a_pass_is_agreed_on_where_it_is_run_together(monkeypatch):

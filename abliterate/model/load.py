@@ -21,7 +21,7 @@ from abliterate.method.places import Kind
 from abliterate.model.devices import Device, resolve_device, slowness
 from abliterate.model.memory import MemoryPlan, check_runs_offloaded, plan_memory, sizes_of, working_bytes
 from abliterate.model.offload import Offloaded
-from abliterate.model.parallel import check_parallel, load_parallel
+from abliterate.model.parallel import load_parallel
 from abliterate.model.rendering import settle_template
 from abliterate.model.sentencepiece import check_sentencepiece
 from abliterate.model.stored import is_decodable, stored_tensors, without_data
@@ -96,17 +96,12 @@ def load_model(
     family = family_of(checkpoint.config, where=checkpoint.name)
     place = resolve_device(device)
     wanted = _dtype(dtype, place)
+    decoded = place.type == "cpu" and is_decodable(checkpoint)
+    rooms = _rooms(device, place, device_bytes)
+    where = Placement() if tensor_parallel else _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)
+    budget = where.budget_bytes
     if said := slowness(place, wanted):
         on_event(Noted(text=said))
-    decoded = place.type == "cpu" and is_decodable(checkpoint)
-    widened = place.type == "cpu" and quantisation(checkpoint.config) is not None and not decoded
-    rooms = _rooms(device, place, device_bytes)
-    if tensor_parallel:
-        check_parallel(checkpoint, device)
-        where = Placement()
-    else:
-        where = _placement(checkpoint, family, wanted, rooms, memory_bytes, on_event)
-    budget = where.budget_bytes
     if budget is None and not decoded:
         _check_known_method(checkpoint)
     task = f"load {checkpoint.name}"
@@ -116,16 +111,11 @@ def load_model(
     with explained(checkpoint):
         tokenizer = load_tokenizer(checkpoint.folder, **options)
         if tensor_parallel:
-            model = load_parallel(checkpoint, _auto_class(checkpoint), wanted, **options)
+            model = load_parallel(checkpoint, device, _auto_class(checkpoint), wanted, **options)
         elif budget is None and not decoded:
-            at = {"": place} if place.type == "mps" else where.device_map
-            options |= {"device_map": at, "max_memory": where.max_memory, "use_safetensors": True}
-            held_as = "auto" if widened else wanted
-            model = _auto_class(checkpoint).from_pretrained(checkpoint.folder, dtype=held_as, **options)
+            model = _held(checkpoint, wanted, place, where, **options)
         else:
             model = empty_model(checkpoint, wanted, **options)
-    if widened and budget is None and isinstance(wanted, torch.dtype):
-        model.to(wanted)  # transformers dequantises to bfloat16 and leaves it at that
     model.eval()
     loaded = attach(model, tokenizer, family, name=checkpoint.name)
     if budget is None:
@@ -165,6 +155,23 @@ class Placement:
     max_memory: dict[int, int] | None = None
     room_bytes: int | None = None
     budget_bytes: int | None = None
+
+
+def _held(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str,
+    place: torch.device,
+    where: Placement,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """The model as transformers loads it, held ``where`` is said."""
+    widened = place.type == "cpu" and quantisation(checkpoint.config) is not None
+    at = {"": place} if place.type == "mps" else where.device_map
+    options |= {"device_map": at, "max_memory": where.max_memory, "use_safetensors": True}
+    model = _auto_class(checkpoint).from_pretrained(checkpoint.folder, dtype="auto" if widened else dtype, **options)
+    if widened and isinstance(dtype, torch.dtype):
+        model.to(dtype)  # transformers dequantises to bfloat16 and leaves it at that
+    return model
 
 
 def _rooms(device: Device, place: torch.device, device_bytes: int | None) -> dict[int, int]:

@@ -69,12 +69,19 @@ def _check_devices(device: Device, count: int) -> None:
         )
 
 
-def load_parallel(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype | str, **options: Any) -> Any:  # noqa: ANN401
+def load_parallel(
+    checkpoint: Checkpoint,
+    device: Device,
+    auto_class: Any,  # noqa: ANN401
+    dtype: torch.dtype | str,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """The model, of which this process holds its part.
 
     Raises:
-        UsageError: transformers cannot divide such a model.
+        UsageError: these processes cannot hold it, or transformers cannot divide such a model.
     """
+    check_parallel(checkpoint, device)
     from torch.distributed.tensor import DTensor
 
     try:
