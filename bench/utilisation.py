@@ -28,6 +28,7 @@ from abliterate.method.moments import ActivationStats, Moments
 from abliterate.model.chat import ChatFormat
 from abliterate.model.load import LoadedModel, load_model, quiet_transformers
 from abliterate.model.measuring import Filtered, Validation, measure_class, score_candidates
+from abliterate.model.prefix import shared_tokens
 from abliterate.model.prompts import SplitSizes, contrast_set
 from bench.edit_speed import machine
 from bench.page_parts import table
@@ -104,7 +105,7 @@ def main() -> None:
     shutil.rmtree(args.work)
     page = PAGE.format(
         layers=args.layers, dtype=str(kind).removeprefix("torch."), device=device_name(place),
-        tokens=statistics.mean(map(len, encoded)), shared=len(common(encoded)), table=report(stages, peak), side=side,
+        tokens=statistics.mean(map(len, encoded)), shared=shared_tokens(encoded), table=report(stages, peak), side=side,
         peak=scaled(peak), rows=rows, inner=f"{100 * inner / peak:.0f} %", machine=machine(),
         missing=MISSING if place.type == "cpu" else "",
     ).replace("\n****\n", "\n")  # fmt: skip
@@ -206,13 +207,6 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def common(encoded: list[list[int]]) -> list[int]:
-    """The tokens with which all begin."""
-    shortest = min(map(len, encoded))
-    same = (place for place in range(shortest) if len({ids[place] for ids in encoded}) > 1)
-    return encoded[0][: next(same, shortest)]
 
 
 def device_name(device: torch.device) -> str:

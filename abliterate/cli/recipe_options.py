@@ -86,11 +86,10 @@ def _offered(wanted: Collection[str]) -> Iterator[str]:
     for name in wanted:
         for each in SECTIONS[name].model_fields if name in SECTIONS else [name]:
             traits = option(each).metadata
-            if each == name and Trait.FILE_ONLY in traits:
-                raise ValueError(f"{name} stands in recipe files only")
-            if each == name or not {Trait.FILE_ONLY, Trait.OF_PROCESSES} & {
-                its for its in traits if type(its) is Trait
-            }:
+            if Trait.FILE_ONLY in traits:
+                if each == name:
+                    raise ValueError(f"{name} stands in recipe files only")
+            elif each == name or Trait.OF_PROCESSES not in traits:
                 yield each
 
 

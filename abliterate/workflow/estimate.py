@@ -347,7 +347,7 @@ def timed(
     tails = [ids[-WIDTH:] for ids in encoded]
     (few,) = left_padded([tails[row % len(tails)] for row in range(rows)], rows, chat.pad_id)
     step = run(few)
-    if agreed(int(step >= SHORT_S)) == 0:
+    if not agreed(int(step >= SHORT_S)):
         step = min(step, run(few))  # the first one may have warmed up
     width = max(map(len, encoded))
     fitting = agreed(int(SHORT_S / max(step, 1e-9) * batch_size / width))

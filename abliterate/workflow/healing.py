@@ -156,9 +156,11 @@ def _parts(session: Session) -> tuple[tuple[str, str, PromptSet, int], ...]:
     )
 
 
-def _harmful(session: Session) -> dict[str, PromptSet]:
-    """The harmful prompts of each part."""
-    return {"training": session.contrast.harmful_train, "validation": session.contrast.harmful_val}
+def _harmful(session: Session, method: Method) -> dict[str, PromptSet]:
+    """The harmful prompts of each part that are replied to as before; by preferences nothing is trained on them."""
+    contrast = session.contrast
+    training = {"training": contrast.harmful_train} if method == "kl" else {}
+    return {**training, "validation": contrast.harmful_val}
 
 
 def _fingerprint(session: Session, made: EditPlan, options: HealingOptions) -> str:
@@ -214,9 +216,7 @@ def _train(
     settings = {"batch_size": recipe.model.batch_size, "on_event": on_event}
     tokens = recipe.evaluate.max_new_tokens
     learned, refused = _answers(session)
-    stay = [[*refused[name], *its.texts] for name, its in _harmful(session).items()]
-    if options.method == "dpo":
-        stay[0] = []
+    stay = {name: [*refused[name], *its.texts] for name, its in _harmful(session, options.method).items()}
     pads = session.chat.pads
     session.release()
     edited = _held(Session(checkpoint=source, recipe=recipe, on_event=on_event, pads=pads))
@@ -228,8 +228,8 @@ def _train(
         afterwards.callback(edited.release)
         loaded, chat, schedule = edited.loaded, edited.chat, options.schedule
         settings_of_kept = {"max_new_tokens": _kept_tokens(session), "task": "replies of the edited model to stay"}
-        kept = [lessons(loaded, chat, its, **settings_of_kept, **settings) for its in stay]
-        training, validation = (Lessons(*its) for its in zip(learned, kept, strict=True))
+        kept = {name: lessons(loaded, chat, its, **settings_of_kept, **settings) for name, its in stay.items()}
+        training, validation = (Lessons(its, kept.get(name, [])) for name, its in zip(refused, learned, strict=True))
         pairs = None
         if options.method == "dpo":
             pairs = pairs_of(loaded, chat, training.learned, max_new_tokens=tokens, **settings)
@@ -321,8 +321,7 @@ def _about(session: Session, found: Healed, options: HealingOptions, counts: Map
                 "sha256": its.sha256,
                 "tokens": _kept_tokens(session),
             }
-            for name, its in _harmful(session).items()
-            if name == "validation" or options.method == "kl"  # by preferences nothing is trained on them
+            for name, its in _harmful(session, options.method).items()
         },
         **({"pairs": counts["pairs"]} if "pairs" in counts else {}),
         "reply_tokens": session.recipe.evaluate.max_new_tokens,
